@@ -1,0 +1,455 @@
+"""A Llama from scratch whose position ids are yours to choose.
+
+What it is: the decoder-only transformer of the Llama family in plain PyTorch, bottom-up: norm,
+rotary position embedding, attention, block, model, a loss that never holds all logits, a
+key-value cache with greedy generation, and reading and writing of Hugging Face folders. fp32
+logits and gradients equal those of `transformers` (tests/test_model.py).
+
+Why it exists beside `transformers`: LongRecipe (Hu et al., ACL 2025, section 4.2) trains on
+samples whose position ids have gaps. Here a position id is a RoPE position and nothing else;
+attention is causal in token order, whatever the ids say. (transformers takes a gap for the border
+between two packed documents and silently cuts attention there, unless it is given an all-ones
+attention mask.)
+
+    from model import load_pretrained, load_tokenizer, generate
+    model, tokenizer = load_pretrained("models/smollm2"), load_tokenizer("models/smollm2")
+    ids = torch.tensor(tokenizer.encode("The capital of France is"))
+    print(tokenizer.decode(generate(model, ids, max_new_tokens=8)))
+
+Does NOT do: padding masks, dropout, sampling, several GPUs, RoPE types other than `default`.
+
+Glossary (one for all four files)
+    B, T, S    sequences in a batch; tokens in a sequence; tokens seen by attention (cache included)
+    D, V       width of the model (hidden_size); size of the vocabulary
+    H, KV, d   query heads; key and value heads (H is a multiple of KV); width of one head
+    pos        position ids (B, T) int64: what RoPE rotates by. NOT the token index
+    window L0  longest context of the checkpoint (max_position_embeddings, --base_len)
+    target T*  the window we extend to (--target_len); sample L: tokens trained on (--train_len)
+    segment    a sentence or line; inside it positions step by 1
+    prefix r   length of the contiguous start that the released code puts before the spread-out rest
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+from support import checkpoint_files
+from support.tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (part of this file's public face)
+
+# ---- 1. Configuration --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a Llama, under the names of Hugging Face's config.json. `raw` keeps the file as it
+    was read."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    raw: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> "LlamaConfig":
+        """Read `path`/config.json. ValueError names the field that is missing or that we cannot
+        honour."""
+        return cls(**checkpoint_files.read_config(path))
+
+    def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
+        """The same shape with another RoPE base and window: all that context extension changes in
+        a config."""
+        return dataclasses.replace(
+            self, rope_theta=float(theta), max_position_embeddings=int(max_len)
+        )
+
+
+# ---- 2. Norm -----------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = (
+            x.float() if x.dtype == torch.bfloat16 else x
+        )  # statistics in fp32 (float64 stays float64)
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+# ---- 3. Rotary position embedding --------------------------------------------------------------
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (Su et al., 2021), each (B, 1, T, d/2) fp32, for position ids (B,
+    T)."""
+    # subtle: computed anew at each call and kept nowhere. As a buffer it would be cast by
+    # model.to(bfloat16), and bf16 holds integers exactly only up to 256: angles would be wrong
+    # from there on.
+    j = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float()
+    inv_freq = 1.0 / theta ** (j / head_dim)  # (d/2,) radians per position
+    # [E1] angle[t, j] = pos[t] * theta^(-2j/d)   pos is the position ID, not the index t
+    angle = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, d/2) fp32, radians
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[j], x[j + d/2]) of x (B, H, T, d) by its angle; in fp32, returned in x's
+    dtype."""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, d/2) each; bf16 times fp32 is fp32
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ---- 4. Attention ------------------------------------------------------------------------------
+
+# The O(T^2) math path is left out: where no memory-linear kernel fits, torch says so at once
+# instead of running out of memory later.
+CUDA_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention in token order. q (B, H, T, d); k and v (B, KV, S, d), S >= T -> (B, H, T,
+    d).
+
+    The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
+    T, S = q.shape[2], k.shape[2]
+    causal = T == S
+    # subtle: for T < S, SDPA's is_causal aligns the triangle top-left, so query 0 would see key 0
+    # only and a chunked prefill would be silently wrong. Aligned lower-right, query 0 sees all S
+    # - T + 1 keys it should.
+    mask = None if causal or T == 1 else causal_lower_right(T, S)
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        D, d = config.hidden_size, config.head_dim
+        self.head_dim = d
+        self.q_proj = nn.Linear(D, config.num_attention_heads * d, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, D, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None", layer: int
+    ) -> Tensor:
+        B, T, _ = x.shape
+
+        def heads(y: Tensor) -> Tensor:  # (B, T, n*d) -> (B, n, T, d)
+            return y.view(B, T, -1, self.head_dim).transpose(1, 2)
+
+        q = rotate(heads(self.q_proj(x)), cos, sin)  # (B, H, T, d)
+        k = rotate(heads(self.k_proj(x)), cos, sin)  # (B, KV, T, d)
+        v = heads(self.v_proj(x))
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, KV, S, d)
+        return self.o_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, -1))
+
+
+# ---- 5. Block ----------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None", layer: int
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ---- 6. The model ------------------------------------------------------------------------------
+
+
+class Llama(nn.Module):
+    """The whole model. Parameters carry the names of Hugging Face's checkpoints, so nothing is
+    renamed.
+
+    `activation_checkpointing`: keep only each layer's input for the backward pass and compute the
+    layer a second time there: activation memory of one layer instead of all, for about a third
+    more compute."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, weight in self.named_parameters():
+            if "norm" not in name:
+                nn.init.normal_(weight, std=0.02)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, cache: "KVCache | None" = None
+    ) -> Tensor:
+        """Last hidden states after the final norm: input_ids (B, T) int64 -> (B, T, D).
+
+        position_ids (B, T) int64 may have gaps and may exceed the window; None means the next T
+        positions (cache length .. cache length + T - 1). With a cache, keys and values are
+        appended to it."""
+        B, T = input_ids.shape
+        if position_ids is None:
+            start = cache.length if cache is not None else 0
+            position_ids = torch.arange(start, start + T, device=input_ids.device).expand(B, T)
+        if position_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"position_ids {tuple(position_ids.shape)} must be shaped like input_ids {(B, T)}"
+            )
+        cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        x = self.model["embed_tokens"](input_ids)
+        for i, block in enumerate(self.model["layers"]):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, cache, i, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache, i)
+        if cache is not None:
+            cache.length += T
+        return self.model["norm"](x)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V). Short texts only: at 39,424 tokens of Llama 3 they would take 20 GB
+        in fp32."""
+        return self.lm_head(self.hidden(input_ids, position_ids))
+
+
+# ---- 7. Loss in chunks -------------------------------------------------------------------------
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are taken in the forward pass, chunk by chunk, so that logits live only inside
+    the loop."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index, chunk_tokens):
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        for i in range(0, len(hidden), chunk_tokens):
+            h, y = hidden[i : i + chunk_tokens], targets[i : i + chunk_tokens]
+            valid = y != ignore_index
+            index = y.clamp(min=0)[:, None]  # any index will do where the row is ignored
+            logits = (h @ weight.T).to(wide)  # (chunk, V)
+            lse = logits.logsumexp(-1, keepdim=True)
+            # [E9] loss = sum over valid t of  log sum_v exp(z[t, v]) - z[t, y_t]
+            loss += ((lse - logits.gather(-1, index))[:, 0] * valid).sum()
+            if need_hidden or need_weight:
+                # d loss / d z[t, v] = softmax(z)[t, v] - [v == y_t]
+                grad = logits.sub_(lse).exp_()
+                grad.scatter_add_(-1, index, -torch.ones_like(lse))
+                grad = grad.mul_(valid[:, None]).to(hidden.dtype)
+                if need_hidden:
+                    grad_hidden[i : i + chunk_tokens] = grad @ weight
+                if need_weight:
+                    grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    chunk_tokens: int = 512,
+) -> tuple[Tensor, int]:
+    """Cross-entropy of `hidden @ weight.T` against targets without ever holding the (T, V) logits.
+
+    hidden (..., D), weight (V, D), targets (...) int64 -> (loss_sum, n_valid): the SUM of the
+    losses in nats, fp32 (float64 for float64 input), and the number of targets that are not
+    ignore_index. The caller divides by the valid tokens of the whole optimizer step, so that
+    accumulation over sequences of unequal length weighs every token alike. ValueError if shapes
+    do not fit or chunk_tokens * V reaches 2^31 elements."""
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} does not fit targets {tuple(targets.shape)}"
+            f" or weight {tuple(weight.shape)}"
+        )
+    if chunk_tokens < 1 or chunk_tokens * weight.shape[0] >= 2**31:
+        raise ValueError(
+            f"chunk_tokens {chunk_tokens} x vocabulary {weight.shape[0]} must be below 2^31"
+        )
+    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    loss = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, ignore_index, chunk_tokens)
+    return loss, int((targets != ignore_index).sum())
+
+
+# ---- 8. Key-value cache and greedy generation --------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of (B, KV, capacity, d) tensors a layer.
+
+    `length` tokens are valid; `truncate(n)` forgets all but the first n, so that prompts with a
+    common beginning share its prefill. `reserve(n)` sets the capacity, so that long prompts are
+    not copied about."""
+
+    def __init__(self):
+        self.length = 0
+        self._capacity = 0
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def reserve(self, tokens: int) -> None:
+        self._capacity = max(self._capacity, tokens)
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        self.length = length
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, KV, T, d) of one layer; returns views (B, KV, length + T, d)."""
+        end = self.length + k.shape[2]
+        if layer == len(self._layers):
+            self._layers.append((k[:, :, :0], v[:, :, :0]))
+        pair = []
+        for old, new in zip(self._layers[layer], (k, v), strict=True):
+            if old.shape[2] < end:
+                B, KV, _, d = new.shape
+                grown = new.new_empty(B, KV, max(end, self._capacity), d)
+                grown[:, :, : self.length] = old[:, :, : self.length]
+                old = grown
+            old[:, :, self.length : end] = new
+            pair.append(old)
+        self._layers[layer] = (pair[0], pair[1])
+        return pair[0][:, :, :end], pair[1][:, :, :end]
+
+
+@torch.inference_mode()
+def prefill(
+    model: Llama, ids: Tensor, cache: KVCache | None = None, chunk_tokens: int = 2048
+) -> tuple[Tensor, KVCache]:
+    """Run ids (T,) int64 through the model, T >= 1, after what the cache holds -> (last logits
+    (V,), cache)."""
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(
+            f"ids must be a one-dimensional tensor of at least one token, got {tuple(ids.shape)}"
+        )
+    cache = KVCache() if cache is None else cache
+    cache.reserve(cache.length + len(ids))
+    ids = ids.to(model.lm_head.weight.device)
+    for i in range(0, len(ids), chunk_tokens):
+        h = model.hidden(ids[None, i : i + chunk_tokens], cache=cache)
+    return model.lm_head(h[0, -1]), cache  # logits of the last token only
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama, ids: Tensor, max_new_tokens: int, cache: KVCache | None = None, stop_ids=()
+) -> list[int]:
+    """Greedy continuation. ids (T,) int64, T >= 1: the tokens not yet in the cache -> the new ids.
+
+    Stops before the first id in stop_ids (which is not returned) or after max_new_tokens."""
+    cache = KVCache() if cache is None else cache
+    cache.reserve(cache.length + len(ids) + max_new_tokens)
+    logits, cache = prefill(model, ids, cache)
+    out: list[int] = []
+    while len(out) < max_new_tokens and (token := int(logits.argmax())) not in stop_ids:
+        out.append(token)
+        if len(out) < max_new_tokens:
+            logits, cache = prefill(model, torch.tensor([token]), cache)
+    return out
+
+
+# ---- 9. Hugging Face folders -------------------------------------------------------------------
+
+
+def load_pretrained(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Llama:
+    """Read a Hugging Face folder (config.json + safetensors, single or sharded), tensor by tensor.
+
+    dtype None: bf16 on CUDA, fp32 on CPU (where bf16 can be 50 times slower than fp32).
+    ValueError names tensors that are missing, superfluous or of the wrong shape."""
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    config = LlamaConfig.from_dir(path)
+    with torch.device("meta"):  # shapes without memory
+        model = Llama(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    state = checkpoint_files.read_tensors(path, shapes, dtype, device, config.tie_word_embeddings)
+    model.load_state_dict(state, assign=True, strict=False)
+    model.tie_weights()
+    return model
+
+
+def save_pretrained(
+    model: Llama, path: str | Path, tokenizer_from: str | Path | None = None
+) -> None:
+    """Write a folder that transformers opens unedited: config.json (both RoPE spellings),
+    safetensors in shards, and the tokenizer files of `tokenizer_from`. Written beside `path`,
+    then renamed."""
+    config = checkpoint_files.config_to_json(
+        dataclasses.asdict(model.config), next(model.parameters()).dtype
+    )
+    with checkpoint_files.write_folder(path) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        checkpoint_files.write_tensors(folder, model.named_parameters())
+        if tokenizer_from is not None:
+            checkpoint_files.copy_tokenizer(tokenizer_from, folder)

@@ -1,0 +1,462 @@
+"""LongRecipe (Hu et al., ACL 2025, arXiv 2409.00509) in plain torch, in the paper's order.
+
+    1. token analysis   which token TYPES gain most from a longer context             (paper 4.1)
+    2. segments         cut a text into sentences, decided on decoded text            (algorithm 1)
+    3. selection        keep segments that hold such tokens, until the sample is full (paper 4.1)
+    4. positions        spread the sample's position ids over the whole target window (paper 4.2)
+    5. RoPE base        slower rotation for a longer window                           (NTK, paper 5)
+    6. merge            average the tuned weights with the original ones              (paper 4.3)
+
+    python recipe.py --model models/smollm2    # explains one sample, in words and as a figure
+
+Everything here works on one sample of token ids (T,); nothing trains (train.py does) and nothing
+needs a GPU. Does NOT do: content jumps of the published PoSE (all methods get the same tokens),
+parts of speech (the paper groups impactful types by them; we keep the types themselves), RoPE
+types other than `default`. Glossary: see model.py.
+"""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import Llama, load_tokenizer
+from support import checkpoint_files, figures
+from support.cli import report_errors
+from support.text import load_corpus
+
+METHODS = ("longrecipe", "pose", "rpes", "full", "none")
+STRATEGIES = ("impact", "digits", "random", "first")
+
+# ---- 1. Token analysis (paper 4.1) -------------------------------------------------------------
+
+
+@torch.inference_mode()
+def logit_shift(
+    base: Llama,
+    extended: Llama,
+    ids: Tensor,
+    position_ids: Tensor | None = None,
+    *,
+    first_position: int = 0,
+    log_softmax: bool = False,
+    chunk_tokens: int = 512,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How much more does the extended model expect each token that really comes? (paper eq. 2 and
+    3)
+
+    ids, position_ids (T,) int64 -> delta (T,) fp32 in logits, per_type_sum (V,) fp64, count (V,)
+    int64. delta[0] = 0: nothing predicts the first token, which is not counted either. Tokens at
+    positions below first_position are left out of sum and count. Raw logits as in the paper carry
+    an arbitrary offset per position; log_softmax=True takes it out (the shift in log-probability,
+    in nats)."""
+    V = base.config.vocab_size
+    positions = torch.arange(len(ids)) if position_ids is None else position_ids
+    delta = torch.zeros(len(ids))
+    for sign, model in ((1.0, extended), (-1.0, base)):
+        head = model.lm_head.weight
+        hidden = model.hidden(ids[None].to(head.device), positions[None].to(head.device))[0]
+        for i in range(0, len(ids) - 1, chunk_tokens):
+            h, y = hidden[:-1][i : i + chunk_tokens], ids[1:][i : i + chunk_tokens].to(head.device)
+            # The logit of the realised token alone is one dot product, no (T, V) matrix is needed.
+            score = (h.float() * head[y].float()).sum(-1)
+            if log_softmax:
+                score = score - (h @ head.T).float().logsumexp(-1)
+            # [E2] delta_t = S_H'(x_t | x_<t) - S_H(x_t | x_<t)
+            delta[i + 1 : i + 1 + len(y)] += sign * score.float().cpu()
+    counted = positions >= first_position
+    counted[0] = False
+    # [E3] Delta(v) = sum over the t with x_t = v of delta_t     (signed)
+    per_type_sum = torch.zeros(V, dtype=torch.float64)
+    per_type_sum.index_add_(0, ids[counted], delta[counted].double())
+    return delta, per_type_sum, torch.bincount(ids[counted], minlength=V)
+
+
+def impactful_types(per_type_sum: Tensor, count: Tensor, top: float = 0.2) -> Tensor:
+    """The token types with the largest mean shift, until they cover `top` of all occurrences ->
+    bool (V,).
+
+    Why not the sums themselves: they favour frequent types, and types never seen would sit at 0,
+    above every negative one.
+
+    >>> shift, count = torch.tensor([9.0, 2.0, -4.0, 0.0]), torch.tensor([9, 1, 10, 0])
+    >>> impactful_types(shift, count, top=0.2).tolist()
+    [True, True, False, False]
+    """
+    if not 0 < top <= 1:
+        raise ValueError(f"top must be in (0, 1], got {top}")
+    if int(count.sum()) == 0:
+        raise ValueError("no token was counted: the analysis saw nothing past the old window")
+    mean = torch.where(count > 0, per_type_sum / count.clamp(min=1), -torch.inf)
+    order = mean.argsort(descending=True, stable=True)
+    # [E4] take types v by Delta(v) / count(v), largest first, while sum of count < top * total
+    covered_before = count[order].cumsum(0) - count[order]
+    chosen = (covered_before < top * count.sum()) & (count[order] > 0)
+    return torch.zeros(len(count), dtype=torch.bool).index_fill_(0, order[chosen], True)
+
+
+# ---- 2. Segments (paper algorithm 1) -----------------------------------------------------------
+
+STOPS = ".!?"
+WIDE_STOPS = "。！？"
+CLOSERS = "\"')]}”’»」』）】》"
+SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary_bytes(tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens' bytes in one array, and where each token begins in it: made once per
+    tokenizer."""
+    table = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    begin = np.cumsum([0] + [len(t) for t in table])
+    return np.frombuffer(b"".join(table), dtype=np.uint8), begin
+
+
+def split_segments(ids: Tensor, tokenizer) -> Tensor:
+    """Where sentences begin: ids (T,) -> starts (N,) int64, increasing, starts[0] = 0.
+
+    A segment ends after a newline; after . ! ? and any closing quotes or brackets if white space
+    follows; and after 。 ！ ？ (closers included) always. Decided on the DECODED text, so 3.14 and
+    os.path stay whole with any tokenizer (the released code lists token ids of Llama 3 and misses
+    ".\\n\\n"). A token that holds an end in its middle belongs to the segment before."""
+    if len(ids) == 0:
+        raise ValueError("cannot split an empty sample into segments")
+    flat, begin = _vocabulary_bytes(tokenizer)
+    token = ids.numpy()
+    size = begin[token + 1] - begin[token]  # bytes of each token
+    token_begin = np.cumsum(size) - size  # byte offset of each token in this text
+    raw = flat[np.repeat(begin[token] - token_begin, size) + np.arange(size.sum())]
+    # subtle: bytes that are no UTF-8 (a sample may begin inside a character) become one code
+    # point each, so that code points can still be mapped back to bytes.
+    text = raw.tobytes().decode("utf-8", errors="surrogateescape")
+    char = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+    escaped = (char >= 0xDC80) & (char <= 0xDCFF)
+    width = np.where(escaped, 1, 1 + (char >= 0x80) + (char >= 0x800) + (char >= 0x10000))
+
+    def one_of(characters: str) -> np.ndarray:
+        return np.isin(char, [ord(c) for c in characters])
+
+    closer, index = one_of(CLOSERS), np.arange(len(char))
+    before_closers = np.maximum.accumulate(
+        np.where(closer, 0, index)
+    )  # last character that is no closer
+    space_next = np.append(one_of(SPACES)[1:], False)
+    closer_next = np.append(closer[1:], False)
+    # [E5] seg(S): disjoint runs whose union is S, in order; an end is after character i where
+    ends = (char == ord("\n")) | (one_of(STOPS)[before_closers] & space_next)
+    ends |= one_of(WIDE_STOPS)[before_closers] & ~closer_next
+    end_byte = np.cumsum(width)[ends]
+    starts = np.unique(np.append(0, np.searchsorted(token_begin, end_byte)))
+    return torch.from_numpy(starts[starts < len(token)])
+
+
+# ---- 3. Selection (paper 4.1) ------------------------------------------------------------------
+
+
+def digit_types(tokenizer) -> Tensor:
+    """Token types that hold a digit, bool (V,): what the released code selects by instead of
+    Delta."""
+    return torch.tensor(
+        [any(48 <= b <= 57 for b in tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    )
+
+
+def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
+    return torch.diff(starts, append=torch.tensor([total_tokens]))
+
+
+def impactful_share(ids: Tensor, starts: Tensor, impactful: Tensor) -> Tensor:
+    """Share of impactful tokens of each segment, (N,) float64. The paper's rule drops segments at
+    0."""
+    hits = torch.cat((torch.zeros(1, dtype=torch.int64), impactful[ids].long().cumsum(0)))
+    ends = torch.cat((starts[1:], torch.tensor([len(ids)])))
+    return (hits[ends] - hits[starts]).double() / (ends - starts)
+
+
+def select_segments(
+    ids: Tensor,
+    starts: Tensor,
+    train_len: int,
+    strategy: str,
+    generator: torch.Generator,
+    impactful: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose whole segments until they hold train_len tokens; the last one chosen is cut to fit.
+
+    ids (T,), starts (N,) -> kept (train_len,) increasing indices into ids, and the starts (M,) of
+    the kept segments within `kept`: positions and selection speak of the same segments (the
+    released code makes its positions from the unfiltered text). Strategies: impact: by the share
+    of impactful tokens; digits: those that hold a token of `impactful` (make_example passes
+    digit_types) before the others; random; first. Ties fall at random. ValueError if ids are too
+    short, or impactful is missing where it is needed."""
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"unknown selection {strategy!r}, choose from {', '.join(STRATEGIES)} (--select)"
+        )
+    if len(ids) < train_len:
+        raise ValueError(
+            f"a text of {len(ids)} tokens is shorter than a sample of {train_len} (--train_len)"
+        )
+    if strategy in ("impact", "digits") and impactful is None:
+        raise ValueError(f"selection {strategy!r} needs `impactful`, a bool table of token types")
+    N = len(starts)
+    order = torch.arange(N) if strategy == "first" else torch.randperm(N, generator=generator)
+    if strategy in ("impact", "digits"):
+        # The paper drops segments without an impactful token, then takes "a fixed number of
+        # tokens". Where that drops too little (often: see --help), the share decides who stays;
+        # where too much, share 0 fills.
+        rank = impactful_share(ids, starts, impactful)
+        rank = (rank > 0).double() if strategy == "digits" else rank
+        order = order[rank[order].argsort(descending=True, stable=True)]
+    size = segment_lengths(starts, len(ids))[order]
+    taken_before = size.cumsum(0) - size
+    keep = torch.empty(N, dtype=torch.int64)
+    keep[order] = (
+        (train_len - taken_before).clamp(min=0).minimum(size)
+    )  # tokens kept of each segment
+    starts, keep = starts[keep > 0], keep[keep > 0]
+    new_starts = keep.cumsum(0) - keep
+    kept = torch.arange(train_len) + (starts - new_starts).repeat_interleave(keep)
+    return kept, new_starts
+
+
+# ---- 4. Position index transformation (paper 4.2, algorithm 1) ---------------------------------
+
+
+def sample_position_ids(
+    method: str,
+    train_len: int,
+    target_len: int,
+    starts: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    prefix: bool = False,
+) -> Tensor:
+    """Position ids (train_len,) int64 for one sample, drawn afresh: strictly increasing, 0 <= p <
+    target_len.
+
+    longrecipe: jumps only at segment starts, the total skip split uniformly over all gaps
+    (algorithm 1);
+                prefix=True keeps the first r ~ U{1..(L+1)//2} positions contiguous, as the
+                released code does.
+    pose:       one jump of U{0..T*-L} at r ~ U{1..(L+1)//2} (Zhu et al., 2309.10400).
+    rpes:       a uniformly random subset of positions (Ruoss et al., 2305.16843).
+    full:       0..L-1 with train_len == target_len.       none: 0..L-1.
+    ValueError: target below sample, unknown method, `full` with gaps, longrecipe with one segment.
+    """
+    L, T = train_len, target_len
+    if not 1 <= L <= T:
+        raise ValueError(
+            f"a sample of {L} tokens does not fit a target of {T} (--train_len, --target_len)"
+        )
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, choose from {', '.join(METHODS)} (--method)")
+    if prefix and method != "longrecipe":
+        raise ValueError(f"a contiguous prefix belongs to method longrecipe, not to {method!r}")
+    plain = torch.arange(L)
+
+    def uniform(low: int, high: int) -> int:  # both ends included
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    if method == "longrecipe":
+        if starts is None or len(starts) < 2:
+            raise ValueError(
+                "longrecipe needs at least two segments: with one it would silently be `none`"
+            )
+        if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
+            raise ValueError(
+                f"segment starts must increase from 0 and stay below the sample length {L}"
+            )
+        N = len(starts)
+        # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
+        #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
+        #      (the paper's equation 6 adds one too many at each border; its algorithm 1 does not)
+        slots = 1 + torch.randperm(T - L + N - 1, generator=generator)[: N - 1].sort().values
+        skipped = torch.cat((torch.zeros(1, dtype=torch.int64), slots)) - torch.arange(N)
+        positions = plain + skipped.repeat_interleave(segment_lengths(starts, L))
+        if prefix:
+            r = uniform(1, (L + 1) // 2)
+            positions[:r] = plain[:r]
+        return positions
+    if method == "pose":
+        # [E7] pos(i) = i for i < r, i + u for i >= r;   r ~ U{1..(L+1)//2}, u ~ U{0..T*-L}
+        r, u = uniform(1, (L + 1) // 2), uniform(0, T - L)
+        return torch.cat((plain[:r], plain[r:] + u))
+    if method == "rpes":
+        return torch.randperm(T, generator=generator)[:L].sort().values
+    if method == "full" and L != T:
+        raise ValueError(
+            f"method full trains on whole windows: --train_len {L} must equal --target_len {T}"
+        )
+    return plain
+
+
+def make_example(
+    ids: Tensor,
+    tokenizer,
+    train_len: int,
+    target_len: int,
+    *,
+    method: str,
+    select: str,
+    impactful: Tensor | None = None,
+    prefix: bool = False,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """One training sample: ids (T,) of a long text -> (input_ids (train_len,), position_ids
+    (train_len,)).
+
+    Segments, selection and positions in one go. A text longer than target_len gives a random
+    window of it. ValueError if the text is shorter than train_len."""
+    if len(ids) > target_len:
+        begin = int(torch.randint(len(ids) - target_len + 1, (1,), generator=generator))
+        ids = ids[begin : begin + target_len]
+    starts = split_segments(ids, tokenizer)
+    if select == "digits":
+        impactful = digit_types(tokenizer) if impactful is None else impactful
+    kept, starts = select_segments(ids, starts, train_len, select, generator, impactful)
+    positions = sample_position_ids(method, train_len, target_len, starts, generator, prefix)
+    return ids[kept], positions
+
+
+def train_length(target_len: int) -> int:
+    """The paper's 30 % of the target, rounded up to a multiple of 128 (what GPU kernels like).
+
+    >>> train_length(131072)
+    39424
+    """
+    return min(target_len, -(-target_len * 3 // 1280) * 128)
+
+
+# ---- 5. RoPE base (paper 5; NTK-aware scaling) -------------------------------------------------
+
+
+def ntk_rope_base(
+    theta: float, head_dim: int, old_len: int, new_len: int, factor: float | None = None
+) -> float:
+    """RoPE base for a window of new_len tokens; factor defaults to new_len / old_len.
+
+    >>> round(ntk_rope_base(5e5, 128, 8192, 131072) / 1e6, 1)  # Llama 3 in the paper's table 4
+    131.5
+    """
+    if new_len <= old_len:
+        raise ValueError(f"the new window {new_len} must be longer than the old one {old_len}")
+    f = new_len / old_len if factor is None else factor
+    # [E8] theta' = theta * (f * T* / L0 - (f - 1)) ^ (d / (d - 2))
+    return theta * (f * new_len / old_len - (f - 1)) ** (head_dim / (head_dim - 2))
+
+
+# ---- 6. Merge (paper 4.3) ----------------------------------------------------------------------
+
+
+def merge(
+    original_dir: str | Path, tuned_dir: str | Path, out_dir: str | Path, weight: float = 0.5
+) -> None:
+    """Write out_dir with weight * tuned + (1 - weight) * original, tensor by tensor (fp32
+    arithmetic).
+
+    The config (RoPE base, window) and the dtype are the tuned model's. ValueError if the two
+    differ in shape or vocabulary, or weight is outside 0..1."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
+    original_dir, tuned_dir = Path(original_dir), Path(tuned_dir)
+    original, tuned = (checkpoint_files.read_config(d) for d in (original_dir, tuned_dir))
+    for field in set(original) - {"raw", "rope_theta", "max_position_embeddings"}:
+        if original[field] != tuned[field]:
+            raise ValueError(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
+
+    def averaged():
+        for name, (a, b) in checkpoint_files.iter_pairs(original_dir, tuned_dir):
+            # [E10] theta = (1 - w) * theta_original + w * theta_tuned
+            yield name, ((1 - weight) * a.float() + weight * b.float()).to(b.dtype)
+
+    with checkpoint_files.write_folder(out_dir) as folder:
+        (folder / "config.json").write_bytes((tuned_dir / "config.json").read_bytes())
+        checkpoint_files.write_tensors(folder, averaged())
+        checkpoint_files.copy_tokenizer(tuned_dir, folder)
+
+
+# ---- 7. `python recipe.py`: one sample explained -----------------------------------------------
+
+
+def explain(ids: Tensor, tokenizer, args: argparse.Namespace, impactful: Tensor | None) -> None:
+    """Print what happens to one text, and draw where each method puts its tokens."""
+    generator = torch.Generator().manual_seed(args.seed)
+    select = "digits" if impactful is None else "impact"
+    impactful = digit_types(tokenizer) if impactful is None else impactful
+    starts = split_segments(ids, tokenizer)
+    share = impactful_share(ids, starts, impactful)
+    kept, new_starts = select_segments(ids, starts, args.train_len, select, generator, impactful)
+    print(
+        f"text: {len(ids):,} tokens in {len(starts):,} segments"
+        f" ({len(ids) / len(starts):.1f} tokens each)\n"
+        f"paper's rule: {(share == 0).double().mean():.1%} of the segments hold no such token\n"
+        f"selection ({select}): {len(new_starts):,} segments, {args.train_len:,} tokens kept\n"
+    )
+    kept_set = set(kept.tolist())
+    for i in range(min(12, len(starts) - 1)):
+        a, b = int(starts[i]), int(starts[i + 1])
+        verdict = "keep" if a in kept_set else "drop"
+        print(f"  {verdict} {share[i]:4.0%} {tokenizer.decode(ids[a:b])!r}")
+    positions = {
+        method: sample_position_ids(method, args.train_len, args.target_len, new_starts, generator)
+        for method in METHODS
+        if method != "full"
+    }
+    for method, p in positions.items():
+        jumps = int((p.diff() > 1).sum())
+        print(
+            f"{method:>12}: positions {p[0]}..{p[-1]:,}, {jumps:,} jumps, mean distance"
+            f" of two tokens {mean_distance(p):,.0f} (full length: {args.target_len / 3:,.0f})"
+        )
+    figures.draw_positions(args.figure, positions, args.target_len)
+    print(f"figure: {args.figure}")
+
+
+def mean_distance(positions: Tensor) -> float:
+    """Mean of |p_i - p_j| over all pairs i < j of increasing positions (L,).
+
+    >>> mean_distance(torch.tensor([0, 1, 3]))
+    2.0
+    """
+    L = len(positions)
+    weight = (
+        2 * torch.arange(L, dtype=torch.float64) - L + 1
+    )  # p_i is added i times, taken off L-1-i
+    return float((weight * positions).sum() / (L * (L - 1) / 2))
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(
+        prog="recipe.py",
+        description="What LongRecipe does to one text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--model", default="models/smollm2", metavar="DIR", help="its tokenizer is used")
+    p.add_argument("--text", metavar="FILE", help="(None: the Python standard library)")
+    p.add_argument("--target_len", type=int, default=131_072, help="tokens")
+    p.add_argument("--train_len", type=int, help="tokens (None: 30 %% of the target)")
+    p.add_argument("--impactful", metavar="FILE", help="impactful.json of a run (None: digits)")
+    p.add_argument("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
+    p.add_argument("--seed", type=int, default=0)
+    with report_errors():
+        args = p.parse_args(argv)
+        args.train_len = args.train_len or train_length(args.target_len)
+        tokenizer = load_tokenizer(args.model)
+        corpus = load_corpus([args.text] if args.text else None, tokenizer, args.train_len)
+        ids = corpus.window(args.target_len, torch.Generator().manual_seed(args.seed))
+        impactful = None
+        if args.impactful:
+            types = json.loads(Path(args.impactful).read_text(encoding="utf-8"))
+            impactful = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+            impactful[[int(t) for t in types]] = True
+        explain(ids, tokenizer, args, impactful)
+
+
+if __name__ == "__main__":
+    main()

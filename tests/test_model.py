@@ -1,0 +1,377 @@
+"""model.py against transformers, tokenizers, float64 and slow loops."""
+
+import json
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_hf_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import (
+    KVCache,
+    Llama,
+    LlamaConfig,
+    attention,
+    generate,
+    linear_cross_entropy,
+    load_pretrained,
+    load_tokenizer,
+    prefill,
+    rotary_angles,
+    rotate,
+    save_pretrained,
+)
+
+SHAPES = {
+    "multi_head": {"num_key_value_heads": 4},
+    "grouped": {"num_key_value_heads": 2},
+    "one_kv_head_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "head_dim_given": {"head_dim": 20, "num_key_value_heads": 2},
+    "other_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 310822.4}},
+}
+
+
+def position_ids(kind: str, T: int) -> torch.Tensor:
+    if kind == "plain":
+        return torch.arange(T)[None]
+    gaps = torch.randint(0, 40, (T,), generator=torch.Generator().manual_seed(1))
+    return (torch.arange(T) + gaps.cumsum(0))[None]  # far beyond the window of 256
+
+
+# ---- transformers as the oracle --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "gapped"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients_equal_transformers(shape, kind, tmp_path):
+    """[E1] in its place: logits to 1e-4, every gradient to 1e-4 of its largest entry."""
+    hf = make_hf_llama(**SHAPES[shape])
+    hf.save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    ids = torch.randint(331, (2, 50), generator=torch.Generator().manual_seed(2))
+    pos = position_ids(kind, 50).expand(2, -1)
+    # subtle: without the all-ones mask transformers cuts attention at every gap, see the next test
+    theirs = hf(ids, position_ids=pos, attention_mask=torch.ones_like(ids)).logits
+    logits = ours(ids, pos)
+    assert (logits - theirs).abs().max() < 1e-4
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(3))
+    (theirs * weights).sum().backward()
+    (logits * weights).sum().backward()
+    grads = dict(ours.named_parameters())
+    for name, p in hf.named_parameters():
+        error = (grads[name].grad - p.grad).abs().max() / p.grad.abs().max()
+        assert error < 1e-4, (name, error)
+
+
+def test_transformers_cuts_attention_at_gaps_and_we_do_not(tmp_path):
+    """Do not "fix" ours: with gapped ids and no mask, transformers takes gaps for document borders."""
+    hf = make_hf_llama()
+    hf.save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    ids = torch.randint(331, (1, 40), generator=torch.Generator().manual_seed(2))
+    pos = torch.cat((torch.arange(20), torch.arange(120, 140)))[None]
+    with torch.no_grad():
+        cut = hf(ids, position_ids=pos, use_cache=False).logits  # as its Trainer calls it
+        whole = hf(ids, position_ids=pos, attention_mask=torch.ones_like(ids)).logits
+        # what "cut" means: the second half alone gives the same logits
+        alone = hf(ids[:, 20:], position_ids=pos[:, 20:]).logits
+        assert (cut[:, 20:] - alone).abs().max() < 1e-4
+        assert (cut[:, 20:] - whole[:, 20:]).abs().max() > 0.1
+        assert (ours(ids, pos) - whole).abs().max() < 1e-4
+
+
+def test_only_differences_of_positions_matter(tmp_path):
+    """RoPE is relative: shifting all ids leaves the logits, stretching them does not."""
+    make_hf_llama().save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path, dtype=torch.float64)
+    ids = torch.randint(331, (1, 30), generator=torch.Generator().manual_seed(2))
+    pos = torch.arange(30)[None]
+    with torch.no_grad():
+        base = model(ids, pos)
+        # angles are fp32: at position 1,000 they are right to about 6e-5 radians
+        assert (model(ids, pos + 1000) - base).abs().max() < 5e-3
+        assert (model(ids, pos * 3) - base).abs().max() > 0.1
+
+
+def test_rotation_equals_a_slow_loop():
+    pos, d, theta = torch.tensor([[0, 7, 131071]]), 8, 10000.0
+    x = torch.randn(1, 2, 3, d, dtype=torch.float64)
+    cos, sin = rotary_angles(pos, d, theta)
+    slow = torch.empty_like(x)
+    for t in range(3):
+        for j in range(d // 2):
+            angle = pos[0, t].double() * theta ** (-2 * j / d)
+            a, b = x[0, :, t, j], x[0, :, t, j + d // 2]
+            slow[0, :, t, j] = a * angle.cos() - b * angle.sin()
+            slow[0, :, t, j + d // 2] = b * angle.cos() + a * angle.sin()
+    error = (rotate(x, cos, sin) - slow).abs().max(dim=-1).values.max(dim=1).values[0]
+    assert error[1] < 1e-5 and error[2] < 2e-2  # fp32 at 131,071 radians: half an ulp is 4e-3
+
+
+def test_angles_stay_fp32_when_the_model_is_cast():
+    config = LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64)
+    model = Llama(config).to(torch.bfloat16)
+    assert not list(model.buffers())
+    cos, _ = rotary_angles(torch.tensor([[1001]]), 8, 10000.0)
+    assert cos.dtype == torch.float32
+    # bf16 would round position 1001 to 1000: another angle
+    assert (
+        abs(float(cos[0, 0, 0, 0]) - float(torch.tensor(1001.0, dtype=torch.float64).cos())) < 1e-4
+    )
+    assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+
+
+def test_activation_checkpointing_changes_no_bit():
+    config = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
+    grads = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = Llama(config)
+        model.activation_checkpointing = on
+        h = model.hidden(torch.arange(40)[None])
+        loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
+        (loss / n).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+# ---- attention, cache, generation ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("T", "S"), [(7, 7), (1, 9), (5, 12), (128, 300)])
+def test_attention_equals_a_slow_loop(T, S):
+    """The T queries are the last of the S tokens, whatever T and S are."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, T, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 2, S, 8, dtype=torch.float64)
+    slow = torch.empty_like(q)
+    for h in range(4):
+        for t in range(T):
+            seen = S - T + t + 1
+            weights = (k[0, h // 2, :seen] @ q[0, h, t] / 8**0.5).softmax(0)
+            slow[0, h, t] = weights @ v[0, h // 2, :seen]
+    assert (attention(q, k, v) - slow).abs().max() < 1e-10
+
+
+def test_chunked_prefill_and_generation_equal_the_uncached_forward(tmp_path):
+    make_hf_llama().save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path)
+    ids = torch.randint(331, (101,), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        whole = model(ids[None])[0, -1]
+    for chunk in (1, 13, 50, 101, 4096):
+        logits, cache = prefill(model, ids, chunk_tokens=chunk)
+        assert cache.length == 101 and (logits - whole).abs().max() < 1e-4
+    slow = ids.tolist()  # no cache at all
+    for _ in range(8):
+        with torch.no_grad():
+            slow.append(int(model(torch.tensor(slow)[None])[0, -1].argmax()))
+    assert generate(model, ids, 8) == slow[101:]
+    # continued from a truncated cache that has seen something else behind the common beginning
+    _, cache = prefill(model, torch.cat((ids[:60], torch.zeros(30, dtype=torch.int64))))
+    cache.truncate(60)
+    assert generate(model, ids[60:], 8, cache) == slow[101:]
+    assert generate(model, ids, 8, stop_ids={slow[104]}) == slow[101:104]
+
+
+def test_cache_and_prefill_refuse_nonsense():
+    model = Llama(LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64))
+    with pytest.raises(ValueError, match="at least one token"):
+        prefill(model, torch.empty(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cannot truncate a cache of 0 tokens to 5"):
+        KVCache().truncate(5)
+    with pytest.raises(ValueError, match="position_ids"):
+        model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
+
+
+# ---- loss ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_linear_cross_entropy_equals_f_cross_entropy(chunk):
+    """[E9] loss and both gradients in float64, with ignored targets and a ragged last chunk."""
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 30, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(83, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(83, (2, 30))
+    targets[0, 3:9] = -100
+    loss, n = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
+    grads = torch.autograd.grad(loss * 0.7, (hidden, weight))
+    oracle = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
+    expected = torch.autograd.grad(oracle * 0.7, (hidden, weight))
+    assert n == 54 and loss.dtype == torch.float64 and abs(float(loss - oracle)) < 1e-6
+    for a, b in zip(grads, expected, strict=True):
+        assert (a - b).abs().max() < 1e-6
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the element count of the largest tensor that any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+def test_no_tensor_of_all_logits_is_ever_allocated():
+    T, V, D = 600, 500, 8
+    hidden = torch.randn(1, T, D, requires_grad=True)
+    weight = torch.randn(V, D, requires_grad=True)
+    targets = torch.randint(V, (1, T))
+    with LargestTensor() as naive:  # the measurement itself must be able to see one
+        F.cross_entropy((hidden @ weight.T)[0], targets[0]).backward()
+    assert naive.largest >= T * V
+    with LargestTensor() as ours:
+        linear_cross_entropy(hidden, weight, targets, chunk_tokens=64)[0].backward()
+    assert ours.largest <= 64 * V
+
+
+def test_loss_of_bf16_is_summed_in_fp32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 300, 32), torch.randn(70, 32)
+    targets = torch.randint(70, (1, 300))
+    b_hidden, b_weight = hidden.bfloat16(), weight.bfloat16()
+    loss, _ = linear_cross_entropy(b_hidden, b_weight, targets, chunk_tokens=16)
+    exact, _ = linear_cross_entropy(b_hidden.double(), b_weight.double(), targets)
+    assert loss.dtype == torch.float32
+    assert abs(float(loss) / float(exact) - 1) < 1e-3  # bf16 logits: 2^-9 a row, averaged out
+
+
+def test_loss_refuses_what_would_overflow_or_not_fit():
+    hidden, weight = torch.zeros(3, 4), torch.zeros(5, 4)
+    with pytest.raises(ValueError, match="2\\^31"):
+        linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64), chunk_tokens=2**30)
+    with pytest.raises(ValueError, match="does not fit"):
+        linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64))
+
+
+# ---- folders ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_opens_what_we_save(tied, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    hf = make_hf_llama(tie_word_embeddings=tied)
+    hf.save_pretrained(tmp_path / "hf")
+    ours = load_pretrained(tmp_path / "hf")
+    ours.config = ours.config.with_rope(250_000.0, 1024)
+    save_pretrained(ours, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    assert again.config.max_position_embeddings == 1024
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        assert (again(ids).logits - ours(ids)).abs().max() < 1e-4
+        assert (hf(ids).logits - ours(ids)).abs().max() > 1e-2  # the new base was not ignored
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 250_000.0
+
+
+def test_sharded_folders_are_read_and_written(tmp_path, monkeypatch):
+    hf = make_hf_llama()
+    hf.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    ours = load_pretrained(tmp_path / "shards")
+    monkeypatch.setattr("support.checkpoint_files.SHARD_BYTES", 50_000)
+    save_pretrained(ours, tmp_path / "again")
+    again = load_pretrained(tmp_path / "again")
+    names = dict(again.named_parameters())
+    assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
+    assert all(torch.equal(p, names[n]) for n, p in ours.named_parameters())
+
+
+def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
+    model = Llama(LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64))
+    save_pretrained(model, tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("support.checkpoint_files.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(model, tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_loading_holds_one_source_tensor_at_a_time(tmp_path, monkeypatch):
+    make_hf_llama().save_pretrained(tmp_path)
+    import support.checkpoint_files as files
+
+    alive = []
+    original = files.iter_tensors
+
+    def watched(path):
+        for name, tensor in original(path):
+            assert sum(ref() is not None for ref in alive) <= 1
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    monkeypatch.setattr(files, "iter_tensors", watched)
+    load_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2_pair(smollm2_dir):
+    from tokenizers import Tokenizer
+
+    return load_tokenizer(smollm2_dir), Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
+
+
+def equal_ids(pair, text: str) -> None:
+    ours, theirs = pair
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_ids_equal_those_of_tokenizers_on_any_text(smollm2_pair, text):
+    if "<|" not in text:  # `tokenizers` parses special tokens in text, ours takes text as data
+        equal_ids(smollm2_pair, text)
+
+
+def test_ids_equal_those_of_tokenizers_on_hard_text(smollm2_pair):
+    for text in (
+        "1234 5 6\n\n  7\t8 it's  they'LL\r\n",
+        "a  1  b \x04\x06 c\u00f1\U000f0000 tail",
+        "你好。 Привет!  \u00a0 x\u2028y ①²",
+        "   \n 3.14 os.path\n\n\n",
+        "'s't're 've'm",
+    ):
+        equal_ids(smollm2_pair, text)
+
+
+def test_ids_equal_those_of_tokenizers_on_real_text(smollm2_pair):
+    from support.text import standard_library_topics
+
+    text = standard_library_topics()[:300_000]
+    equal_ids(smollm2_pair, text)
+    ours = smollm2_pair[0]
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_special_token_strings_in_text_are_data(smollm2_pair):
+    ours = smollm2_pair[0]
+    ids = ours.encode("<|im_start|>user")
+    assert ours.bos_id not in ids and ours.decode(ids) == "<|im_start|>user"
+    assert (ours.bos_id, ours.eos_id, ours.adds_bos, ours.vocab_size) == (1, 2, False, 49152)
+
+
+def test_the_real_checkpoint_speaks(smollm2_dir):
+    """The conversion from GGUF is right only if all of it is: permuted q and k, Digits, tied head."""
+    model, tokenizer = load_pretrained(smollm2_dir), load_tokenizer(smollm2_dir)
+    ids = torch.tensor(tokenizer.encode("The capital of France is"))
+    assert tokenizer.decode(generate(model, ids, 2)) == " Paris."

@@ -1,0 +1,462 @@
+"""Extend the context window of a Llama on one GPU (or CPU): the whole of LongRecipe in one command.
+
+    python train.py --model DIR --target_len 131072    # the paper's 104 steps of 96 samples
+
+The story, in order (Hu et al., ACL 2025, section 4):
+    probe      a few steps of extension with randomly selected segments: the model is now H'
+    analysis   which token types does H' expect more than the base model H?  -> impactful types
+    extend     samples of 30 % of the target: impactful segments, positions spread over the target
+    replay     short plain samples at a low, falling learning rate: old skills come back
+    merge      the average of the tuned and the original weights
+
+Where H' comes from: the paper does not say how its H' was trained. Here the first steps of the
+extension serve: they select at random, the analysis then compares them with the base, and
+training goes on from them, so that the analysis costs a few forward passes and nothing else.
+--extended DIR takes an H' of yours instead.
+
+Memory: activation checkpointing (a layer's activations are computed again in the backward pass),
+a loss that never holds the logits, one sequence at a time, gradients summed over the batch in
+fp32, fp32 master weights beside bf16 ones.
+
+Does NOT do: several GPUs, LoRA, padding or packing (every sample is full), optimizer offload.
+Glossary: see model.py.
+"""
+
+import argparse
+import dataclasses
+import math
+import shutil
+import time
+
+import torch
+from torch import Tensor
+
+import recipe
+from model import (
+    Llama,
+    LlamaConfig,
+    linear_cross_entropy,
+    load_pretrained,
+    load_tokenizer,
+    save_pretrained,
+)
+from support import budget
+from support.cli import log, peak_gib, progress, provenance, report_errors
+from support.optimizer import MasterAdamW
+from support.run_state import RunFolder
+from support.text import Corpus, load_corpus
+
+# ---- 1. The command line: the paper's numbers are the defaults ---------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    g = p.add_argument_group("model")
+    g.add_argument("--model", metavar="DIR", help="Hugging Face folder to extend")
+    g.add_argument("--target_len", type=int, default=131_072, help="window to reach, tokens")
+    g.add_argument(
+        "--base_len", type=int, help="window of the checkpoint, tokens (None: its config's)"
+    )
+    g.add_argument("--rope_base", type=float, help="new RoPE base (None: NTK formula of the paper)")
+    g = p.add_argument_group("recipe")
+    g.add_argument(
+        "--method", choices=recipe.METHODS, default="longrecipe", help="position ids of a sample"
+    )
+    g.add_argument(
+        "--select", choices=recipe.STRATEGIES, default="impact", help="which segments stay"
+    )
+    g.add_argument(
+        "--prefix", action="store_true", help="contiguous prefix, as the released code has"
+    )
+    g.add_argument(
+        "--train_len", type=int, help="sample, tokens (None: 30 %% of target_len, up to x 128)"
+    )
+    g.add_argument(
+        "--probe_steps", type=int, help="steps before the analysis (None: a tenth of --steps)"
+    )
+    g.add_argument("--extended", metavar="DIR", help="an H' of yours, instead of the probe")
+    g.add_argument("--analysis_samples", type=int, default=8, help="samples the analysis looks at")
+    g.add_argument(
+        "--top", type=float, default=0.2, help="share of occurrences that count as impactful"
+    )
+    g.add_argument(
+        "--merge_weight", type=float, default=0.5, help="share of the tuned model in the result"
+    )
+    g = p.add_argument_group("training")
+    g.add_argument(
+        "--steps", type=int, default=104, help="optimizer steps of extension, probe included"
+    )
+    g.add_argument(
+        "--replay_steps", type=int, help="(None: as many as make 68M tokens, the paper's)"
+    )
+    g.add_argument(
+        "--replay_len", type=int, help="replay sample, tokens (None: at most the old window)"
+    )
+    g.add_argument("--batch_sequences", type=int, default=96, help="samples per optimizer step")
+    g.add_argument("--lr", type=float, default=5e-5, help="learning rate of the extension")
+    g.add_argument(
+        "--replay_lr", type=float, default=5e-6, help="start of the replay's falling rate"
+    )
+    g.add_argument("--warmup_steps", type=int, default=5, help="steps until --lr is reached")
+    g.add_argument("--weight_decay", type=float, default=0.1, help="of AdamW, on matrices")
+    g.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
+    g.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)"
+    )
+    g.add_argument("--seed", type=int, default=0)
+    g = p.add_argument_group("data and output")
+    g.add_argument(
+        "--data", nargs="+", metavar="PATH", help="text files, folders (None: standard library)"
+    )
+    g.add_argument("--replay_data", nargs="+", metavar="PATH", help="(None: --data)")
+    g.add_argument("--join", action="store_true", help="join the documents of --data into one")
+    g.add_argument(
+        "--out", default="out", metavar="DIR", help="where the result goes; must be empty"
+    )
+    g.add_argument("--keep_stages", action="store_true", help="keep out/extended and out/replayed")
+    g.add_argument(
+        "--save_minutes", type=float, default=30, help="between saves of the training state"
+    )
+    g.add_argument("--resume", action="store_true", help="go on from the last save in --out")
+    return p.parse_args(argv)
+
+
+def resolve(args: argparse.Namespace) -> LlamaConfig:
+    """Fill in what was not given, check what was; returns the config of the base model. Writes
+    nothing."""
+    if args.model is None:
+        raise ValueError(
+            "--model DIR is required: a Hugging Face folder with config.json, safetensors and"
+            " tokenizer.json; `python tests/smollm2.py` makes one in models/smollm2"
+        )
+    config = LlamaConfig.from_dir(args.model)
+    args.base_len = args.base_len or config.max_position_embeddings
+    if args.target_len <= args.base_len:
+        raise ValueError(
+            f"--target_len {args.target_len} must exceed the window {args.base_len} (--base_len)"
+        )
+    if args.train_len is None:
+        full = args.method == "full"
+        args.train_len = args.target_len if full else recipe.train_length(args.target_len)
+    if not 2 <= args.train_len <= args.target_len:
+        raise ValueError(
+            f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
+        )
+    if args.method == "full" and args.train_len != args.target_len:
+        raise ValueError(
+            f"--method full needs --train_len {args.target_len}, the whole --target_len"
+        )
+    if args.prefix and args.method != "longrecipe":
+        raise ValueError(f"--prefix belongs to --method longrecipe, not to {args.method}")
+    for name in ("steps", "batch_sequences", "analysis_samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    if not args.lr > 0 or not 0 <= args.merge_weight <= 1 or not 0 < args.top <= 1:
+        raise ValueError("--lr must be positive, --merge_weight within 0..1, --top within 0..1")
+    if args.rope_base is None:
+        args.rope_base = recipe.ntk_rope_base(
+            config.rope_theta, config.head_dim, args.base_len, args.target_len
+        )
+    args.replay_len = args.replay_len or min(args.base_len, args.train_len)
+    if args.replay_steps is None:
+        args.replay_steps = math.ceil(68e6 / (args.replay_len * args.batch_sequences))
+    needs_probe = args.select == "impact" and args.extended is None
+    if args.probe_steps is None:
+        args.probe_steps = max(1, args.steps // 10) if needs_probe else 0
+    if not 0 <= args.probe_steps <= args.steps or (needs_probe and args.probe_steps == 0):
+        raise ValueError(
+            f"--probe_steps {args.probe_steps} must be between 1 and --steps {args.steps}"
+        )
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    return config
+
+
+# ---- 2. One optimizer step ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What the samples of a stretch of steps look like."""
+
+    name: str
+    steps: int
+    tokens: int  # of one sample
+    target_len: int
+    method: str
+    select: str
+    lr: float
+
+
+def sample(
+    stage: Stage, corpus: Corpus, tokenizer, args, impactful, generator
+) -> tuple[Tensor, Tensor]:
+    """One (input_ids (L,), position_ids (L,)). The text and its selection are drawn before the
+    positions, so every --method sees the same tokens at the same step."""
+    ids = corpus.window(stage.target_len, generator)
+    return recipe.make_example(
+        ids,
+        tokenizer,
+        stage.tokens,
+        stage.target_len,
+        method=stage.method,
+        select=stage.select,
+        impactful=impactful,
+        prefix=args.prefix and stage.method == "longrecipe",
+        generator=generator,
+    )
+
+
+def next_token_targets(input_ids: Tensor) -> Tensor:
+    """(B, T) -> (B, T): the token that follows; the last one has none.
+
+    >>> next_token_targets(torch.tensor([[5, 6, 7]])).tolist()
+    [[6, 7, -100]]
+    """
+    return torch.cat((input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)), dim=1)
+
+
+def accumulate(
+    model: Llama, micro_batches: list[tuple[Tensor, Tensor, Tensor]], after_each=lambda: None
+) -> float:
+    """Add the gradients of the mean loss over ALL valid tokens of the micro-batches; returns that
+    loss, nats.
+
+    Each micro-batch is (input_ids, position_ids, targets), all (B, T). Dividing by the valid
+    tokens of the whole step, not of each micro-batch, makes 4 x 1 sequences of unequal length
+    equal to 1 x 4."""
+    valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
+    if valid == 0:
+        raise ValueError("a step without a single target token")
+    total = 0.0
+    for input_ids, position_ids, targets in micro_batches:
+        device = model.lm_head.weight.device
+        hidden = model.hidden(input_ids.to(device), position_ids.to(device))
+        loss_sum, _ = linear_cross_entropy(hidden, model.lm_head.weight, targets.to(device))
+        loss = loss_sum / valid
+        loss.backward()
+        total += float(loss.detach())
+        after_each()
+    return total
+
+
+def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 0) -> float:
+    """Rate of step `step` (0-based) of a stage: warm-up then constant; replay falls linearly to
+    zero."""
+    if stage.name == "replay":
+        return stage.lr * (1 - step / stage.steps)
+    return stage.lr * min(1.0, (first_step + step + 1) / max(1, warmup_steps))
+
+
+# ---- 3. The trainer: steps, metrics, saves -----------------------------------------------------
+
+
+class Trainer:
+    """Model, optimizer and the position in the run. Each step draws its data from (seed, step)
+    alone, so the data position needs no state of its own."""
+
+    def __init__(
+        self,
+        model: Llama,
+        optimizer: MasterAdamW,
+        stages: list[Stage],
+        tokenizer,
+        args,
+        run: RunFolder,
+    ):
+        self.model, self.optimizer, self.stages = model, optimizer, stages
+        self.tokenizer, self.args, self.run = tokenizer, args, run
+        self.step = 0  # optimizer steps done, over all stages
+        self.impactful: Tensor | None = None
+        self.last_save = time.monotonic()
+        self.bar = progress(
+            None,
+            "train",
+            total=sum(s.steps * s.tokens for s in stages) * args.batch_sequences,
+            unit="tok",
+            unit_scale=True,
+        )
+
+    def state(self) -> dict:
+        return {
+            "step": self.step,
+            "impactful": self.impactful,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.step, self.impactful = state["step"], state["impactful"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.bar.update(state["tokens"])
+
+    def save(self) -> None:
+        self.run.save(self.state() | {"tokens": int(self.bar.n)})
+        self.last_save = time.monotonic()
+
+    def train(self, stage: Stage, corpus: Corpus) -> None:
+        """The steps of one stage, from where the run stands."""
+        first = sum(s.steps for s in self.stages[: self.stages.index(stage)])
+        self.bar.set_description(stage.name)
+        for i in range(max(0, self.step - first), stage.steps):
+            started = time.monotonic()
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
+            batch = []
+            for _ in range(self.args.batch_sequences):
+                ids, positions = sample(
+                    stage, corpus, self.tokenizer, self.args, self.impactful, generator
+                )
+                batch.append((ids[None], positions[None], next_token_targets(ids[None])))
+            loss = accumulate(self.model, batch, lambda: self.bar.update(stage.tokens))
+            lr = learning_rate(stage, i, self.args.warmup_steps, first)
+            norm = self.optimizer.step(lr, self.args.clip)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise ValueError(f"step {self.step}: loss {loss}, gradient norm {norm}; lower --lr")
+            self.step += 1
+            self.report(stage, loss, lr, norm, time.monotonic() - started)
+            if time.monotonic() - self.last_save > 60 * self.args.save_minutes:
+                self.save()
+
+    def report(self, stage: Stage, loss: float, lr: float, norm: float, seconds: float) -> None:
+        speed = budget.speed(
+            self.model.config, stage.tokens, self.args.batch_sequences, seconds, self.args.device
+        )
+        row = {"stage": stage.name, "step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
+        self.run.append_metrics(row | speed | {"peak_GiB": round(peak_gib(), 2)})
+        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "norm": f"{norm:.2f}"}
+        shown |= {"MFU": speed["causal_mfu"]} if speed["causal_mfu"] else {}
+        self.bar.set_postfix(shown | {"GiB": f"{peak_gib():.1f}"})
+
+
+# ---- 4. Analysis: which token types gain from a longer context? --------------------------------
+
+
+def analyse(
+    base: Llama, extended: Llama, stage: Stage, corpus: Corpus, tokenizer, args, run
+) -> Tensor:
+    """Impactful token types, bool (V,): measured once on a few samples, afterwards only looked up.
+
+    Runs on transformed ids, so that train_len tokens cover positions up to the target, and counts
+    only positions past the old window: our stated difference from the paper's plain samples of
+    20k tokens."""
+    V = base.config.vocab_size
+    total, count = torch.zeros(V, dtype=torch.float64), torch.zeros(V, dtype=torch.int64)
+    texts = []
+    for i in progress(range(args.analysis_samples), "analysis", unit="sample"):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000 + i)
+        ids, positions = sample(stage, corpus, tokenizer, args, None, generator)
+        _, s, c = recipe.logit_shift(base, extended, ids, positions, first_position=args.base_len)
+        total, count = total + s, count + c
+        texts.append(corpus.window(args.target_len, generator))
+    impactful = recipe.impactful_types(total, count, args.top)
+    share = torch.cat(
+        [recipe.impactful_share(t, recipe.split_segments(t, tokenizer), impactful) for t in texts]
+    )
+    mean = (total / count.clamp(min=1)).masked_fill(~impactful, -torch.inf)
+    ranked = mean.argsort(descending=True)[: int(impactful.sum())].tolist()
+    run.write_impactful({v: [tokenizer.decode([v]), round(float(mean[v]), 4)] for v in ranked})
+    log(
+        f"analysis: {len(ranked)} impactful types of {int((count > 0).sum())} seen, first:"
+        f" {' '.join(repr(tokenizer.decode([v])) for v in ranked[:12])}\n"
+        f"analysis: the paper's rule alone (no impactful token) drops"
+        f" {(share == 0).double().mean():.1%} of {len(share)} segments; the sample has room for"
+        f" {args.train_len / args.target_len:.0%} of the tokens"
+    )
+    return impactful
+
+
+# ---- 5. The story ------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    with report_errors():
+        args = parse(argv)
+        started = time.time()
+        config = resolve(args)
+        tokenizer = load_tokenizer(args.model)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
+                f" {config.vocab_size}: they do not belong together"
+            )
+        free = (
+            "resume",
+            "save_minutes",
+            "out",
+            "device",
+            "keep_stages",
+        )  # may differ when a run goes on
+        settings = {k: v for k, v in vars(args).items() if k not in free}
+        run = RunFolder(args.out)
+        run.check(settings, args.resume)
+        corpus = load_corpus(args.data, tokenizer, args.train_len, args.join)
+        replay_data = args.replay_data or args.data
+        replay_corpus = corpus
+        if args.replay_steps and (args.replay_data or args.replay_len != args.train_len):
+            replay_corpus = load_corpus(replay_data, tokenizer, args.replay_len, args.join)
+        model = load_pretrained(args.model, getattr(torch, args.dtype), args.device)
+
+        if args.device == "cpu":
+            log("no CUDA device: going on with the CPU")
+        log(
+            f"data: {corpus.source}: {corpus.tokens:,} tokens,"
+            f" {corpus.too_short} documents too short"
+        )
+        log("settings: " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))
+        run.write_settings(settings, status="running")
+        run_stages(args, config, model, tokenizer, corpus, replay_corpus, run)
+        run.write_settings(settings, status="done", **provenance(started))
+        log(f"done in {(time.time() - started) / 60:.1f} minutes: {args.out}")
+        log(f"next: python eval_needle.py --model {args.out} --compare {args.model}")
+
+
+def run_stages(args, config, model, tokenizer, corpus, replay_corpus, run: RunFolder) -> None:
+    """probe -> analysis -> extend -> replay -> merge."""
+    model.config = config.with_rope(args.rope_base, args.target_len)
+    model.activation_checkpointing = True
+    first_select = "random" if args.select == "impact" else args.select
+    long = (args.train_len, args.target_len, args.method)
+    probe = Stage("probe", args.probe_steps, *long, first_select, args.lr)
+    extend = Stage("extend", args.steps - args.probe_steps, *long, args.select, args.lr)
+    short = (args.replay_len, args.replay_len, "none", "first")
+    replay = Stage("replay", args.replay_steps, *short, args.replay_lr)
+
+    optimizer = MasterAdamW(model, args.lr, args.weight_decay)
+    trainer = Trainer(model, optimizer, [probe, extend, replay], tokenizer, args, run)
+    state = run.load() if args.resume else None
+    if state is not None:
+        trainer.load_state(state)
+        log(f"resumed at step {trainer.step}")
+
+    trainer.train(probe, corpus)
+
+    if args.select == "impact" and trainer.impactful is None:
+        base = load_pretrained(args.model, getattr(torch, args.dtype), args.device)
+        extended = (
+            load_pretrained(args.extended, base.lm_head.weight.dtype, args.device)
+            if args.extended
+            else model
+        )
+        trainer.impactful = analyse(base, extended, probe, corpus, tokenizer, args, run)
+        del base, extended
+        trainer.save()
+
+    trainer.train(extend, corpus)
+    if args.keep_stages:
+        save_pretrained(model, run.path / "extended", tokenizer_from=args.model)
+
+    trainer.train(replay, replay_corpus)
+    trainer.bar.close()
+    save_pretrained(model, run.path / "replayed", tokenizer_from=args.model)
+
+    recipe.merge(args.model, run.path / "replayed", run.path / "merged", args.merge_weight)
+    run.publish(run.path / "merged")
+    if not args.keep_stages:
+        shutil.rmtree(run.path / "replayed")
+
+
+if __name__ == "__main__":
+    main()
