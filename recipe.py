@@ -187,7 +187,7 @@ def select_segments(
     generator: torch.Generator,
     impactful: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose whole segments until they hold train_len tokens; the last one chosen is cut to fit.
+    """Choose whole segments until they hold train_len tokens, keep their order, cut the end to fit.
 
     ids (T,), starts (N,) -> kept (train_len,) increasing indices into ids, and the starts (M,) of
     the kept segments within `kept`: positions and selection speak of the same segments (the
@@ -214,15 +214,13 @@ def select_segments(
         rank = impactful_share(ids, starts, impactful)
         rank = (rank > 0).double() if strategy == "digits" else rank
         order = order[rank[order].argsort(descending=True, stable=True)]
-    size = segment_lengths(starts, len(ids))[order]
-    taken_before = size.cumsum(0) - size
-    keep = torch.empty(N, dtype=torch.int64)
-    keep[order] = (
-        (train_len - taken_before).clamp(min=0).minimum(size)
-    )  # tokens kept of each segment
-    starts, keep = starts[keep > 0], keep[keep > 0]
-    new_starts = keep.cumsum(0) - keep
-    kept = torch.arange(train_len) + (starts - new_starts).repeat_interleave(keep)
+    size = segment_lengths(starts, len(ids))
+    taken_before = size[order].cumsum(0) - size[order]
+    chosen = order[taken_before < train_len].sort().values  # enough of the best, in text order
+    starts, size = starts[chosen], size[chosen]
+    new_starts = size.cumsum(0) - size
+    kept = torch.arange(int(size.sum())) + (starts - new_starts).repeat_interleave(size)
+    kept, new_starts = kept[:train_len], new_starts[new_starts < train_len]
     return kept, new_starts
 
 

@@ -69,10 +69,7 @@ class Tokenizer:
                 f"{path}: merges make tokens that the vocabulary lacks, e.g. {unknown[:3]}"
             )
         self._rank_to_id = [by_bytes.get(token, -1) for token in ranks]
-        self._lacking = frozenset(b for b in range(256) if bytes([b]) not in by_bytes)
-        self._lacking_pattern = regex.compile(
-            b"[" + b"".join(b"\\x%02x" % b for b in self._lacking) + b"]"
-        )
+        self._lacking = bytes(b for b in range(256) if bytes([b]) not in by_bytes)
         self._bpe = tiktoken.Encoding(
             path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
@@ -95,17 +92,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         if self._nfc:
             text = unicodedata.normalize("NFC", text)
-        # a lone surrogate (an undecodable byte of a file) has no UTF-8 form: U+FFFD, as tiktoken
-        # does
-        raw = text.encode("utf-8", errors="replace" if text.isascii() else "surrogatepass")
-        if not self._lacking or not self._lacking_pattern.search(raw):
+        raw = text.encode("utf-8", errors="surrogatepass")
+        if len(raw.translate(None, self._lacking)) == len(raw):
             ranks = self._bpe.encode_ordinary(text)
         else:
             ranks = []
             for piece in self._split.findall(text):
-                kept = bytes(b for b in piece.encode(errors="replace") if b not in self._lacking)
-                if kept:
-                    ranks += self._bpe._encode_single_piece(kept)
+                kept = piece.encode("utf-8", errors="replace").translate(None, self._lacking)
+                ranks += self._bpe._encode_single_piece(kept) if kept else []
         return [self._rank_to_id[r] for r in ranks]
 
     def token_bytes(self, token_id: int) -> bytes:

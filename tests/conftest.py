@@ -5,11 +5,11 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning on shared cores costs 6-17x
 
-import json  # noqa: E402
+import json
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from smollm2 import fetch_essays, fetch_model  # noqa: E402
+import pytest
+import torch
+from smollm2 import fetch_essays, fetch_model
 
 torch.set_num_threads(2)
 

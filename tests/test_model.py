@@ -42,7 +42,7 @@ def position_ids(kind: str, T: int) -> torch.Tensor:
     return (torch.arange(T) + gaps.cumsum(0))[None]  # far beyond the window of 256
 
 
-# ---- transformers as the oracle --------------------------------------------------------------------
+# ---- transformers as the oracle ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["plain", "gapped"])
@@ -68,7 +68,8 @@ def test_logits_and_gradients_equal_transformers(shape, kind, tmp_path):
 
 
 def test_transformers_cuts_attention_at_gaps_and_we_do_not(tmp_path):
-    """Do not "fix" ours: with gapped ids and no mask, transformers takes gaps for document borders."""
+    """Do not "fix" ours: with gapped ids and no mask, transformers takes gaps for document
+    borders."""
     hf = make_hf_llama()
     hf.save_pretrained(tmp_path)
     ours = load_pretrained(tmp_path)
@@ -139,7 +140,7 @@ def test_activation_checkpointing_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-# ---- attention, cache, generation ------------------------------------------------------------------
+# ---- attention, cache, generation --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("T", "S"), [(7, 7), (1, 9), (5, 12), (128, 300)])
@@ -188,7 +189,7 @@ def test_cache_and_prefill_refuse_nonsense():
         model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
 
 
-# ---- loss ------------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
@@ -203,7 +204,7 @@ def test_linear_cross_entropy_equals_f_cross_entropy(chunk):
     grads = torch.autograd.grad(loss * 0.7, (hidden, weight))
     oracle = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
     expected = torch.autograd.grad(oracle * 0.7, (hidden, weight))
-    assert n == 54 and loss.dtype == torch.float64 and abs(float(loss - oracle)) < 1e-6
+    assert n == 54 and loss.dtype == torch.float64 and abs((loss - oracle).item()) < 1e-6
     for a, b in zip(grads, expected, strict=True):
         assert (a - b).abs().max() < 1e-6
 
@@ -253,7 +254,7 @@ def test_loss_refuses_what_would_overflow_or_not_fit():
         linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64))
 
 
-# ---- folders ---------------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -321,7 +322,7 @@ def test_loading_holds_one_source_tensor_at_a_time(tmp_path, monkeypatch):
     load_pretrained(tmp_path, dtype=torch.bfloat16)
 
 
-# ---- tokenizer -------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +372,8 @@ def test_special_token_strings_in_text_are_data(smollm2_pair):
 
 
 def test_the_real_checkpoint_speaks(smollm2_dir):
-    """The conversion from GGUF is right only if all of it is: permuted q and k, Digits, tied head."""
+    """The conversion from GGUF is right only if all of it is: permuted q and k, Digits, tied
+    head."""
     model, tokenizer = load_pretrained(smollm2_dir), load_tokenizer(smollm2_dir)
     ids = torch.tensor(tokenizer.encode("The capital of France is"))
     assert tokenizer.decode(generate(model, ids, 2)) == " Paris."

@@ -1,0 +1,268 @@
+"""eval_needle.py: exact prompts, scores by hand, shared prefixes, results that survive a kill."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import PROSE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eval_needle
+from eval_needle import TASKS, Haystack, SharedPrefix, make_sample, score, text_loss, wilson
+from model import generate, load_pretrained, load_tokenizer
+from support.haystack import CITIES
+
+
+@pytest.fixture(scope="module")
+def haystack(toy_dir):
+    return Haystack(PROSE, load_tokenizer(toy_dir))
+
+
+@pytest.fixture(scope="module")
+def real_haystack(smollm2_dir, essays_dir):
+    text = "\n\n".join(p.read_text() for p in sorted(essays_dir.glob("*.txt")))
+    return Haystack(text, load_tokenizer(smollm2_dir))
+
+
+# ---- prompts -----------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(sorted(TASKS)),
+    st.integers(500, 30_000),
+    st.sampled_from([0.0, 0.333, 0.5, 1.0]),
+    st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_prompts_are_exact(haystack, task, length, depth, seed):
+    """[E11] Prompt and answer budget are `length` tokens; also where the haystack has to repeat."""
+    sample = make_sample(TASKS[task], haystack, length, depth, f"{seed}")
+    assert len(sample.ids) + sample.answer_tokens == length
+    text = haystack.tokenizer.decode(sample.ids.tolist())
+    assert text.count(sample.expected[0]) == 1  # the answer stands in its needle and nowhere else
+    assert text.count("One of the special magic numbers for") == TASKS[task].keys
+    at = text.index(f"is: {sample.expected[0]}.")
+    assert text[:at].endswith(
+        text.rsplit("special magic number for ", 1)[1].split(" that")[0] + " "
+    )
+    assert sample.true_depth <= depth and sample.answer_tokens >= 7
+    if depth == 0.0:
+        assert sample.true_depth == 0.0
+    if length > 3000:
+        assert depth - sample.true_depth < 0.02
+
+
+def test_needles_stand_between_sentences(real_haystack):
+    """Seen in the decoded text: before each needle a sentence ends, after it text goes on."""
+    for seed in range(20):
+        sample = make_sample(TASKS["multikey"], real_haystack, 1500, 0.5, f"{seed}")
+        text = real_haystack.tokenizer.decode(sample.ids.tolist())
+        parts = text.split("One of the special magic numbers")
+        for before in parts[:-1]:
+            end = before.rstrip().rstrip(")\"'”’]")[-1:]
+            assert end in ".!?", before[-40:]
+        for after in parts[1:]:
+            assert after[after.index(".") + 1].isspace()
+
+
+def test_ids_are_never_encoded_again_as_a_whole(real_haystack):
+    """The haystack's own tokens stand in the prompt untouched, in order, around the needle."""
+    sample = make_sample(TASKS["niah_single"], real_haystack, 2048, 0.5, "x")
+    hay = real_haystack.ids.unfold(0, 400, 1)
+    for begin in (100, 1200):
+        piece = sample.ids[begin : begin + 400]
+        assert (hay == piece).all(dim=1).any()
+
+
+def test_a_row_shares_everything_but_the_depth(haystack):
+    a, b = (
+        make_sample(TASKS["multikey"], haystack, 900, d, "0/multikey/900/0") for d in (0.2, 0.9)
+    )
+    assert a.expected == b.expected and len(a.ids) == len(b.ids)
+    c = make_sample(TASKS["multikey"], haystack, 900, 0.2, "0/multikey/900/1")
+    assert c.expected != a.expected
+    again = make_sample(TASKS["multikey"], haystack, 900, 0.2, "0/multikey/900/0")
+    assert torch.equal(again.ids, a.ids)
+
+
+def test_a_bos_comes_once_and_only_if_the_tokenizer_adds_one(haystack, toy_dir, tmp_path):
+    from conftest import write_tokenizer
+
+    write_tokenizer(tmp_path, PROSE, 400, add_bos_token=True)
+    with_bos = Haystack(PROSE, load_tokenizer(tmp_path))
+    for stack, expected in ((haystack, 0), (with_bos, 1)):
+        ids = make_sample(TASKS["niah_single"], stack, 700, 0.5, "0").ids
+        bos = stack.tokenizer.bos_id
+        assert int((ids == bos).sum()) == expected and (ids[0] == bos) == bool(expected)
+
+
+def test_a_length_below_the_frame_is_refused(haystack):
+    with pytest.raises(ValueError, match="--lengths 60 is too short: the frame alone takes"):
+        make_sample(TASKS["niah_single"], haystack, 60, 0.5, "0")
+
+
+def test_the_answer_is_redrawn_if_the_haystack_holds_it(toy_dir):
+    rng = random.Random("s")
+    rng.sample(CITIES, 1)
+    first = str(rng.randint(1_000_000, 9_999_999))
+    tokenizer = load_tokenizer(toy_dir)
+    plain = make_sample(TASKS["niah_single"], Haystack(PROSE, tokenizer), 600, 0.5, "s")
+    assert plain.expected == [first]
+    spoiled = Haystack(f"The number {first} is here. " + PROSE, tokenizer)
+    assert make_sample(TASKS["niah_single"], spoiled, 600, 0.5, "s").expected != [first]
+
+
+# ---- scores ------------------------------------------------------------------------------------
+
+
+def test_score_by_hand():
+    assert score(["123"], "is 123.") == 1 and score(["123"], "is 12 3") == 0
+    assert score(["AbC", "x"], "abc") == 0.5
+
+
+def test_wilson_by_hand():
+    """Against the published closed form at n = 10: 5 of 10 -> 23.7 % to 76.3 %; 0 of 10 -> 27.8
+    %."""
+    assert [round(x, 3) for x in wilson(5, 10)] == [0.237, 0.763]
+    assert [round(x, 3) for x in wilson(0, 10)] == [0.0, 0.278]
+
+
+def test_text_loss_equals_the_plain_way(toy_dir):
+    model = load_pretrained(toy_dir)
+    ids = torch.randint(300, (251,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            model(ids[None, :-1])[0], ids[1:], reduction="none"
+        )
+    expected = [float(x.mean()) for x in losses.split(100)]
+    assert text_loss(model, ids, 100) == pytest.approx(expected, abs=1e-5)
+
+
+# ---- running -----------------------------------------------------------------------------------
+
+
+def test_shared_prefixes_change_no_answer(toy_dir, haystack):
+    """Deep to shallow through one cache gives what each prompt alone gives, and prefills less."""
+    model = load_pretrained(toy_dir)
+    depths = (1.0, 0.75, 0.5)
+    samples = [make_sample(TASKS["niah_single"], haystack, 1500, d, "0") for d in depths]
+    shared, prefilled = SharedPrefix(model), 0
+    original = model.hidden
+
+    def counting(ids, *args, **kwargs):
+        nonlocal prefilled
+        prefilled += ids.shape[1]
+        return original(ids, *args, **kwargs)
+
+    model.hidden = counting
+    answers = [shared.answer(s.ids, 6, ()) for s in samples]
+    assert prefilled < 0.75 * sum(len(s.ids) for s in samples)
+    assert answers == [generate(model, s.ids, 6) for s in samples]
+
+
+def run(*more, toy_dir, prose_file, out):
+    eval_needle.main(
+        [
+            *f"--model {toy_dir} --haystack {prose_file} --lengths 300 400 --depths 0 1".split(),
+            *f"--n 2 --out {out}".split(),
+            *more,
+        ]
+    )
+    return [json.loads(x) for x in (out / "needle.jsonl").read_text().splitlines()]
+
+
+def test_the_command_writes_rows_table_and_figure(toy_dir, prose_file, tmp_path, capsys):
+    rows = run("--ppl", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert len(rows) == 2 * 2 * 2 + 2 * 2
+    for row in rows:
+        assert row["seconds"] >= 0 and row["seed"] == 0 and row["model"] == str(toy_dir)
+    needles = [r for r in rows if r["task"] == "niah_single"]
+    assert all(r["score"] == score(r["expected"], r["output"]) for r in needles)
+    summary = json.loads((tmp_path / "needle.json").read_text())
+    assert {(e["task"], e["length"], e["n"]) for e in summary["table"]} == {
+        ("niah_single", 300, 4),
+        ("niah_single", 400, 4),
+        ("loss", 300, 2),
+        ("loss", 400, 2),
+    }
+    losses = [e["mean"] for e in summary["table"] if e["task"] == "loss"]
+    assert all(4 < x < 15 for x in losses)  # a random model: about ln 400 = 6 or worse
+    assert (tmp_path / "needle.png").read_bytes()[:4] == b"\x89PNG"
+    assert "niah_single" in capsys.readouterr().out
+
+
+def test_cells_already_there_are_not_run_again(toy_dir, prose_file, tmp_path, monkeypatch):
+    rows = run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    path = tmp_path / "needle.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])  # killed while writing line 4
+    measured, original = [], eval_needle.measure
+    monkeypatch.setattr(eval_needle, "measure", lambda *a: measured.append(1) or original(*a))
+    again = run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert len(measured) == len(rows) - 3
+
+    def without_time(rows):
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+
+    assert without_time(again) == without_time(rows)
+    run("--n", "3", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert len(measured) == len(rows) - 3 + 4  # only the new repeats
+
+
+def test_compare_and_controls(toy_dir, prose_file, tmp_path):
+    """The control row has the base's weights under the result's RoPE base: another model."""
+    import shutil
+
+    from model import save_pretrained
+
+    other = load_pretrained(toy_dir)
+    other.config = other.config.with_rope(1e7, 512)
+    save_pretrained(other, tmp_path / "result", tokenizer_from=toy_dir)
+    out = tmp_path / "eval"
+    eval_needle.main(
+        f"--model {tmp_path / 'result'} --compare {toy_dir} --controls --ppl"
+        f" --lengths 300 --depths 0 --n 1 --haystack {prose_file} --out {out}".split()
+    )
+    table = json.loads((out / "needle.json").read_text())
+    losses = {e["model"]: e["mean"] for e in table["table"] if e["task"] == "loss"}
+    control = f"{toy_dir} (new base)"
+    assert losses[control] == losses[str(tmp_path / "result")] != losses[str(toy_dir)]
+    assert table["models"][control] == {"rope_theta": 1e7, "window": 512}
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ("--model nowhere", "nowhere"),
+        ("--haystack nowhere.txt", "nowhere.txt does not exist"),
+        ("--lengths 50", "--lengths 50 is too short"),
+        ("--depths 1.5", "--depths within 0..1"),
+        ("--n 0", "--n and --lengths must be at least 1"),
+        ("--controls", "--controls needs the base model"),
+    ],
+)
+def test_bad_input_is_one_line(flags, match, toy_dir, prose_file, tmp_path, capsys):
+    argv = f"--model {toy_dir} --haystack {prose_file} --out {tmp_path / 'out'} {flags}".split()
+    with pytest.raises(SystemExit) as stop:
+        eval_needle.main(argv)
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert stop.value.code == 2 and len(lines) == 1 and match in lines[0]
+
+
+# ---- the real checkpoint -----------------------------------------------------------------------
+
+
+def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, real_haystack):
+    """All parts at once on a real model: three needles at 1,024 tokens, all found."""
+    model = load_pretrained(smollm2_dir)
+    found = 0
+    for repeat in range(3):
+        sample = make_sample(TASKS["niah_single"], real_haystack, 1024, 0.5, f"0/{repeat}")
+        output = real_haystack.tokenizer.decode(
+            SharedPrefix(model).answer(sample.ids, sample.answer_tokens, (2,))
+        )
+        found += score(sample.expected, output)
+    assert found == 3

@@ -1,0 +1,504 @@
+"""recipe.py: slow twins, hand-worked examples, distributions with a stated chance of accident."""
+
+import time
+
+import pytest
+import torch
+from conftest import PROSE, make_hf_llama, write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import recipe
+from model import load_pretrained, load_tokenizer
+from recipe import (
+    impactful_share,
+    impactful_types,
+    logit_shift,
+    make_example,
+    merge,
+    ntk_rope_base,
+    sample_position_ids,
+    select_segments,
+    split_segments,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy_dir):
+    return load_tokenizer(toy_dir)
+
+
+class ByteTokenizer:
+    """Token id = byte."""
+
+    vocab_size = 256
+
+    def token_bytes(self, i):
+        return bytes([i])
+
+
+# ---- 1. Analysis -------------------------------------------------------------------------------
+
+
+def test_logit_shift_equals_a_slow_loop(tmp_path):
+    """[E2] [E3] extended minus base, of the realised token, at the position before it."""
+    models = []
+    for name, theta in (("a", 1e4), ("b", 3e5)):
+        rope = {"rope_type": "default", "rope_theta": theta}
+        make_hf_llama(rope_parameters=rope).save_pretrained(tmp_path / name)
+        models.append(load_pretrained(tmp_path / name))
+    base, extended = models
+    ids = torch.randint(20, (40,), generator=generator())  # few types: they repeat
+    pos = torch.arange(40) * 3
+    for log_softmax in (False, True):
+        delta, total, count = logit_shift(
+            base, extended, ids, pos, first_position=30, log_softmax=log_softmax, chunk_tokens=7
+        )
+        with torch.no_grad():
+            after, before = extended(ids[None], pos[None])[0], base(ids[None], pos[None])[0]
+        if log_softmax:
+            after, before = after.log_softmax(-1), before.log_softmax(-1)
+        slow_total, slow_count = [0.0] * 331, [0] * 331
+        for t in range(1, 40):
+            shift = float(after[t - 1, ids[t]] - before[t - 1, ids[t]])
+            assert abs(float(delta[t]) - shift) < 1e-4
+            if pos[t] >= 30:
+                slow_total[ids[t]] += shift
+                slow_count[ids[t]] += 1
+        assert delta[0] == 0 and count.tolist() == slow_count
+        assert (total - torch.tensor(slow_total)).abs().max() < 1e-3
+    assert float(delta.abs().max()) > 0.1  # the two models do differ
+
+
+def test_impactful_types_by_hand():
+    """[E4] Means decide, not sums; unseen types never count."""
+    #            frequent   rare, best   seen, negative   unseen
+    total = torch.tensor([50.0, 6.0, -30.0, 0.0])
+    count = torch.tensor([100, 2, 98, 0])
+    assert impactful_types(total, count, 0.01).tolist() == [False, True, False, False]
+    assert impactful_types(total, count, 0.2).tolist() == [True, True, False, False]
+    assert impactful_types(total, count, 1.0).tolist() == [True, True, True, False]
+    with pytest.raises(ValueError, match="top"):
+        impactful_types(total, count, 0.0)
+    with pytest.raises(ValueError, match="no token was counted"):
+        impactful_types(total, count * 0)
+
+
+def test_impactful_types_covers_the_share_and_no_type_more():
+    for seed in range(20):
+        total = torch.randn(200, generator=generator(seed), dtype=torch.float64)
+        count = torch.randint(0, 9, (200,), generator=generator(seed + 100))
+        chosen = impactful_types(total, count, 0.2)
+        mean = total / count
+        covered, needed = int(count[chosen].sum()), 0.2 * int(count.sum())
+        weakest = count[chosen & (mean == mean[chosen].min())].sum()
+        assert covered >= needed > covered - int(weakest)
+        assert mean[chosen].min() >= mean[~chosen & (count > 0)].max()
+
+
+# ---- 2. Segments -------------------------------------------------------------------------------
+
+
+def slow_starts(text: str) -> list[int]:
+    """Character offsets where segments begin, one character after the other."""
+    starts = [0]
+    for i, c in enumerate(text):
+        j = i + 1
+        while c in ".!?。！？" and j < len(text) and text[j] in recipe.CLOSERS:
+            j += 1
+        wide = c in "。！？"
+        if c == "\n" or wide or (c in ".!?" and j < len(text) and text[j].isspace()):
+            starts.append(j)
+    return sorted({s for s in starts if s < len(text)} | {0})
+
+
+@given(st.text(alphabet="aB1 .!?\n\"')]。！？」é\U0001f600\u2003", min_size=1, max_size=40))
+@settings(max_examples=500, deadline=None)
+def test_split_equals_a_slow_loop(text):
+    """[E5] with one token a byte, borders can be compared exactly."""
+    ids = torch.tensor(list(text.encode()))
+    expected = [len(text[:s].encode()) for s in slow_starts(text)]
+    assert split_segments(ids, BYTES).tolist() == expected
+
+
+BYTES = ByteTokenizer()
+
+
+def test_segments_by_hand(tmp_path):
+    text = 'Pi is 3.14. See os.path! "Really?" she said.\n\n你好。再见！Done.'
+    ids = torch.tensor(list(text.encode()))
+    starts = [*split_segments(ids, BYTES).tolist(), len(ids)]
+    raw = text.encode()
+    parts = [raw[a:b].decode() for a, b in zip(starts, starts[1:], strict=False)]
+    assert parts == [
+        "Pi is 3.14.",
+        " See os.path!",
+        ' "Really?"',
+        " she said.",
+        "\n",
+        "\n",
+        "你好。",
+        "再见！",
+        "Done.",
+    ]
+
+
+def test_segments_survive_broken_utf8_and_tokens_that_straddle(tokenizer):
+    ids = torch.tensor(list("é. x\n".encode())[1:])  # begins inside a character
+    assert split_segments(ids, BYTES).tolist() == [0, 2]
+    text = PROSE[:3000]
+    ids = torch.tensor(tokenizer.encode(text))
+    starts = split_segments(ids, tokenizer)
+    pieces = [tokenizer.decode(p.tolist()) for p in ids.tensor_split(starts[1:])]
+    assert "".join(pieces) == text and len(pieces) > 60
+    assert all(p.rstrip()[-1:] in ".?!" for p in pieces[:-1])
+    with pytest.raises(ValueError, match="empty"):
+        split_segments(ids[:0], tokenizer)
+
+
+# ---- 3. Selection ------------------------------------------------------------------------------
+
+
+def slow_select(ids, starts, train_len, rank):
+    """Best segment first (rank is unique here), back in text order, cut at the end."""
+    ends = [*starts[1:].tolist(), len(ids)]
+    kept = []
+    for i in sorted(range(len(starts)), key=lambda i: rank[i]):
+        if len(kept) < train_len:
+            kept += range(int(starts[i]), ends[i])
+    return sorted(kept)[:train_len]
+
+
+@pytest.mark.parametrize("strategy", recipe.STRATEGIES)
+def test_selection_equals_a_slow_loop_and_is_aligned(strategy):
+    for seed in range(30):
+        ids = torch.randint(0, 50, (400,), generator=generator(seed))
+        cuts = torch.randperm(399, generator=generator(seed + 1))[:40].sort().values + 1
+        starts = torch.cat((torch.zeros(1, dtype=torch.int64), cuts))
+        table = torch.arange(50) < 6
+        kept, new = select_segments(ids, starts, 120, strategy, generator(seed + 2), table)
+        order = torch.randperm(41, generator=generator(seed + 2))  # the tie-breaker
+        ties = {int(s): i for i, s in enumerate(order)}
+        share = impactful_share(ids, starts, table)
+        ends = [*starts[1:].tolist(), 400]
+        for i in range(41):  # a slow twin of impactful_share
+            run = ids[int(starts[i]) : ends[i]]
+            assert abs(float(share[i]) - sum(int(t) < 6 for t in run) / len(run)) < 1e-12
+        rank = {
+            "impact": [(-float(share[i]), ties[i]) for i in range(41)],
+            "digits": [(-(float(share[i]) > 0), ties[i]) for i in range(41)],
+            "random": [ties[i] for i in range(41)],
+            "first": list(range(41)),
+        }[strategy]
+        assert kept.tolist() == slow_select(ids, starts, 120, rank)
+        # aligned: jumps of `kept` lie only at the new segment starts, and each new start is an
+        # old one
+        jumps = (kept.diff() > 1).nonzero()[:, 0] + 1
+        assert set(jumps.tolist()) <= set(new.tolist())
+        assert set(kept[new].tolist()) <= set(starts.tolist()) and new[0] == 0
+        # every kept segment but the last one is whole
+        lengths = dict(
+            zip(
+                starts.tolist(),
+                (e - int(s) for s, e in zip(starts, ends, strict=True)),
+                strict=True,
+            )
+        )
+        for a, b in zip(new, new[1:], strict=False):
+            assert int(b - a) == lengths[int(kept[a])]
+
+
+def test_selection_refuses():
+    ids, starts = torch.arange(10), torch.tensor([0, 5])
+    with pytest.raises(ValueError, match="shorter than a sample of 11"):
+        select_segments(ids, starts, 11, "first", generator())
+    with pytest.raises(ValueError, match="unknown selection 'best'"):
+        select_segments(ids, starts, 5, "best", generator())
+    with pytest.raises(ValueError, match="needs `impactful`"):
+        select_segments(ids, starts, 5, "impact", generator())
+
+
+def test_strategies_differ_on_real_text(smollm2_dir):
+    from support.text import standard_library_topics
+
+    tokenizer = load_tokenizer(smollm2_dir)
+    ids = torch.tensor(tokenizer.encode(standard_library_topics()[:200_000]))[:16384]
+    impactful = torch.zeros(49152, dtype=torch.bool)
+    impactful[ids.unique()[::9]] = True  # any ninth type will do to tell the strategies apart
+    samples = {}
+    for strategy in recipe.STRATEGIES:
+        samples[strategy], pos = make_example(
+            ids,
+            tokenizer,
+            4992,
+            16384,
+            method="longrecipe",
+            select=strategy,
+            impactful=None if strategy == "digits" else impactful,
+            generator=generator(),
+        )
+        assert len(samples[strategy]) == len(pos) == 4992
+    names = list(samples)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert (samples[a] != samples[b]).float().mean() > 0.5, (a, b)
+    share = {n: float(impactful[s].float().mean()) for n, s in samples.items()}
+    assert share["impact"] > 1.5 * share["random"]
+    digits = {n: float(recipe.digit_types(tokenizer)[s].float().mean()) for n, s in samples.items()}
+    assert digits["digits"] > 1.2 * digits["random"]
+
+
+# ---- 4. Positions ------------------------------------------------------------------------------
+
+
+def slow_longrecipe(lengths: list[int], target: int, gen: torch.Generator) -> list[int]:
+    """Algorithm 1, slot by slot: a filled slot places a segment, an empty one skips a position."""
+    slots = target - sum(lengths) + len(lengths)
+    filled = {0} | {
+        int(s) + 1 for s in torch.randperm(slots - 1, generator=gen)[: len(lengths) - 1]
+    }
+    out, pos, segment = [], 0, 0
+    for slot in range(slots):
+        if slot in filled:
+            out += range(pos, pos + lengths[segment])
+            pos += lengths[segment]
+            segment += 1
+        else:
+            pos += 1
+    return out
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=12), st.integers(0, 60), st.integers(0, 99))
+@settings(max_examples=300, deadline=None)
+def test_longrecipe_equals_algorithm_1_slot_by_slot(lengths, extra, seed):
+    """[E6]"""
+    L = sum(lengths)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    fast = sample_position_ids("longrecipe", L, L + extra, starts, generator(seed))
+    assert fast.tolist() == slow_longrecipe(lengths, L + extra, generator(seed))
+
+
+STARTS = torch.arange(0, 600, 20)  # 30 segments of 20 tokens
+
+
+@pytest.mark.parametrize("method", [m for m in recipe.METHODS if m != "full"])
+def test_positions_increase_and_stay_below_the_target(method):
+    drawn = []
+    for seed in range(50):
+        p = sample_position_ids(method, 600, 2000, STARTS, generator(seed))
+        assert p.shape == (600,) and p.dtype == torch.int64
+        assert (p.diff() > 0).all() and p[0] >= 0 and p[-1] < 2000
+        drawn.append(tuple(p.tolist()))
+    # drawn afresh: fewer than 45 different draws of 50 has a chance below 1e-6 for pose, the
+    # coarsest
+    assert len(set(drawn)) == 1 if method == "none" else len(set(drawn)) > 45
+
+
+def test_longrecipe_jumps_only_at_segments_and_every_gap_has_the_same_mean():
+    """Gap i is one part of a uniform composition of T - L = 1400 into 30 parts: mean 1400/30 =
+    46.7, standard deviation about 46. Over 3,000 draws the mean of a gap has standard error 0.84;
+    6 of them are allowed: chance of accident < 1e-7 for all 29 gaps. The released code doubles
+    the first gap."""
+    gaps = torch.zeros(29)
+    g = generator()
+    for _ in range(3000):
+        p = sample_position_ids("longrecipe", 600, 2000, STARTS, g)
+        jump = p.diff() - 1
+        assert p[0] == 0 and jump[jump > 0].sum() == jump.sum()
+        at = jump.nonzero()[:, 0] + 1
+        assert (at % 20 == 0).all()
+        gaps += jump[19::20] / 3000
+    assert (gaps - 1400 / 30).abs().max() < 6 * 0.84, gaps
+
+
+def test_prefix_keeps_a_contiguous_uniform_beginning():
+    g, prefixes = generator(), []
+    for _ in range(4000):
+        p = sample_position_ids("longrecipe", 600, 2000, STARTS, g, prefix=True)
+        assert (p.diff() > 0).all() and p[-1] < 2000
+        run = int((p == torch.arange(600)).long().cumprod(0).sum())
+        prefixes.append(run)
+    mean = sum(prefixes) / 4000
+    # r ~ U{1..300}: mean 150.5, std 86.6, standard error 1.37; the run may go on to the end of a
+    # segment whose gap is 0 or by the segment it stands in (never where jumps came before): 6
+    # errors + 1 token
+    assert abs(mean - 150.5) < 6 * 1.37 + 1 and max(prefixes) <= 320
+    with pytest.raises(ValueError, match="prefix belongs to method longrecipe"):
+        sample_position_ids("pose", 6, 20, None, g, prefix=True)
+
+
+def chi_square(counts: torch.Tensor) -> float:
+    expected = counts.sum() / len(counts)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_pose_has_one_uniform_split_and_a_uniform_skip():
+    """[E7] split ~ U{1..(L+1)//2}, skip ~ U{0..T-L}: chi-square against uniform, 10 bins, 9
+    degrees of freedom: above 60 by accident has a chance of 2e-9. The released code draws the
+    split from 0..T-L."""
+    g = generator()
+    splits, skips = [], []
+    for _ in range(5000):
+        p = sample_position_ids("pose", 600, 2000, None, g)
+        jump = p.diff() - 1
+        assert (jump > 0).sum() <= 1 and p[0] == 0
+        skips.append(int(jump.sum()))
+        if skips[-1]:
+            splits.append(int(jump.argmax()) + 1)
+    assert (
+        min(splits) == 1 and max(splits) == 300
+    )  # each missed with chance (1 - 1/300)^4995 < 6e-8
+    assert min(skips) < 10 and max(skips) > 1390
+    assert chi_square(torch.histc(torch.tensor(splits).float(), 10, 1, 301)) < 60
+    assert chi_square(torch.histc(torch.tensor(skips).float(), 10, 0, 1401)) < 60
+
+
+def test_rpes_is_a_uniform_subset():
+    """Each of 2000 positions is in a draw with chance 0.3: over 2,000 draws 600 times, std 20.5;
+    further than 6.5 of those for any position: chance below 2e-7."""
+    hits, g = torch.zeros(2000), generator()
+    for _ in range(2000):
+        hits[sample_position_ids("rpes", 600, 2000, None, g)] += 1
+    assert (hits - 600).abs().max() < 6.5 * 20.5
+
+
+def test_positions_refuse():
+    g = generator()
+    with pytest.raises(ValueError, match="at least two segments"):
+        sample_position_ids("longrecipe", 10, 40, torch.tensor([0]), g)
+    with pytest.raises(ValueError, match="does not fit a target"):
+        sample_position_ids("none", 50, 40, None, g)
+    with pytest.raises(ValueError, match="full"):
+        sample_position_ids("full", 10, 40, None, g)
+    with pytest.raises(ValueError, match="unknown method 'yarn'"):
+        sample_position_ids("yarn", 10, 40, None, g)
+    with pytest.raises(ValueError, match="segment starts"):
+        sample_position_ids("longrecipe", 10, 40, torch.tensor([0, 12]), g)
+    assert sample_position_ids("full", 40, 40, None, g).tolist() == list(range(40))
+
+
+def test_make_example_aligns_tokens_and_positions(tokenizer):
+    """Jumps of the positions lie where a kept sentence begins: seen in the text itself."""
+    ids = torch.tensor(tokenizer.encode(PROSE))
+    assert len(ids) > 9000  # longer than the target: a random window is taken
+    tokens, pos = make_example(
+        ids, tokenizer, 600, 2000, method="longrecipe", select="digits", generator=generator()
+    )
+    assert len(tokens) == len(pos) == 600
+    for at in ((pos.diff() > 1).nonzero()[:, 0] + 1).tolist():
+        before = tokenizer.decode(tokens[:at].tolist())
+        assert before.rstrip()[-1] in ".?!", before[-20:]
+    with pytest.raises(ValueError, match="shorter than a sample"):
+        make_example(
+            ids[:500], tokenizer, 600, 2000, method="none", select="first", generator=generator()
+        )
+
+
+def test_all_methods_get_the_same_tokens(tokenizer):
+    ids = torch.tensor(tokenizer.encode(PROSE))
+    samples = [
+        make_example(ids, tokenizer, 600, 2000, method=m, select="random", generator=generator(5))
+        for m in ("longrecipe", "pose", "rpes", "none")
+    ]
+    assert all(torch.equal(samples[0][0], tokens) for tokens, _ in samples)
+
+
+def test_131072_tokens_take_a_tenth_of_a_second(smollm2_dir):
+    from support.text import standard_library_text
+
+    tokenizer = load_tokenizer(smollm2_dir)
+    ids = torch.tensor(tokenizer.encode(standard_library_text()[:600_000]))[:131072]
+    assert len(ids) == 131072
+    impactful = recipe.digit_types(tokenizer)
+    split_segments(ids[:10], tokenizer)  # makes the table
+    seconds = []
+    for seed in range(7):  # the best of seven: others use this machine too
+        started = time.perf_counter()
+        make_example(
+            ids,
+            tokenizer,
+            39424,
+            131072,
+            method="longrecipe",
+            select="impact",
+            impactful=impactful,
+            generator=generator(seed),
+        )
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.1, seconds
+
+
+# ---- 5. and 6. RoPE base, merge ----------------------------------------------------------------
+
+
+def test_rope_base_gives_the_papers_table():
+    """[E8]"""
+    assert round(ntk_rope_base(5e5, 128, 8192, 81920) / 1e6, 1) == 48.9
+    assert round(ntk_rope_base(5e5, 128, 8192, 131072) / 1e6, 1) == 131.5
+    assert round(ntk_rope_base(1e6, 128, 32768, 131072, factor=4) / 1e6, 1) == 13.5
+    with pytest.raises(ValueError, match="longer"):
+        ntk_rope_base(5e5, 128, 8192, 8192)
+
+
+def test_merge_weighs_and_keeps_the_tuned_config(tmp_path):
+    """[E10]"""
+    rope = {"rope_type": "default", "rope_theta": 77777.0}
+    make_hf_llama().save_pretrained(tmp_path / "a")
+    make_hf_llama(rope_parameters=rope, max_position_embeddings=999).save_pretrained(tmp_path / "b")
+    b = load_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        for p in b.parameters():
+            p.add_(torch.randn_like(p))
+    from model import save_pretrained
+
+    save_pretrained(b, tmp_path / "b")
+    a = dict(load_pretrained(tmp_path / "a").named_parameters())
+    b = dict(b.named_parameters())
+    for weight in (0.0, 0.25, 0.5, 1.0):
+        merge(tmp_path / "a", tmp_path / "b", tmp_path / "out", weight)
+        out = load_pretrained(tmp_path / "out")
+        for name, p in out.named_parameters():
+            assert torch.equal(p, (1 - weight) * a[name] + weight * b[name]), (name, weight)
+    assert out.config.rope_theta == 77777.0 and out.config.max_position_embeddings == 999
+
+
+def test_merge_refuses_what_does_not_fit(tmp_path):
+    make_hf_llama().save_pretrained(tmp_path / "a")
+    make_hf_llama(vocab_size=330).save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match="vocab_size is 331 and 330"):
+        merge(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    with pytest.raises(ValueError, match="merge weight 1.5"):
+        merge(tmp_path / "a", tmp_path / "a", tmp_path / "out", 1.5)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- 7. The command ----------------------------------------------------------------------------
+
+
+def test_recipe_explains_one_sample(toy_dir, prose_file, tmp_path, capsys):
+    figure = tmp_path / "recipe.png"
+    recipe.main(
+        f"--model {toy_dir} --text {prose_file} --target_len 4000 --figure {figure}".split()
+    )
+    out = capsys.readouterr().out
+    assert "1,280 tokens kept" in out and "% of the segments" in out
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mean_distance_equals_a_slow_loop():
+    p = sample_position_ids("rpes", 30, 100, None, generator())
+    pairs = [abs(int(a - b)) for i, a in enumerate(p) for b in p[:i]]
+    assert abs(recipe.mean_distance(p) - sum(pairs) / len(pairs)) < 1e-9
+
+
+def test_a_tokenizer_without_digits_still_splits(tmp_path):
+    write_tokenizer(tmp_path, PROSE, 300, digits=False)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = torch.tensor(tokenizer.encode("One. Two 2.5 three.\n"))
+    starts = split_segments(ids, tokenizer)
+    pieces = [tokenizer.decode(p.tolist()) for p in ids.tensor_split(starts[1:])]
+    assert pieces == ["One.", " Two 2.5 three.", "\n"]

@@ -1,0 +1,371 @@
+"""train.py: accumulation, master weights, schedules, the whole story on a toy, resume, bad
+input."""
+
+import inspect
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import PROSE, make_hf_llama, write_tokenizer
+
+import recipe
+import train
+from model import Llama, LlamaConfig, load_pretrained
+from support.budget import matmul_parameters, training_flops
+from support.optimizer import MasterAdamW
+
+CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
+
+# ---- accumulation ------------------------------------------------------------------------------
+
+
+def test_four_times_one_equals_one_times_four_at_unequal_lengths():
+    """Normalised by the valid tokens of the whole step: same loss, same gradients (float64)."""
+    torch.manual_seed(0)
+    lengths = [5, 12, 30, 17]
+    ids = [torch.randint(97, (1, n)) for n in lengths]
+    singles = [(x, torch.arange(x.shape[1])[None], train.next_token_targets(x)) for x in ids]
+    padded = [torch.zeros(4, 30, dtype=torch.int64), torch.arange(30).expand(4, -1)]
+    padded.append(torch.full((4, 30), -100))
+    for row, (x, _, y) in enumerate(singles):
+        padded[0][row, : x.shape[1]], padded[2][row, : x.shape[1]] = x, y
+    results = []
+    for batches in (singles, [tuple(padded)]):
+        torch.manual_seed(1)
+        model = Llama(CONFIG).double()
+        loss = train.accumulate(model, batches)
+        results.append((loss, [p.grad for p in model.parameters()]))
+    (loss_a, grads_a), (loss_b, grads_b) = results
+    assert abs(loss_a - loss_b) < 1e-10
+    for a, b in zip(grads_a, grads_b, strict=True):
+        # angles are fp32 inside, equal in both; the rest is float64
+        assert (a - b).abs().max() < 1e-10
+    # the usual mistake, the mean of the four means, is far away
+    means = [train.accumulate(Llama(CONFIG).double(), [s]) for s in singles]
+    assert abs(sum(means) / 4 - loss_a) > 1e-4
+
+
+def test_a_step_without_targets_is_refused():
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="without a single target"):
+        train.accumulate(Llama(CONFIG), [(x, x, torch.full_like(x, -100))])
+
+
+# ---- optimizer ---------------------------------------------------------------------------------
+
+
+def test_an_update_of_1e_5_does_not_vanish_in_bf16():
+    """bf16 near 1.0 has steps of 0.0078. 1,000 updates of 1e-5 must move a weight by 0.01."""
+    model = torch.nn.Linear(4, 4, bias=False).bfloat16()
+    torch.nn.init.ones_(model.weight)
+    optimizer = MasterAdamW(model, lr=1e-5, weight_decay=0.0)
+    for _ in range(1000):
+        model.weight.grad = torch.ones(4, 4)  # fp32: the master's gradient
+        optimizer.step(1e-5, max_norm=1e9)
+    assert (optimizer.masters[0] - 0.99).abs().max() < 1e-4
+    assert (
+        model.weight.dtype == torch.bfloat16 and (model.weight.float() - 0.99).abs().max() < 0.004
+    )
+    # what happens without masters, on the same numbers
+    plain = torch.ones(4, dtype=torch.bfloat16)
+    for _ in range(1000):
+        plain -= 1e-5
+    assert (plain == 1).all()
+
+
+def test_gradients_of_bf16_models_are_summed_in_fp32():
+    torch.manual_seed(0)
+    model = Llama(CONFIG).to(torch.bfloat16)
+    MasterAdamW(model, 1e-3, 0.0)
+    x = torch.randint(97, (1, 20))
+    train.accumulate(model, [(x, torch.arange(20)[None], train.next_token_targets(x))] * 2)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_clipping_is_by_the_global_norm():
+    model = torch.nn.Linear(3, 2)
+    optimizer = MasterAdamW(model, 1.0, 0.0)
+    seen = []
+    optimizer.adamw.register_step_pre_hook(
+        lambda *_: seen.append([m.grad.clone() for m in optimizer.masters])
+    )
+    model.weight.grad, model.bias.grad = torch.full((2, 3), 2.0), torch.full((2,), -1.0)
+    norm = optimizer.step(1e-3, max_norm=1.0)
+    assert abs(norm - (6 * 4 + 2) ** 0.5) < 1e-5
+    clipped = torch.cat([g.flatten() for g in seen[0]])
+    assert abs(float(clipped.norm()) - 1) < 1e-4
+    assert torch.allclose(clipped[:6] / clipped[-1], torch.tensor(-2.0))
+
+
+def test_weight_decay_spares_norms():
+    optimizer = MasterAdamW(Llama(CONFIG), 1e-3, 0.1)
+    decay = {p.ndim: g["weight_decay"] for g in optimizer.adamw.param_groups for p in g["params"]}
+    assert decay == {2: 0.1, 1: 0.0}
+
+
+def test_learning_rate_warms_up_then_stays_and_replay_falls():
+    stage = train.Stage("extend", 10, 1, 1, "none", "first", lr=8.0)
+    assert [train.learning_rate(stage, i, 4) for i in range(6)] == [2, 4, 6, 8, 8, 8]
+    assert train.learning_rate(stage, 0, 4, first_step=2) == 6  # goes on where the probe was
+    replay = train.Stage("replay", 4, 1, 1, "none", "first", lr=8.0)
+    assert [train.learning_rate(replay, i, 4) for i in range(4)] == [8, 6, 4, 2]
+
+
+def test_flops_are_those_of_the_papers_model():
+    """design figures for Llama-3-8B: 7.505e9 parameters without the input embedding, 2.99e15
+    FLOPs."""
+    llama3 = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192)
+    assert abs(matmul_parameters(llama3) / 7.505e9 - 1) < 1e-3
+    assert abs(training_flops(llama3, 39322) / 2.99e15 - 1) < 2e-3
+    assert abs(1 - training_flops(llama3, 39322) / training_flops(llama3, 131072) - 0.846) < 1e-3
+
+
+# ---- the whole story ---------------------------------------------------------------------------
+
+
+def command(toy_dir, prose_file, out, *more: str) -> list[str]:
+    return [
+        *f"--model {toy_dir} --data {prose_file} --out {out}".split(),
+        *"--target_len 512 --train_len 128".split(),
+        *[
+            "--steps",
+            "6",
+            "--probe_steps",
+            "2",
+            "--replay_steps",
+            "3",
+            "--batch_sequences",
+            "2",
+            "--lr",
+            "5e-3",
+        ],
+        *["--replay_lr", "1e-3", "--analysis_samples", "2", "--warmup_steps", "2"],
+        *more,
+    ]
+
+
+def read_metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(toy_dir, prose_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    train.main(command(toy_dir, prose_file, out, "--keep_stages"))
+    return out
+
+
+def test_the_whole_story_on_a_toy(finished, toy_dir):
+    rows = read_metrics(finished)
+    assert [r["stage"] for r in rows] == ["probe"] * 2 + ["extend"] * 4 + ["replay"] * 3
+    assert [r["step"] for r in rows] == list(range(1, 10))
+    assert [r["tokens"] for r in rows] == [256] * 6 + [128] * 3  # replay: the old window of 64
+    assert rows[5]["loss"] < rows[0]["loss"] - 0.5  # it learns
+    run = json.loads((finished / "run.json").read_text())
+    assert run["status"] == "done" and run["seconds"] > 0 and run["settings"]["target_len"] == 512
+    config = LlamaConfig.from_dir(finished)
+    expected = recipe.ntk_rope_base(10_000.0, 12, 64, 512)
+    assert config.rope_theta == expected and config.max_position_embeddings == 512
+    assert json.loads((finished / "impactful.json").read_text())
+    assert not (finished / "state.pt").exists() and (finished / "tokenizer.json").is_file()
+    # [E10] the result is the average of the original and the replayed weights
+    original, replayed, result = (
+        dict(load_pretrained(d).named_parameters())
+        for d in (toy_dir, finished / "replayed", finished)
+    )
+    extended = dict(load_pretrained(finished / "extended").named_parameters())
+    for name, p in result.items():
+        assert torch.allclose(p, (original[name] + replayed[name]) / 2, atol=1e-7)
+    assert any(not torch.equal(extended[n], replayed[n]) for n in extended)
+
+
+def test_transformers_opens_the_result(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf = AutoModelForCausalLM.from_pretrained(finished).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(finished)("Ada had 7 apples.").input_ids)[None]
+    with torch.no_grad():
+        assert (hf(ids).logits - load_pretrained(finished)(ids)).abs().max() < 1e-4
+
+
+def weights(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_resume_goes_on_from_the_last_save(
+    stop_at, finished, toy_dir, prose_file, tmp_path, monkeypatch
+):
+    """Stopped in the probe, the extension or the replay: the same weights and the same metrics."""
+    out = tmp_path / "out"
+    calls, original = [], train.accumulate
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) > stop_at:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(train, "accumulate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command(toy_dir, prose_file, out, "--save_minutes", "0"))
+    monkeypatch.setattr(train, "accumulate", original)
+    train.main(command(toy_dir, prose_file, out, "--resume"))
+    assert weights(out) == weights(finished)
+    same = ("stage", "step", "loss", "lr", "grad_norm")
+    for a, b in zip(read_metrics(out), read_metrics(finished), strict=True):
+        assert all(a[k] == b[k] for k in same)
+
+
+def test_bf16_runs_on_the_cpu_and_saves_bf16(toy_dir, prose_file, tmp_path):
+    train.main(command(toy_dir, prose_file, tmp_path / "out", "--dtype", "bfloat16"))
+    rows = read_metrics(tmp_path / "out")
+    assert rows[5]["loss"] < rows[0]["loss"] - 0.5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("method", ["pose", "rpes", "none"])
+def test_other_methods_take_the_same_path(method, toy_dir, prose_file, tmp_path, finished):
+    out = tmp_path / "out"
+    train.main(command(toy_dir, prose_file, out, "--method", method, "--select", "random"))
+    rows = read_metrics(out)
+    assert len(rows) == 9 and rows[5]["loss"] < rows[0]["loss"] - 0.5
+    # same tokens as longrecipe in the probe (select random there too), other positions: other loss
+    assert rows[0]["loss"] != read_metrics(finished)[0]["loss"]
+
+
+# ---- bad input: one `error:` line, exit code 2, nothing written --------------------------------
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def wrong_shape(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def other_tokenizer(folder):
+    write_tokenizer(folder, PROSE + inspect.getsource(train), 430)
+
+
+BAD_FOLDERS = {
+    "missing folder": (shutil.rmtree, "does not exist"),
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
+    "config no json": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
+    "truncated weights": (truncate, "damaged"),
+    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged"),
+    "wrong shape": (wrong_shape, "model.norm.weight has shape \\(7,\\)"),
+    "missing tensors": (lambda f: edit_config(f, num_hidden_layers=3), "missing"),
+    "extra tensors": (lambda f: edit_config(f, num_hidden_layers=1), "extra"),
+    "unknown family": (lambda f: edit_config(f, model_type="gpt_neox"), "model_type 'gpt_neox'"),
+    "unknown rope": (
+        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        "rope type 'yarn'",
+    ),
+    "old spelling of rope": (
+        lambda f: edit_config(f, rope_parameters=None, rope_scaling={"type": "dynamic"}),
+        "rope type 'dynamic'",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json"),
+    "tokenizer too large": (other_tokenizer, "the tokenizer has 430 tokens"),
+}
+
+
+@pytest.fixture()
+def bad(toy_dir, prose_file, tmp_path, capsys):
+    """Run the command, expect exit code 2 and one error line that matches; nothing may be
+    written."""
+
+    def run(match: str, *more: str, folder=toy_dir, out=None):
+        out = out or tmp_path / "out"
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            train.main(command(folder, prose_file, out, *more))
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+        assert stop.value.code == 2 and len(lines) == 1
+        assert re.search(match, lines[0]), lines[0]
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return run
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_bad_model_folders(case, toy_dir, tmp_path, bad):
+    folder = tmp_path / "model"
+    shutil.copytree(toy_dir, folder)
+    spoil, match = BAD_FOLDERS[case]
+    spoil(folder)
+    bad(match, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ("--target_len 64", "--target_len 64 must exceed the window 64"),
+        ("--train_len 600", "--train_len 600 must be between 2 and --target_len 512"),
+        ("--train_len 40000 --target_len 50000", "no document reaches 40000 tokens"),
+        ("--data nowhere.txt", "nowhere.txt does not exist"),
+        ("--method full", "--method full needs --train_len 512"),
+        ("--method pose --prefix", "--prefix belongs to --method longrecipe"),
+        ("--steps 0", "--steps 0 must be at least 1"),
+        ("--probe_steps 9", "--probe_steps 9 must be between"),
+        ("--merge_weight 2", "--merge_weight within 0..1"),
+        ("--resume", "nothing to resume"),
+    ],
+)
+def test_bad_flags(flags, match, bad):
+    bad(match, *flags.split())
+
+
+def test_the_model_is_required(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--model DIR is required" in error and "smollm2.py" in error
+
+
+def test_a_folder_that_holds_another_run_is_refused(finished, bad):
+    bad("is not empty: another --out, or --resume", out=finished)
+    bad("--resume with another --lr", "--resume", "--lr", "1e-9", out=finished)
+
+
+def test_bad_data_files(bad, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 100)
+    bad("not UTF-8", "--data", str(tmp_path / "latin.txt"))
+    (tmp_path / "empty").mkdir()
+    bad("holds no .txt", "--data", str(tmp_path / "empty"))
+
+
+def test_short_documents_are_counted_and_joined_only_on_request(toy_dir, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(PROSE[: 300 if i else 9000])
+    train.main(command(toy_dir, folder, tmp_path / "a"))
+    assert "3 documents too short" in capsys.readouterr().err
+    train.main(command(toy_dir, folder, tmp_path / "b", "--join"))
+    assert " 0 documents too short" in capsys.readouterr().err
+
+
+def test_hf_models_of_another_shape_train_too(tmp_path, prose_file):
+    """Untied, head_dim given, grouped-query: nothing in the loop assumes the toy's shape."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    write_tokenizer(folder, PROSE, 331)
+    make_hf_llama(head_dim=20, max_position_embeddings=64).save_pretrained(folder)
+    train.main(command(folder, prose_file, tmp_path / "out"))
+    assert len(read_metrics(tmp_path / "out")) == 9
