@@ -126,24 +126,12 @@ def test_flops_are_those_of_the_papers_model():
 
 
 def command(toy_dir, prose_file, out, *more: str) -> list[str]:
-    return [
-        *f"--model {toy_dir} --data {prose_file} --out {out}".split(),
-        *"--target_len 512 --train_len 128".split(),
-        *[
-            "--steps",
-            "6",
-            "--probe_steps",
-            "2",
-            "--replay_steps",
-            "3",
-            "--batch_sequences",
-            "2",
-            "--lr",
-            "5e-3",
-        ],
-        *["--replay_lr", "1e-3", "--analysis_samples", "2", "--warmup_steps", "2"],
-        *more,
-    ]
+    flags = (
+        f"--model {toy_dir} --data {prose_file} --out {out} --target_len 512 --train_len 128"
+        " --steps 6 --probe_steps 2 --replay_steps 3 --batch_sequences 2 --analysis_samples 2"
+        " --lr 5e-3 --replay_lr 1e-3 --warmup_steps 2"
+    )
+    return [*flags.split(), *more]
 
 
 def read_metrics(out) -> list[dict]:
