@@ -42,6 +42,7 @@ from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
 from support.cli import log, progress, provenance, report_errors
 from support.figures import draw_heatmap
 from support.haystack import CITIES, fingerprint, load_haystack
+from support.results import Results
 from support.run_state import write_atomically
 
 # ---- 1. Tasks ----------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ class Task:
     intro: str = "Some special magic numbers are hidden in the text below. Remember them.\n\n"
     needle: str = "One of the special magic numbers for {key} is: {value}."
     question: str = "\n\nWhat is the special magic number for {key} that the text above mentions?"
-    answer: str = "\nThe special magic number for {key} that the text above mentions is:"
+    answer: str = " The special magic number for {key} is:"
 
 
 TASKS = {"niah_single": Task(keys=1), "multikey": Task(keys=4)}
@@ -217,40 +218,6 @@ class Candidate:
         return fingerprint(self.folder) + (f"/rope{self.rope[0]:.6g}" if self.rope else "")
 
 
-class Results:
-    """needle.jsonl: append-only; what an earlier, perhaps interrupted run measured is not
-    measured again."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        for i, line in enumerate(lines):
-            try:
-                self.rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                if i + 1 < len(lines):
-                    raise ValueError(
-                        f"{path}, line {i + 1}: not JSON; move the file away to start anew"
-                    ) from None
-                write_atomically(
-                    path, "".join(x + "\n" for x in lines[:-1])
-                )  # killed while writing it
-
-    @staticmethod
-    def key(row: dict) -> tuple:
-        return tuple(
-            row[k] for k in ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
-        )
-
-    def find(self, row: dict) -> dict | None:
-        return next((r for r in self.rows if self.key(r) == self.key(row)), None)
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def run_candidate(candidate: Candidate, haystack: Haystack, results: Results, args) -> list[dict]:
     """All cells of one candidate -> their rows; the model is loaded only if some cell is
     missing."""
@@ -364,46 +331,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--model", default="out", metavar="DIR", help="Hugging Face folder to judge")
-    p.add_argument(
-        "--compare", nargs="+", default=[], metavar="DIR", help="others beside it, e.g. the base"
-    )
-    p.add_argument(
-        "--controls",
-        action="store_true",
-        help="also the first --compare with the RoPE base of --model",
-    )
-    p.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=["niah_single"])
-    p.add_argument(
-        "--lengths",
-        nargs="+",
-        type=int,
-        default=[2048, 8192, 16384],
-        help="tokens, answer included",
-    )
-    p.add_argument(
-        "--depths",
-        nargs="+",
-        type=float,
-        default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        help="0 start, 1 end",
-    )
-    p.add_argument("--n", type=int, default=2, help="samples per length and depth")
-    p.add_argument(
-        "--ppl", action="store_true", help="also the loss per token on n haystack texts a length"
-    )
-    p.add_argument(
-        "--haystack",
-        metavar="PATH",
-        help="text file or folder (None: data/essays, else Python's docs)",
-    )
-    p.add_argument(
-        "--out", metavar="DIR", help="where the results go (None: the folder of --model)"
-    )
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)"
-    )
+    add = p.add_argument
+    add("--model", default="out", metavar="DIR", help="Hugging Face folder to judge")
+    add("--compare", nargs="+", default=[], metavar="DIR", help="others beside it, e.g. the base")
+    add("--controls", action="store_true", help="also the base under the new RoPE base")
+    add("--tasks", nargs="+", choices=sorted(TASKS), default=["niah_single"])
+    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
+    lengths = [2048, 8192, 16384]
+    add("--lengths", nargs="+", type=int, default=lengths, help="tokens, answer included")
+    add("--depths", nargs="+", type=float, default=depths, help="0: start, 1: end")
+    add("--n", type=int, default=2, help="samples per length and depth")
+    add("--ppl", action="store_true", help="also the loss per token on n haystack texts a length")
+    add("--haystack", metavar="PATH", help="text or folder (None: data/essays, else Python docs)")
+    add("--out", metavar="DIR", help="where the results go (None: the folder of --model)")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
     return p.parse_args(argv)
 
 

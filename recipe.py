@@ -17,7 +17,6 @@ types other than `default`. Glossary: see model.py.
 
 import argparse
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +96,16 @@ def impactful_types(per_type_sum: Tensor, count: Tensor, top: float = 0.2) -> Te
     covered_before = count[order].cumsum(0) - count[order]
     chosen = (covered_before < top * count.sum()) & (count[order] > 0)
     return torch.zeros(len(count), dtype=torch.bool).index_fill_(0, order[chosen], True)
+
+
+def read_impactful(path: str | Path, vocab_size: int) -> Tensor:
+    """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
+    types = torch.tensor([int(t) for t in checkpoint_files.read_json(Path(path))])
+    if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
+        raise ValueError(
+            f"{path} names no token types of a vocabulary of {vocab_size} (--impactful)"
+        )
+    return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)
 
 
 # ---- 2. Segments (paper algorithm 1) -----------------------------------------------------------
@@ -435,24 +444,22 @@ def main(argv: list[str] | None = None) -> None:
         description="What LongRecipe does to one text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--model", default="models/smollm2", metavar="DIR", help="its tokenizer is used")
-    p.add_argument("--text", metavar="FILE", help="(None: the Python standard library)")
-    p.add_argument("--target_len", type=int, default=131_072, help="tokens")
-    p.add_argument("--train_len", type=int, help="tokens (None: 30 %% of the target)")
-    p.add_argument("--impactful", metavar="FILE", help="impactful.json of a run (None: digits)")
-    p.add_argument("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
-    p.add_argument("--seed", type=int, default=0)
+    add = p.add_argument
+    add("--model", default="models/smollm2", metavar="DIR", help="its tokenizer is used")
+    add("--text", metavar="FILE", help="(None: the Python standard library)")
+    add("--target_len", type=int, default=131_072, help="tokens")
+    add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
+    add("--impactful", metavar="FILE", help="impactful.json of a run (None: digits)")
+    add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
+    add("--seed", type=int, default=0)
     with report_errors():
         args = p.parse_args(argv)
         args.train_len = args.train_len or train_length(args.target_len)
         tokenizer = load_tokenizer(args.model)
         corpus = load_corpus([args.text] if args.text else None, tokenizer, args.train_len)
         ids = corpus.window(args.target_len, torch.Generator().manual_seed(args.seed))
-        impactful = None
-        if args.impactful:
-            types = json.loads(Path(args.impactful).read_text(encoding="utf-8"))
-            impactful = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
-            impactful[[int(t) for t in types]] = True
+        size = tokenizer.vocab_size
+        impactful = read_impactful(args.impactful, size) if args.impactful else None
         explain(ids, tokenizer, args, impactful)
 
 

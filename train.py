@@ -55,73 +55,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    g = p.add_argument_group("model")
-    g.add_argument("--model", metavar="DIR", help="Hugging Face folder to extend")
-    g.add_argument("--target_len", type=int, default=131_072, help="window to reach, tokens")
-    g.add_argument(
-        "--base_len", type=int, help="window of the checkpoint, tokens (None: its config's)"
-    )
-    g.add_argument("--rope_base", type=float, help="new RoPE base (None: NTK formula of the paper)")
-    g = p.add_argument_group("recipe")
-    g.add_argument(
-        "--method", choices=recipe.METHODS, default="longrecipe", help="position ids of a sample"
-    )
-    g.add_argument(
-        "--select", choices=recipe.STRATEGIES, default="impact", help="which segments stay"
-    )
-    g.add_argument(
-        "--prefix", action="store_true", help="contiguous prefix, as the released code has"
-    )
-    g.add_argument(
-        "--train_len", type=int, help="sample, tokens (None: 30 %% of target_len, up to x 128)"
-    )
-    g.add_argument(
-        "--probe_steps", type=int, help="steps before the analysis (None: a tenth of --steps)"
-    )
-    g.add_argument("--extended", metavar="DIR", help="an H' of yours, instead of the probe")
-    g.add_argument("--analysis_samples", type=int, default=8, help="samples the analysis looks at")
-    g.add_argument(
-        "--top", type=float, default=0.2, help="share of occurrences that count as impactful"
-    )
-    g.add_argument(
-        "--merge_weight", type=float, default=0.5, help="share of the tuned model in the result"
-    )
-    g = p.add_argument_group("training")
-    g.add_argument(
-        "--steps", type=int, default=104, help="optimizer steps of extension, probe included"
-    )
-    g.add_argument(
-        "--replay_steps", type=int, help="(None: as many as make 68M tokens, the paper's)"
-    )
-    g.add_argument(
-        "--replay_len", type=int, help="replay sample, tokens (None: at most the old window)"
-    )
-    g.add_argument("--batch_sequences", type=int, default=96, help="samples per optimizer step")
-    g.add_argument("--lr", type=float, default=5e-5, help="learning rate of the extension")
-    g.add_argument(
-        "--replay_lr", type=float, default=5e-6, help="start of the replay's falling rate"
-    )
-    g.add_argument("--warmup_steps", type=int, default=5, help="steps until --lr is reached")
-    g.add_argument("--weight_decay", type=float, default=0.1, help="of AdamW, on matrices")
-    g.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
-    g.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)"
-    )
-    g.add_argument("--seed", type=int, default=0)
-    g = p.add_argument_group("data and output")
-    g.add_argument(
-        "--data", nargs="+", metavar="PATH", help="text files, folders (None: standard library)"
-    )
-    g.add_argument("--replay_data", nargs="+", metavar="PATH", help="(None: --data)")
-    g.add_argument("--join", action="store_true", help="join the documents of --data into one")
-    g.add_argument(
-        "--out", default="out", metavar="DIR", help="where the result goes; must be empty"
-    )
-    g.add_argument("--keep_stages", action="store_true", help="keep out/extended and out/replayed")
-    g.add_argument(
-        "--save_minutes", type=float, default=30, help="between saves of the training state"
-    )
-    g.add_argument("--resume", action="store_true", help="go on from the last save in --out")
+    add = p.add_argument_group("model").add_argument
+    add("--model", metavar="DIR", help="Hugging Face folder to extend")
+    add("--target_len", type=int, default=131_072, help="window to reach, tokens")
+    add("--base_len", type=int, help="window of the checkpoint, tokens (None: its config's)")
+    add("--rope_base", type=float, help="new RoPE base (None: NTK formula of the paper)")
+    add = p.add_argument_group("recipe").add_argument
+    add("--method", choices=recipe.METHODS, default="longrecipe", help="position ids of a sample")
+    add("--select", choices=recipe.STRATEGIES, default="impact", help="which segments stay")
+    add("--prefix", action="store_true", help="contiguous prefix, as the released code has")
+    add("--train_len", type=int, help="sample, tokens (None: 30 %% of target_len, up to x 128)")
+    add("--probe_steps", type=int, help="steps before the analysis (None: a tenth of --steps)")
+    add("--extended", metavar="DIR", help="an H' of yours, instead of the probe")
+    add("--impactful", metavar="FILE", help="impactful.json of a run, instead of both")
+    add("--analysis_samples", type=int, default=8, help="samples the analysis looks at")
+    add("--top", type=float, default=0.2, help="share of occurrences that count as impactful")
+    add("--merge_weight", type=float, default=0.5, help="share of the tuned model in the result")
+    add = p.add_argument_group("training").add_argument
+    add("--steps", type=int, default=104, help="optimizer steps of extension, probe included")
+    add("--replay_steps", type=int, help="(None: as many as make 68M tokens, the paper's)")
+    add("--replay_len", type=int, help="replay sample, tokens (None: at most the old window)")
+    add("--batch_sequences", type=int, default=96, help="samples per optimizer step")
+    add("--lr", type=float, default=5e-5, help="learning rate of the extension")
+    add("--replay_lr", type=float, default=5e-6, help="start of the replay's falling rate")
+    add("--warmup_steps", type=int, default=5, help="steps until --lr is reached")
+    add("--weight_decay", type=float, default=0.1, help="of AdamW, on matrices")
+    add("--clip", type=float, default=1.0, help="largest global gradient norm")
+    add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
+    add("--seed", type=int, default=0)
+    add = p.add_argument_group("data and output").add_argument
+    add("--data", nargs="+", metavar="PATH", help="text files, folders (None: standard library)")
+    add("--replay_data", nargs="+", metavar="PATH", help="(None: --data)")
+    add("--join", action="store_true", help="join the documents of --data into one")
+    add("--out", default="out", metavar="DIR", help="where the result goes; must be empty")
+    add("--keep_stages", action="store_true", help="keep out/extended and out/replayed")
+    add("--save_minutes", type=float, default=30, help="between saves of the training state")
+    add("--resume", action="store_true", help="go on from the last save in --out")
     return p.parse_args(argv)
 
 
@@ -164,7 +133,7 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
     args.replay_len = args.replay_len or min(args.base_len, args.train_len)
     if args.replay_steps is None:
         args.replay_steps = math.ceil(68e6 / (args.replay_len * args.batch_sequences))
-    needs_probe = args.select == "impact" and args.extended is None
+    needs_probe = args.select == "impact" and not (args.extended or args.impactful)
     if args.probe_steps is None:
         args.probe_steps = max(1, args.steps // 10) if needs_probe else 0
     if not 0 <= args.probe_steps <= args.steps or (needs_probe and args.probe_steps == 0):
@@ -426,6 +395,8 @@ def run_stages(args, config, model, tokenizer, corpus, replay_corpus, run: RunFo
 
     optimizer = MasterAdamW(model, args.lr, args.weight_decay)
     trainer = Trainer(model, optimizer, [probe, extend, replay], tokenizer, args, run)
+    if args.impactful:
+        trainer.impactful = recipe.read_impactful(args.impactful, config.vocab_size)
     state = run.load() if args.resume else None
     if state is not None:
         trainer.load_state(state)

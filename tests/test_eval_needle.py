@@ -44,9 +44,8 @@ def test_prompts_are_exact(haystack, task, length, depth, seed):
     assert text.count(sample.expected[0]) == 1  # the answer stands in its needle and nowhere else
     assert text.count("One of the special magic numbers for") == TASKS[task].keys
     at = text.index(f"is: {sample.expected[0]}.")
-    assert text[:at].endswith(
-        text.rsplit("special magic number for ", 1)[1].split(" that")[0] + " "
-    )
+    key = text.rsplit("special magic number for ", 1)[1].removesuffix(" is:")
+    assert text[:at].endswith(f" for {key} ")
     assert sample.true_depth <= depth and sample.answer_tokens >= 7
     if depth == 0.0:
         assert sample.true_depth == 0.0

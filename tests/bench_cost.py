@@ -1,0 +1,152 @@
+"""Cost of one training step: transformers and this project on the same model, tokens and dtype.
+
+    python tests/bench_cost.py --model models/smollm2 --tokens 4992 --out assets/results/cost.json
+
+Two worker processes hold one model each and take steps in turn (A B A B ...), so that a machine
+that is shared and noisy treats both alike. A step is forward, backward, clipping and AdamW on one
+sample with gapped position ids. transformers runs with its own gradient checkpointing, its own
+loss and SDPA attention. Memory is what a step needs above weights, gradients and optimizer state:
+peak resident size during the step minus resident size before it, when those three already exist.
+Linux only (/proc).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import linear_cross_entropy, load_pretrained
+from support.cli import provenance, report_errors
+from support.optimizer import MasterAdamW
+from train import next_token_targets
+
+
+def resident_gib(peak: bool = False) -> float:
+    field = "VmHWM" if peak else "VmRSS"
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
+    return int(line.split()[1]) / 2**20
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def ours(folder: str, dtype: torch.dtype):
+    model = load_pretrained(folder, dtype)
+    model.activation_checkpointing = True
+    optimizer = MasterAdamW(model, 1e-5, 0.1)
+
+    def forward_backward(ids, positions):
+        hidden = model.hidden(ids, positions)
+        loss, n = linear_cross_entropy(hidden, model.lm_head.weight, next_token_targets(ids))
+        (loss / n).backward()
+        return loss.item() / n
+
+    return forward_backward, lambda: optimizer.step(1e-5, 1.0)
+
+
+def transformers(folder: str, dtype: torch.dtype):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.1, fused=True)
+
+    def forward_backward(ids, positions):
+        out = model(
+            ids,
+            position_ids=positions,
+            attention_mask=torch.ones_like(ids),
+            labels=ids,
+            use_cache=False,
+        )
+        out.loss.backward()
+        return out.loss.item()
+
+    def step():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return forward_backward, step
+
+
+def worker(kind: str, folder: str, dtype: torch.dtype, tokens: int, pipe) -> None:
+    torch.manual_seed(0)
+    forward_backward, step = {"ours": ours, "transformers": transformers}[kind](folder, dtype)
+    ids = torch.randint(0, 256, (1, tokens))
+    positions = (torch.arange(tokens) * 16384 // tokens)[None]
+    forward_backward(ids[:, :64], positions[:, :64])
+    step()  # the optimizer state exists from here on
+    while pipe.recv() == "step":
+        forward_backward(ids[:, :64], positions[:, :64])  # and so do the gradients
+        before = resident_gib()
+        reset_peak()
+        started = time.perf_counter()
+        loss = forward_backward(ids, positions)
+        peak = resident_gib(peak=True)
+        step()
+        row = {"seconds": time.perf_counter() - started, "loss": loss}
+        pipe.send(row | {"peak_GiB": peak, "above_state_GiB": peak - before})
+
+
+def measure(model: str, tokens: int, dtype: torch.dtype, steps: int) -> dict:
+    context = multiprocessing.get_context("spawn")
+    pipes, rows = {}, {"ours": [], "transformers": []}
+    for kind in rows:
+        pipes[kind], child = context.Pipe()
+        args = (kind, model, dtype, tokens, child)
+        context.Process(target=worker, args=args, daemon=True).start()
+    for i in range(steps + 1):  # the first round warms up
+        for kind, pipe in pipes.items():
+            pipe.send("step")
+            row = pipe.recv()
+            print(f"{'warm-up' if i == 0 else i} {kind}: {row}", flush=True)
+            rows[kind] += [row] if i else []
+    for pipe in pipes.values():
+        pipe.send("stop")
+    ratios = [
+        a["seconds"] / b["seconds"] for a, b in zip(rows["ours"], rows["transformers"], strict=True)
+    ]
+    middle = {
+        kind: {k: round(statistics.median(r[k] for r in found), 3) for k in found[0]}
+        for kind, found in rows.items()
+    }
+    memory = middle["ours"]["above_state_GiB"] / middle["transformers"]["above_state_GiB"]
+    return {
+        "median": middle,
+        "time_ratio": round(statistics.median(ratios), 3),
+        "time_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "memory_ratio": round(memory, 3),
+    }
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--model", default="models/smollm2", help="Hugging Face folder")
+    p.add_argument("--tokens", type=int, default=4992, help="length of the sample")
+    p.add_argument("--steps", type=int, default=5, help="counted steps of each")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--out", type=Path, help="JSON file to write")
+    with report_errors():
+        args, started = p.parse_args(argv), time.time()
+        result = measure(args.model, args.tokens, getattr(torch, args.dtype), args.steps)
+        settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
+        text = json.dumps({"settings": settings, **result, **provenance(started)}, indent=2)
+        print(text)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
