@@ -182,7 +182,7 @@ class SharedPrefix:
         return out
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[float]:
     """Mean loss in nats per token of ids (N,), for each run of bin_tokens positions."""
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]

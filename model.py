@@ -381,7 +381,7 @@ class KVCache:
         return pair[0][:, :, :end], pair[1][:, :, :end]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(
     model: Llama, ids: Tensor, cache: KVCache | None = None, chunk_tokens: int = 2048
 ) -> tuple[Tensor, KVCache]:
@@ -399,7 +399,7 @@ def prefill(
     return model.lm_head(h[0, -1]), cache  # logits of the last token only
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: Llama, ids: Tensor, max_new_tokens: int, cache: KVCache | None = None, stop_ids=()
 ) -> list[int]:

@@ -34,7 +34,7 @@ STRATEGIES = ("impact", "digits", "random", "first")
 # ---- 1. Token analysis (paper 4.1) -------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def logit_shift(
     base: Llama,
     extended: Llama,
