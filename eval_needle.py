@@ -335,7 +335,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="out", metavar="DIR", help="Hugging Face folder to judge")
     add("--compare", nargs="+", default=[], metavar="DIR", help="others beside it, e.g. the base")
     add("--controls", action="store_true", help="also the base under the new RoPE base")
-    add("--tasks", nargs="+", choices=sorted(TASKS), default=["niah_single"])
+    add("--tasks", nargs="*", choices=sorted(TASKS), default=["niah_single"], help="may be none")
     depths = [0.0, 0.25, 0.5, 0.75, 1.0]
     lengths = [2048, 8192, 16384]
     add("--lengths", nargs="+", type=int, default=lengths, help="tokens, answer included")

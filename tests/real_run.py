@@ -21,8 +21,8 @@ RESULTS = ROOT / "assets" / "results" / "smollm2_16k"
 BASE = "models/smollm2"
 
 TRAIN = (
-    f"--model {BASE} --target_len 16384 --batch_sequences 1 --steps 60 --probe_steps 6"
-    " --replay_steps 12 --lr 1e-4 --replay_lr 2e-5 --keep_stages --save_minutes 5"
+    f"--model {BASE} --target_len 16384 --batch_sequences 1 --steps 64 --probe_steps 6"
+    " --replay_steps 8 --lr 2e-4 --replay_lr 2e-5 --keep_stages --save_minutes 5"
 )
 METHODS = {
     "longrecipe": "--method longrecipe",
@@ -66,7 +66,7 @@ def main(argv=None) -> None:
     none = train("none", args.dtype)
     stages = f"{longrecipe}/extended {longrecipe}/replayed"
     judge("rows", longrecipe, f"{BASE} {none}", f"{EVAL} --controls", args.dtype)
-    judge("stages", longrecipe, stages, EVAL, args.dtype)
+    judge("stages", longrecipe, stages, "--tasks --lengths 2048 16384 --ppl", args.dtype)
     for method in METHODS:
         for file in ("run.json", "metrics.jsonl"):
             (RESULTS / method).mkdir(parents=True, exist_ok=True)
