@@ -36,9 +36,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend as Backend
+from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from support import checkpoint_files
 from support.tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (part of this file's public face)
@@ -122,11 +123,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # The O(T^2) math path is left out: where no memory-linear kernel fits, torch says so at once
 # instead of running out of memory later.
-CUDA_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
+CUDA_BACKENDS = [Backend.CUDNN_ATTENTION, Backend.FLASH_ATTENTION, Backend.EFFICIENT_ATTENTION]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -204,6 +201,17 @@ class Block(nn.Module):
 # ---- 6. The model ------------------------------------------------------------------------------
 
 
+def keep_attention():
+    """What activation checkpointing keeps besides layer inputs: attention's output and logsumexp.
+
+    They are small (D + H numbers a token and layer), and attention is the part of a layer that
+    grows with the square of the length, so it is not computed a second time."""
+    # subtle: the policy compares overloads (`.default`); with the bare names nothing would be kept
+    names = ("flash_attention_for_cpu", "cudnn_attention", "flash_attention", "efficient_attention")
+    kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    return create_selective_checkpoint_contexts(kernels)
+
+
 class Llama(nn.Module):
     """The whole model. Parameters carry the names of Hugging Face's checkpoints, so nothing is
     renamed.
@@ -245,15 +253,14 @@ class Llama(nn.Module):
         if position_ids is None:
             start = cache.length if cache is not None else 0
             position_ids = torch.arange(start, start + T, device=input_ids.device).expand(B, T)
-        if position_ids.shape != input_ids.shape:
-            raise ValueError(
-                f"position_ids {tuple(position_ids.shape)} must be shaped like input_ids {(B, T)}"
-            )
+        if position_ids.shape != (B, T):
+            raise ValueError(f"position_ids {tuple(position_ids.shape)} must be shaped {(B, T)}")
         cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         x = self.model["embed_tokens"](input_ids)
         for i, block in enumerate(self.model["layers"]):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cache, i, use_reentrant=False)
+                args = (x, cos, sin, cache, i)
+                x = checkpoint(block, *args, use_reentrant=False, context_fn=keep_attention)
             else:
                 x = block(x, cos, sin, cache, i)
         if cache is not None:
@@ -261,8 +268,7 @@ class Llama(nn.Module):
         return self.model["norm"](x)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V). Short texts only: at 39,424 tokens of Llama 3 they would take 20 GB
-        in fp32."""
+        """Logits (B, T, V), for short texts: 39,424 tokens of Llama 3 would take 20 GB in fp32."""
         return self.lm_head(self.hidden(input_ids, position_ids))
 
 
@@ -270,8 +276,7 @@ class Llama(nn.Module):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are taken in the forward pass, chunk by chunk, so that logits live only inside
-    the loop."""
+    """Gradients are taken in the forward pass, chunk by chunk: logits live only in the loop."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, chunk_tokens):
@@ -306,9 +311,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
+            grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
 

@@ -11,6 +11,7 @@ Linux only (/proc).
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ def resident_gib(peak: bool = False) -> float:
 
 
 def reset_peak() -> None:
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator still holds is not state
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -89,8 +91,8 @@ def worker(kind: str, folder: str, dtype: torch.dtype, tokens: int, pipe) -> Non
     step()  # the optimizer state exists from here on
     while pipe.recv() == "step":
         forward_backward(ids[:, :64], positions[:, :64])  # and so do the gradients
-        before = resident_gib()
         reset_peak()
+        before = resident_gib()
         started = time.perf_counter()
         loss = forward_backward(ids, positions)
         peak = resident_gib(peak=True)

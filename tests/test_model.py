@@ -126,18 +126,55 @@ def test_angles_stay_fp32_when_the_model_is_cast():
     assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
 
 
-def test_activation_checkpointing_changes_no_bit():
+class CountAttention(TorchDispatchMode):
+    """Counts attention kernels in a forward and backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(func):
+            self.backward += "backward" in str(func)
+            self.forward += "backward" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_activation_checkpointing_changes_no_bit_and_computes_attention_once():
     config = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
     grads = []
     for on in (False, True):
         torch.manual_seed(0)
         model = Llama(config)
         model.activation_checkpointing = on
-        h = model.hidden(torch.arange(40)[None])
-        loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
-        (loss / n).backward()
+        with CountAttention() as count:
+            h = model.hidden(torch.arange(40)[None])
+            loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
+            (loss / n).backward()
+        assert (count.forward, count.backward) == (3, 3)  # one a layer, not two
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_activation_checkpointing_keeps_less():
+    """Bytes that autograd holds after the forward pass, without parameters."""
+    config = LlamaConfig(97, 32, 96, 6, 4, 2, 8, 64)
+    held = []
+    for on in (False, True):
+        model = Llama(config)
+        model.activation_checkpointing = on
+        own = {p.data_ptr() for p in model.parameters()}
+        sizes = {}
+
+        def pack(x, own=own, sizes=sizes):
+            if x.data_ptr() not in own:
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model.hidden(torch.arange(64)[None])
+        held.append(sum(sizes.values()))
+    assert held[1] < 0.3 * held[0], held
 
 
 # ---- attention, cache, generation --------------------------------------------------------------
@@ -201,6 +238,7 @@ def test_linear_cross_entropy_equals_f_cross_entropy(chunk):
     targets = torch.randint(83, (2, 30))
     targets[0, 3:9] = -100
     loss, n = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
+    torch.autograd.grad(loss * 0.7, (hidden, weight), retain_graph=True)  # twice: the same
     grads = torch.autograd.grad(loss * 0.7, (hidden, weight))
     oracle = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
     expected = torch.autograd.grad(oracle * 0.7, (hidden, weight))
