@@ -237,6 +237,10 @@ class Llama(nn.Module):
                 nn.init.normal_(weight, std=0.02)
         self.tie_weights()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
@@ -450,9 +454,7 @@ def save_pretrained(
     """Write a folder that transformers opens unedited: config.json (both RoPE spellings),
     safetensors in shards, and the tokenizer files of `tokenizer_from`. Written beside `path`,
     then renamed."""
-    config = checkpoint_files.config_to_json(
-        dataclasses.asdict(model.config), next(model.parameters()).dtype
-    )
+    config = checkpoint_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
     with checkpoint_files.write_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         checkpoint_files.write_tensors(folder, model.named_parameters())

@@ -168,6 +168,7 @@ def split_segments(ids: Tensor, tokenizer) -> Tensor:
 # ---- 3. Selection (paper 4.1) ------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4)
 def digit_types(tokenizer) -> Tensor:
     """Token types that hold a digit, bool (V,): what the released code selects by instead of
     Delta."""

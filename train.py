@@ -351,13 +351,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
                 f" {config.vocab_size}: they do not belong together"
             )
-        free = (
-            "resume",
-            "save_minutes",
-            "out",
-            "device",
-            "keep_stages",
-        )  # may differ when a run goes on
+        free = {"resume", "save_minutes", "out", "device", "keep_stages"}  # may differ on resume
         settings = {k: v for k, v in vars(args).items() if k not in free}
         run = RunFolder(args.out)
         run.check(settings, args.resume)
@@ -366,7 +360,15 @@ def main(argv: list[str] | None = None) -> None:
         replay_corpus = corpus
         if args.replay_steps and (args.replay_data or args.replay_len != args.train_len):
             replay_corpus = load_corpus(replay_data, tokenizer, args.replay_len, args.join)
+        stages = plan_stages(args)
+        sample(stages[0], corpus, tokenizer, args, None, torch.Generator())  # fails early if at all
+        impactful = None
+        if args.impactful:
+            impactful = recipe.read_impactful(args.impactful, config.vocab_size)
         model = load_pretrained(args.model, getattr(torch, args.dtype), args.device)
+        extended = model
+        if args.extended:
+            extended = load_pretrained(args.extended, model.dtype, args.device)
 
         if args.device == "cpu":
             log("no CUDA device: going on with the CPU")
@@ -376,47 +378,47 @@ def main(argv: list[str] | None = None) -> None:
         )
         log("settings: " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))
         run.write_settings(settings, status="running")
-        run_stages(args, config, model, tokenizer, corpus, replay_corpus, run)
+        model.config = config.with_rope(args.rope_base, args.target_len)
+        model.activation_checkpointing = True
+        optimizer = MasterAdamW(model, args.lr, args.weight_decay)
+        trainer = Trainer(model, optimizer, stages, tokenizer, args, run)
+        trainer.impactful = impactful
+        run_stages(trainer, extended, corpus, replay_corpus)
         run.write_settings(settings, status="done", **provenance(started))
         log(f"done in {(time.time() - started) / 60:.1f} minutes: {args.out}")
         log(f"next: python eval_needle.py --model {args.out} --compare {args.model}")
 
 
-def run_stages(args, config, model, tokenizer, corpus, replay_corpus, run: RunFolder) -> None:
-    """probe -> analysis -> extend -> replay -> merge."""
-    model.config = config.with_rope(args.rope_base, args.target_len)
-    model.activation_checkpointing = True
-    first_select = "random" if args.select == "impact" else args.select
+def plan_stages(args: argparse.Namespace) -> list[Stage]:
+    first_select = "random" if args.select == "impact" else args.select  # nothing is known yet
     long = (args.train_len, args.target_len, args.method)
-    probe = Stage("probe", args.probe_steps, *long, first_select, args.lr)
-    extend = Stage("extend", args.steps - args.probe_steps, *long, args.select, args.lr)
     short = (args.replay_len, args.replay_len, "none", "first")
-    replay = Stage("replay", args.replay_steps, *short, args.replay_lr)
+    return [
+        Stage("probe", args.probe_steps, *long, first_select, args.lr),
+        Stage("extend", args.steps - args.probe_steps, *long, args.select, args.lr),
+        Stage("replay", args.replay_steps, *short, args.replay_lr),
+    ]
 
-    optimizer = MasterAdamW(model, args.lr, args.weight_decay)
-    trainer = Trainer(model, optimizer, [probe, extend, replay], tokenizer, args, run)
-    if args.impactful:
-        trainer.impactful = recipe.read_impactful(args.impactful, config.vocab_size)
-    state = run.load() if args.resume else None
-    if state is not None:
+
+def run_stages(trainer: Trainer, extended: Llama, corpus: Corpus, replay_corpus: Corpus) -> None:
+    """probe -> analysis -> extend -> replay -> merge, from where the run stands."""
+    args, run, model = trainer.args, trainer.run, trainer.model
+    probe, extend, replay = trainer.stages
+    if args.resume and (state := run.load()) is not None:
         trainer.load_state(state)
         log(f"resumed at step {trainer.step}")
 
     trainer.train(probe, corpus)
 
     if args.select == "impact" and trainer.impactful is None:
-        base = load_pretrained(args.model, getattr(torch, args.dtype), args.device)
-        extended = (
-            load_pretrained(args.extended, base.lm_head.weight.dtype, args.device)
-            if args.extended
-            else model
-        )
-        trainer.impactful = analyse(base, extended, probe, corpus, tokenizer, args, run)
-        del base, extended
+        base = load_pretrained(args.model, model.dtype, args.device)
+        trainer.impactful = analyse(base, extended, probe, corpus, trainer.tokenizer, args, run)
+        del base
         trainer.save()
+    del extended
 
     trainer.train(extend, corpus)
-    if args.keep_stages:
+    if args.keep_stages and trainer.step == args.steps:  # not when resumed within the replay
         save_pretrained(model, run.path / "extended", tokenizer_from=args.model)
 
     trainer.train(replay, replay_corpus)

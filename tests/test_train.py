@@ -200,8 +200,11 @@ def test_resume_goes_on_from_the_last_save(
     with pytest.raises(KeyboardInterrupt):
         train.main(command(toy_dir, prose_file, out, "--save_minutes", "0"))
     monkeypatch.setattr(train, "accumulate", original)
-    train.main(command(toy_dir, prose_file, out, "--resume"))
+    train.main(command(toy_dir, prose_file, out, "--resume", "--keep_stages"))
     assert weights(out) == weights(finished)
+    assert weights(out / "replayed") == weights(finished / "replayed")
+    # stopped in the replay and without --keep_stages until then: the extended weights are gone
+    assert (out / "extended").exists() == (stop_at < 6)
     same = ("stage", "step", "loss", "lr", "grad_norm")
     for a, b in zip(read_metrics(out), read_metrics(finished), strict=True):
         assert all(a[k] == b[k] for k in same)
@@ -332,6 +335,11 @@ def test_a_folder_that_holds_another_run_is_refused(finished, bad):
 
 
 def test_bad_data_files(bad, tmp_path):
+    (tmp_path / "one_segment.txt").write_text("word " * 3000)
+    bad("at least two segments", "--data", str(tmp_path / "one_segment.txt"))
+    (tmp_path / "types.json").write_text('{"99999": 1}')
+    bad("names no token types", "--impactful", str(tmp_path / "types.json"))
+    bad("nowhere does not exist", "--extended", "nowhere")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 100)
     bad("not UTF-8", "--data", str(tmp_path / "latin.txt"))
     (tmp_path / "empty").mkdir()
