@@ -64,7 +64,8 @@ def results() -> str:
     lines += [
         "",
         f"Share of needles found (95 % interval, n = {n} a cell over"
-        f" {len(rows['settings']['depths'])} depths, essays that no training has seen) and loss in nats a token on the same essays."
+        f" {len(rows['settings']['depths'])} depths, essays that no training has"
+        " seen) and loss in nats a token on the same essays."
         f" Training: {s['steps']} + {s['replay_steps']} samples of {s['train_len']:,} tokens,"
         f" {run['seconds'] / 60:.0f} minutes in {s['dtype']} on {run['threads']} cores of"
         f" {run['hardware']}, peak {run['peak_GiB']:.1f} GiB, commit {run['commit']};"
@@ -91,7 +92,8 @@ def cost() -> str:
         f"One training step of SmolLM2-135M on {int(s['tokens']):,} tokens in {s['dtype']}, both"
         f" taking turns in one run: time ratio {found['time_ratio']:.2f}"
         f" ({low:.2f}-{high:.2f}, {s['steps']} pairs), memory ratio {found['memory_ratio']:.2f};"
-        f" {found['threads']} cores of {found['hardware']}, [JSON](assets/results/cost.json), `python tests/bench_cost.py`.",
+        f" {found['threads']} cores of {found['hardware']},"
+        " [JSON](assets/results/cost.json), `python tests/bench_cost.py`.",
     ]
     return "\n".join(lines)
 
