@@ -41,7 +41,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from support import checkpoint_files
+from support import checkpoint_files, config_files
 from support.tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (part of this file's public face)
 
 # ---- 1. Configuration --------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class LlamaConfig:
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
         """Read `path`/config.json. ValueError names the field that is missing or that we cannot
         honour."""
-        return cls(**checkpoint_files.read_config(path))
+        return cls(**config_files.read_config(path))
 
     def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
         """The same shape with another RoPE base and window: all that context extension changes in
@@ -454,7 +454,7 @@ def save_pretrained(
     """Write a folder that transformers opens unedited: config.json (both RoPE spellings),
     safetensors in shards, and the tokenizer files of `tokenizer_from`. Written beside `path`,
     then renamed."""
-    config = checkpoint_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
+    config = config_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
     with checkpoint_files.write_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         checkpoint_files.write_tensors(folder, model.named_parameters())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from model import Llama, load_tokenizer
-from support import checkpoint_files, figures
+from support import checkpoint_files, config_files, figures
 from support.cli import report_errors
 from support.text import load_corpus
 
@@ -100,7 +100,7 @@ def impactful_types(per_type_sum: Tensor, count: Tensor, top: float = 0.2) -> Te
 
 def read_impactful(path: str | Path, vocab_size: int) -> Tensor:
     """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
-    types = torch.tensor([int(t) for t in checkpoint_files.read_json(Path(path))])
+    types = torch.tensor([int(t) for t in config_files.read_json(Path(path))])
     if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
         raise ValueError(
             f"{path} names no token types of a vocabulary of {vocab_size} (--impactful)"
@@ -373,7 +373,7 @@ def merge(
     if not 0 <= weight <= 1:
         raise ValueError(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
     original_dir, tuned_dir = Path(original_dir), Path(tuned_dir)
-    original, tuned = (checkpoint_files.read_config(d) for d in (original_dir, tuned_dir))
+    original, tuned = (config_files.read_config(d) for d in (original_dir, tuned_dir))
     for field in set(original) - {"raw", "rope_theta", "max_position_embeddings"}:
         if original[field] != tuned[field]:
             raise ValueError(f"cannot merge: {field} is {original[field]} and {tuned[field]}")

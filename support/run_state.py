@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from support.checkpoint_files import read_json
+from support.config_files import read_json
 
 STATE = "state.pt"
 

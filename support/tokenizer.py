@@ -12,7 +12,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from support.checkpoint_files import read_json
+from support.config_files import read_json
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # With a Digits step in front, digits are pieces of their own, and a run of white space may end at
