@@ -12,13 +12,15 @@ What is exact here: prompt and answer budget together are `length` tokens, asser
 built from token ids and never encoded again as a whole; a BOS is put in front once, and only if
 the checkpoint's own tokenizer does so; needles go in at sentence ends found in the decoded text.
 
-Results: needle.jsonl (a line a sample; what is there is not run again), needle.json, needle.png.
+Results: needle.jsonl (a line a sample; what is there is not run again), needle_results.json,
+needle.png.
 Does NOT do: chat templates, sampling, teacher-forced scores.
 Glossary: see model.py.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -39,7 +41,7 @@ from model import (
     load_tokenizer,
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
-from support.cli import log, progress, provenance, report_errors
+from support.cli import check_ranges, log, progress, provenance, report_errors
 from support.figures import draw_heatmap
 from support.haystack import CITIES, fingerprint, load_haystack
 from support.results import Results
@@ -183,8 +185,8 @@ class SharedPrefix:
 
 
 @torch.no_grad()
-def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[float]:
-    """Mean loss in nats per token of ids (N,), for each run of bin_tokens positions."""
+def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[float, int]]:
+    """(mean loss in nats a token, tokens) of ids (N,), for each run of bin_tokens positions."""
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]
     targets = ids[1:].to(hidden.device)
     losses = []
@@ -192,7 +194,7 @@ def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[float]:
         loss, n = linear_cross_entropy(
             hidden[i : i + bin_tokens], model.lm_head.weight, targets[i : i + bin_tokens]
         )
-        losses.append(float(loss) / n)
+        losses.append((float(loss) / n, n))
     return losses
 
 
@@ -213,7 +215,7 @@ class Candidate:
             model.config = model.config.with_rope(*self.rope)
         return model.eval()
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         return fingerprint(self.folder) + (f"/rope{self.rope[0]:.6g}" if self.rope else "")
 
@@ -248,8 +250,7 @@ def run_candidate(candidate: Candidate, haystack: Haystack, results: Results, ar
             if (known := results.find(row)) is None:
                 model = model or candidate.load(args)
                 shared = shared or SharedPrefix(model)
-                results.add(measure(row, sample, shared, haystack.tokenizer))
-                known = results.rows[-1]
+                known = results.add(measure(row, sample, shared, haystack.tokenizer))
             chosen.append(known | {"model": candidate.label})
     return chosen
 
@@ -257,8 +258,9 @@ def run_candidate(candidate: Candidate, haystack: Haystack, results: Results, ar
 def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
     started = time.monotonic()
     if row["task"] == "loss":
-        row["loss_by_1024"] = [round(x, 5) for x in text_loss(shared.model, sample.ids)]
-        row["score"] = sum(row["loss_by_1024"]) / len(row["loss_by_1024"])
+        bins = text_loss(shared.model, sample.ids)
+        row["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
+        row["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
     else:
         stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         row["output"] = tokenizer.decode(shared.answer(sample.ids, sample.answer_tokens, stop))
@@ -352,30 +354,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
         args, started = parse(argv), time.time()
-        if args.n < 1 or min(args.lengths) < 1 or not all(0 <= d <= 1 for d in args.depths):
-            raise ValueError("--n and --lengths must be at least 1, --depths within 0..1")
-        if args.controls and not args.compare:
-            raise ValueError("--controls needs the base model: --compare DIR")
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-        args.torch_dtype = getattr(
-            torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-        )
-        tokenizer = load_tokenizer(args.model)
+        default = "bfloat16" if args.device == "cuda" else "float32"
+        args.torch_dtype = getattr(torch, args.dtype or default)
+        candidates, configs = resolve(args)
         text, source = load_haystack(args.haystack)
-        haystack = Haystack(text, tokenizer)
+        haystack = Haystack(text, load_tokenizer(args.model))
         log(f"haystack: {source}, {len(haystack.ids):,} tokens, {len(haystack.starts):,} sentences")
-
-        candidates = [Candidate(folder, folder) for folder in (args.model, *args.compare)]
-        configs = {c.label: LlamaConfig.from_dir(c.folder) for c in candidates}
-        if args.controls:
-            result = configs[args.model]
-            untrained = Candidate(
-                f"{args.compare[0]} (new base)",
-                args.compare[0],
-                (result.rope_theta, result.max_position_embeddings),
-            )
-            candidates.append(untrained)
-            configs[untrained.label] = result
+        for task in args.tasks:  # a prompt that cannot be made is refused before anything is run
+            make_sample(TASKS[task], haystack, args.lengths[0], 0.0, "")
         out = Path(args.out or args.model)
         out.mkdir(parents=True, exist_ok=True)
         results = Results(out / "needle.jsonl")
@@ -383,10 +370,38 @@ def main(argv: list[str] | None = None) -> None:
         report(rows, configs, source, out, args, started)
 
 
+def resolve(args: argparse.Namespace) -> tuple[list[Candidate], dict[str, LlamaConfig]]:
+    """Who is judged, and their configs by label. Writes nothing."""
+    check_ranges(args, at_least_one=("n",))
+    args.lengths, args.depths = sorted(set(args.lengths)), sorted(set(args.depths))
+    args.tasks, args.compare = list(dict.fromkeys(args.tasks)), list(dict.fromkeys(args.compare))
+    if args.lengths[0] < 2 or not all(0 <= d <= 1 for d in args.depths):
+        raise ValueError("--lengths must be at least 2 tokens, --depths within 0..1")
+    if args.controls and not args.compare:
+        raise ValueError("--controls needs the base model: --compare DIR")
+    if args.model in args.compare:
+        raise ValueError(f"--compare {args.model} is --model itself")
+    candidates = [Candidate(folder, folder) for folder in (args.model, *args.compare)]
+    configs = {c.label: LlamaConfig.from_dir(c.folder) for c in candidates}
+    tokenizer = load_tokenizer(args.model)
+    for folder, config in configs.items():
+        if tokenizer.vocab_size > config.vocab_size or tokenizer != load_tokenizer(folder):
+            raise ValueError(
+                f"{folder}: its tokenizer or vocabulary is not that of --model {args.model}"
+            )
+    if args.controls:
+        new = configs[args.model]
+        rope = (new.rope_theta, new.max_position_embeddings)
+        candidates.append(Candidate(f"{args.compare[0]} (new base)", args.compare[0], rope))
+        configs[candidates[-1].label] = new
+    return candidates, configs
+
+
 def report(rows: list[dict], configs: dict, source: str, out: Path, args, started: float) -> None:
     table = summarise(rows, args)
     print_table(table, args.lengths)
     settings = {k: str(v) if k == "torch_dtype" else v for k, v in vars(args).items()}
+    measured = {"seconds_of_all_rows": round(sum(r["seconds"] for r in rows), 1)}
     models = {
         label: {"rope_theta": c.rope_theta, "window": c.max_position_embeddings}
         for label, c in configs.items()
@@ -396,9 +411,10 @@ def report(rows: list[dict], configs: dict, source: str, out: Path, args, starte
         "haystack": source,
         "models": models,
         "table": table,
+        **measured,
         **provenance(started),
     }
-    write_atomically(out / "needle.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(out / "needle_results.json", json.dumps(summary, indent=2) + "\n")
     for task in args.tasks:
         panels = {}
         for label in configs:

@@ -16,7 +16,7 @@ attention mask.)
     ids = torch.tensor(tokenizer.encode("The capital of France is"))
     print(tokenizer.decode(generate(model, ids, max_new_tokens=8)))
 
-Does NOT do: padding masks, dropout, sampling, several GPUs, RoPE types other than `default`.
+Does NOT do: padding masks, dropout, sampling, several GPUs, sliding windows, yarn.
 
 Glossary (one for all four files)
     B, T, S    sequences in a batch; tokens in a sequence; tokens seen by attention (cache included)
@@ -31,6 +31,7 @@ Glossary (one for all four files)
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from support import checkpoint_files, config_files
+from support.rope_scaling import scale_frequencies
 from support.tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (part of this file's public face)
 
 # ---- 1. Configuration --------------------------------------------------------------------------
@@ -49,8 +51,7 @@ from support.tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (part of 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama, under the names of Hugging Face's config.json. `raw` keeps the file as it
-    was read."""
+    """Shape of a Llama, under Hugging Face's names; `raw` keeps config.json as it was read."""
 
     vocab_size: int
     hidden_size: int
@@ -61,22 +62,23 @@ class LlamaConfig:
     head_dim: int
     max_position_embeddings: int
     rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None  # None: RoPE type default; else `linear` or `llama3`
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    qkv_bias: bool = False  # qwen2
+    qk_norm: bool = False  # qwen3
+    sliding_window: int | None = None  # longest input that attention sees whole (mistral)
     raw: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
-        """Read `path`/config.json. ValueError names the field that is missing or that we cannot
-        honour."""
+        """Read `path`/config.json. ValueError names the field that we miss or cannot honour."""
         return cls(**config_files.read_config(path))
 
     def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
-        """The same shape with another RoPE base and window: all that context extension changes in
-        a config."""
-        return dataclasses.replace(
-            self, rope_theta=float(theta), max_position_embeddings=int(max_len)
-        )
+        """The same shape with another RoPE base and window: all that extension changes here."""
+        rope = {"rope_theta": float(theta), "max_position_embeddings": int(max_len)}
+        return dataclasses.replace(self, **rope)
 
 
 # ---- 2. Norm -----------------------------------------------------------------------------------
@@ -89,9 +91,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = (
-            x.float() if x.dtype == torch.bfloat16 else x
-        )  # statistics in fp32 (float64 stays float64)
+        x32 = x if x.dtype == torch.float64 else x.float()  # statistics in fp32 or better
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
@@ -99,22 +99,22 @@ class RMSNorm(nn.Module):
 # ---- 3. Rotary position embedding --------------------------------------------------------------
 
 
-def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (Su et al., 2021), each (B, 1, T, d/2) fp32, for position ids (B,
-    T)."""
-    # subtle: computed anew at each call and kept nowhere. As a buffer it would be cast by
-    # model.to(bfloat16), and bf16 holds integers exactly only up to 256: angles would be wrong
-    # from there on.
-    j = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float()
-    inv_freq = 1.0 / theta ** (j / head_dim)  # (d/2,) radians per position
+def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
+    """Radians per position of each pair of dimensions, (d/2,) fp32."""
+    j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
+    inv_freq = 1.0 / theta ** (j / head_dim)
+    return scale_frequencies(inv_freq, scaling) if scaling else inv_freq
+
+
+def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (Su et al., 2021), (B, 1, T, d/2) fp32, for position ids (B, T)."""
     # [E1] angle[t, j] = pos[t] * theta^(-2j/d)   pos is the position ID, not the index t
     angle = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, d/2) fp32, radians
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[j], x[j + d/2]) of x (B, H, T, d) by its angle; in fp32, returned in x's
-    dtype."""
+    """Turn each pair (x[j], x[j + d/2]) of x (B, H, T, d) by its angle, in fp32."""
     a, b = x.chunk(2, dim=-1)  # (B, H, T, d/2) each; bf16 times fp32 is fp32
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -137,9 +137,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # only and a chunked prefill would be silently wrong. Aligned lower-right, query 0 sees all S
     # - T + 1 keys it should.
     mask = None if causal or T == 1 else causal_lower_right(T, S)
-    if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-    with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
+    if q.is_cuda and q.dtype == torch.float32:  # the only kernel for fp32 there knows no groups
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    with sdpa_kernel(CUDA_BACKENDS, set_priority=True) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
 
@@ -148,10 +148,12 @@ class Attention(nn.Module):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
         self.head_dim = d
-        self.q_proj = nn.Linear(D, config.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=False)
+        self.q_proj = nn.Linear(D, config.num_attention_heads * d, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * d, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * d, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, D, bias=False)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None", layer: int
@@ -161,8 +163,8 @@ class Attention(nn.Module):
         def heads(y: Tensor) -> Tensor:  # (B, T, n*d) -> (B, n, T, d)
             return y.view(B, T, -1, self.head_dim).transpose(1, 2)
 
-        q = rotate(heads(self.q_proj(x)), cos, sin)  # (B, H, T, d)
-        k = rotate(heads(self.k_proj(x)), cos, sin)  # (B, KV, T, d)
+        q = rotate(self.q_norm(heads(self.q_proj(x))), cos, sin)  # (B, H, T, d)
+        k = rotate(self.k_norm(heads(self.k_proj(x))), cos, sin)  # (B, KV, T, d)
         v = heads(self.v_proj(x))
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, KV, S, d)
@@ -213,12 +215,11 @@ def keep_attention():
 
 
 class Llama(nn.Module):
-    """The whole model. Parameters carry the names of Hugging Face's checkpoints, so nothing is
-    renamed.
+    """The whole model. Parameters carry the names of Hugging Face's checkpoints: no renaming.
 
-    `activation_checkpointing`: keep only each layer's input for the backward pass and compute the
-    layer a second time there: activation memory of one layer instead of all, for about a third
-    more compute."""
+    `activation_checkpointing`: keep each layer's input and its attention's output for the backward
+    pass, and compute the rest of the layer a second time there: activation memory of one layer
+    instead of all."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -232,8 +233,8 @@ class Llama(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, weight in self.named_parameters():
-            if "norm" not in name:
+        for weight in self.parameters():
+            if weight.ndim > 1:  # norms stay at one
                 nn.init.normal_(weight, std=0.02)
         self.tie_weights()
 
@@ -254,12 +255,20 @@ class Llama(nn.Module):
         positions (cache length .. cache length + T - 1). With a cache, keys and values are
         appended to it."""
         B, T = input_ids.shape
+        start = cache.length if cache is not None else 0
+        if self.config.sliding_window is not None and start + T > self.config.sliding_window:
+            raise ValueError(
+                f"{start + T} tokens exceed sliding_window {self.config.sliding_window}"
+            )
         if position_ids is None:
-            start = cache.length if cache is not None else 0
             position_ids = torch.arange(start, start + T, device=input_ids.device).expand(B, T)
         if position_ids.shape != (B, T):
             raise ValueError(f"position_ids {tuple(position_ids.shape)} must be shaped {(B, T)}")
-        cos, sin = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        # subtle: computed anew at each call and kept nowhere. As a buffer the frequencies would be
+        # cast by model.to(bfloat16), which holds integers exactly only up to 256.
+        c = self.config
+        inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
         x = self.model["embed_tokens"](input_ids)
         for i, block in enumerate(self.model["layers"]):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -292,7 +301,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), chunk_tokens):
             h, y = hidden[i : i + chunk_tokens], targets[i : i + chunk_tokens]
             valid = y != ignore_index
-            index = y.clamp(min=0)[:, None]  # any index will do where the row is ignored
+            index = y.where(valid, 0)[:, None]  # any index will do where the row is ignored
             logits = (h @ weight.T).to(wide)  # (chunk, V)
             lse = logits.logsumexp(-1, keepdim=True)
             # [E9] loss = sum over valid t of  log sum_v exp(z[t, v]) - z[t, y_t]
@@ -340,10 +349,9 @@ def linear_cross_entropy(
             f"hidden {tuple(hidden.shape)} does not fit targets {tuple(targets.shape)}"
             f" or weight {tuple(weight.shape)}"
         )
-    if chunk_tokens < 1 or chunk_tokens * weight.shape[0] >= 2**31:
-        raise ValueError(
-            f"chunk_tokens {chunk_tokens} x vocabulary {weight.shape[0]} must be below 2^31"
-        )
+    V = weight.shape[0]
+    if chunk_tokens < 1 or chunk_tokens * V >= 2**31:
+        raise ValueError(f"chunk_tokens {chunk_tokens} x vocabulary {V} must be below 2^31")
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     loss = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, ignore_index, chunk_tokens)
     return loss, int((targets != ignore_index).sum())
@@ -394,12 +402,9 @@ class KVCache:
 def prefill(
     model: Llama, ids: Tensor, cache: KVCache | None = None, chunk_tokens: int = 2048
 ) -> tuple[Tensor, KVCache]:
-    """Run ids (T,) int64 through the model, T >= 1, after what the cache holds -> (last logits
-    (V,), cache)."""
+    """Run ids (T,) int64, T >= 1, after what the cache holds -> (last logits (V,), cache)."""
     if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(
-            f"ids must be a one-dimensional tensor of at least one token, got {tuple(ids.shape)}"
-        )
+        raise ValueError(f"ids must be (T,) with at least one token, got {tuple(ids.shape)}")
     cache = KVCache() if cache is None else cache
     cache.reserve(cache.length + len(ids))
     ids = ids.to(model.lm_head.weight.device)

@@ -26,10 +26,16 @@ from torch import Tensor
 from model import Llama, load_tokenizer
 from support import checkpoint_files, config_files, figures
 from support.cli import report_errors
-from support.text import load_corpus
+from support.run_state import read_impactful
+from support.text import Corpus, load_documents
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")
 STRATEGIES = ("impact", "digits", "random", "first")
+
+
+class TooFewSegments(ValueError):
+    """A sample of one segment has no gap to put positions into; another text will do."""
+
 
 # ---- 1. Token analysis (paper 4.1) -------------------------------------------------------------
 
@@ -96,16 +102,6 @@ def impactful_types(per_type_sum: Tensor, count: Tensor, top: float = 0.2) -> Te
     covered_before = count[order].cumsum(0) - count[order]
     chosen = (covered_before < top * count.sum()) & (count[order] > 0)
     return torch.zeros(len(count), dtype=torch.bool).index_fill_(0, order[chosen], True)
-
-
-def read_impactful(path: str | Path, vocab_size: int) -> Tensor:
-    """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
-    types = torch.tensor([int(t) for t in config_files.read_json(Path(path))])
-    if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
-        raise ValueError(
-            f"{path} names no token types of a vocabulary of {vocab_size} (--impactful)"
-        )
-    return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)
 
 
 # ---- 2. Segments (paper algorithm 1) -----------------------------------------------------------
@@ -185,8 +181,8 @@ def impactful_share(ids: Tensor, starts: Tensor, impactful: Tensor) -> Tensor:
     """Share of impactful tokens of each segment, (N,) float64. The paper's rule drops segments at
     0."""
     hits = torch.cat((torch.zeros(1, dtype=torch.int64), impactful[ids].long().cumsum(0)))
-    ends = torch.cat((starts[1:], torch.tensor([len(ids)])))
-    return (hits[ends] - hits[starts]).double() / (ends - starts)
+    size = segment_lengths(starts, len(ids))
+    return (hits[starts + size] - hits[starts]).double() / size
 
 
 def select_segments(
@@ -219,7 +215,7 @@ def select_segments(
     order = torch.arange(N) if strategy == "first" else torch.randperm(N, generator=generator)
     if strategy in ("impact", "digits"):
         # The paper drops segments without an impactful token, then takes "a fixed number of
-        # tokens". Where that drops too little (often: see --help), the share decides who stays;
+        # tokens". Where that drops too little (often), the share decides who stays;
         # where too much, share 0 fills.
         rank = impactful_share(ids, starts, impactful)
         rank = (rank > 0).double() if strategy == "digits" else rank
@@ -272,21 +268,7 @@ def sample_position_ids(
         return int(torch.randint(low, high + 1, (1,), generator=generator))
 
     if method == "longrecipe":
-        if starts is None or len(starts) < 2:
-            raise ValueError(
-                "longrecipe needs at least two segments: with one it would silently be `none`"
-            )
-        if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
-            raise ValueError(
-                f"segment starts must increase from 0 and stay below the sample length {L}"
-            )
-        N = len(starts)
-        # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
-        #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
-        #      (the paper's equation 6 adds one too many at each border; its algorithm 1 does not)
-        slots = 1 + torch.randperm(T - L + N - 1, generator=generator)[: N - 1].sort().values
-        skipped = torch.cat((torch.zeros(1, dtype=torch.int64), slots)) - torch.arange(N)
-        positions = plain + skipped.repeat_interleave(segment_lengths(starts, L))
+        positions = spread_segments(starts, L, T, generator)
         if prefix:
             r = uniform(1, (L + 1) // 2)
             positions[:r] = plain[:r]
@@ -302,6 +284,23 @@ def sample_position_ids(
             f"method full trains on whole windows: --train_len {L} must equal --target_len {T}"
         )
     return plain
+
+
+def spread_segments(starts: Tensor | None, L: int, T: int, generator) -> Tensor:
+    """Algorithm 1: position ids (L,) below T that jump only at the segment starts (N,)."""
+    if starts is None or len(starts) < 2:
+        raise TooFewSegments("longrecipe needs at least two segments: one would be plain `none`")
+    if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
+        raise ValueError(
+            f"segment starts must increase from 0 and stay below the sample length {L}"
+        )
+    N = len(starts)
+    # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
+    #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
+    #      (the paper's equation 6 adds one too many at each border; its algorithm 1 does not)
+    slots = 1 + torch.randperm(T - L + N - 1, generator=generator)[: N - 1].sort().values
+    skipped = torch.cat((torch.zeros(1, dtype=torch.int64), slots)) - torch.arange(N)
+    return torch.arange(L) + skipped.repeat_interleave(segment_lengths(starts, L))
 
 
 def make_example(
@@ -326,7 +325,7 @@ def make_example(
         ids = ids[begin : begin + target_len]
     starts = split_segments(ids, tokenizer)
     if select == "digits":
-        impactful = digit_types(tokenizer) if impactful is None else impactful
+        impactful = digit_types(tokenizer)
     kept, starts = select_segments(ids, starts, train_len, select, generator, impactful)
     positions = sample_position_ids(method, train_len, target_len, starts, generator, prefix)
     return ids[kept], positions
@@ -352,6 +351,8 @@ def ntk_rope_base(
     >>> round(ntk_rope_base(5e5, 128, 8192, 131072) / 1e6, 1)  # Llama 3 in the paper's table 4
     131.5
     """
+    if head_dim <= 2:
+        raise ValueError(f"head_dim {head_dim} has a single frequency: no base to change")
     if new_len <= old_len:
         raise ValueError(f"the new window {new_len} must be longer than the old one {old_len}")
     f = new_len / old_len if factor is None else factor
@@ -374,7 +375,10 @@ def merge(
         raise ValueError(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
     original_dir, tuned_dir = Path(original_dir), Path(tuned_dir)
     original, tuned = (config_files.read_config(d) for d in (original_dir, tuned_dir))
-    for field in set(original) - {"raw", "rope_theta", "max_position_embeddings"}:
+    original["model_type"], tuned["model_type"] = (
+        c["raw"]["model_type"] for c in (original, tuned)
+    )
+    for field in sorted(set(original) - {"raw", "rope_theta", "max_position_embeddings"}):
         if original[field] != tuned[field]:
             raise ValueError(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
 
@@ -457,7 +461,8 @@ def main(argv: list[str] | None = None) -> None:
         args = p.parse_args(argv)
         args.train_len = args.train_len or train_length(args.target_len)
         tokenizer = load_tokenizer(args.model)
-        corpus = load_corpus([args.text] if args.text else None, tokenizer, args.train_len)
+        documents, source = load_documents([args.text] if args.text else None, tokenizer, False)
+        corpus = Corpus(documents, args.train_len, source)
         ids = corpus.window(args.target_len, torch.Generator().manual_seed(args.seed))
         size = tokenizer.vocab_size
         impactful = read_impactful(args.impactful, size) if args.impactful else None

@@ -41,10 +41,10 @@ from model import (
     save_pretrained,
 )
 from support import budget
-from support.cli import log, peak_gib, progress, provenance, report_errors
+from support.cli import check_ranges, log, peak_gib, progress, provenance, report_errors
 from support.optimizer import MasterAdamW
-from support.run_state import RunFolder
-from support.text import Corpus, load_corpus
+from support.run_state import RunFolder, read_impactful
+from support.text import Corpus, load_documents
 
 # ---- 1. The command line: the paper's numbers are the defaults ---------------------------------
 
@@ -103,7 +103,7 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
             " tokenizer.json; `python tests/smollm2.py` makes one in models/smollm2"
         )
     config = LlamaConfig.from_dir(args.model)
-    args.base_len = args.base_len or config.max_position_embeddings
+    args.base_len = config.max_position_embeddings if args.base_len is None else args.base_len
     if args.target_len <= args.base_len:
         raise ValueError(
             f"--target_len {args.target_len} must exceed the window {args.base_len} (--base_len)"
@@ -121,19 +121,43 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
         )
     if args.prefix and args.method != "longrecipe":
         raise ValueError(f"--prefix belongs to --method longrecipe, not to {args.method}")
-    for name in ("steps", "batch_sequences", "analysis_samples"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    if not args.lr > 0 or not 0 <= args.merge_weight <= 1 or not 0 < args.top <= 1:
-        raise ValueError("--lr must be positive, --merge_weight within 0..1, --top within 0..1")
+    check_ranges(
+        args,
+        at_least_one=("base_len", "steps", "batch_sequences", "analysis_samples"),
+        positive=("lr", "clip", "top"),
+        not_negative=("replay_steps", "replay_lr", "weight_decay", "warmup_steps", "save_minutes"),
+    )
+    if not 0 <= args.merge_weight <= 1 or args.top > 1:
+        raise ValueError("--merge_weight must be within 0..1, --top at most 1")
+    if args.rope_base is not None and not 1 < args.rope_base < math.inf:
+        raise ValueError(f"--rope_base {args.rope_base} must be above 1")
+    if config.sliding_window is not None and config.sliding_window < args.train_len:
+        raise ValueError(
+            f"config.json: sliding_window {config.sliding_window} is shorter than a sample of"
+            f" --train_len {args.train_len}: attention would not see all of it"
+        )
+    if args.rope_base is None and config.rope_scaling is not None:
+        raise ValueError(
+            f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), and the"
+            " paper's formula for the base assumes that it does not: give --rope_base; the"
+            f" scaling stays, its base now is {config.rope_theta:g}"
+        )
     if args.rope_base is None:
         args.rope_base = recipe.ntk_rope_base(
             config.rope_theta, config.head_dim, args.base_len, args.target_len
         )
-    args.replay_len = args.replay_len or min(args.base_len, args.train_len)
+    if args.replay_len is None:
+        args.replay_len = min(args.base_len, args.train_len)
+    if not 2 <= args.replay_len <= args.target_len:
+        raise ValueError(f"--replay_len {args.replay_len} must be between 2 and --target_len")
     if args.replay_steps is None:
         args.replay_steps = math.ceil(68e6 / (args.replay_len * args.batch_sequences))
     needs_probe = args.select == "impact" and not (args.extended or args.impactful)
+    if args.method == "none" and args.train_len <= args.base_len and needs_probe:
+        raise ValueError(
+            "--method none never leaves the old window, so it has no impactful types of its own:"
+            " --impactful FILE of another run, or --select random"
+        )
     if args.probe_steps is None:
         args.probe_steps = max(1, args.steps // 10) if needs_probe else 0
     if not 0 <= args.probe_steps <= args.steps or (needs_probe and args.probe_steps == 0):
@@ -166,18 +190,23 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """One (input_ids (L,), position_ids (L,)). The text and its selection are drawn before the
     positions, so every --method sees the same tokens at the same step."""
-    ids = corpus.window(stage.target_len, generator)
-    return recipe.make_example(
-        ids,
-        tokenizer,
-        stage.tokens,
-        stage.target_len,
-        method=stage.method,
-        select=stage.select,
-        impactful=impactful,
-        prefix=args.prefix and stage.method == "longrecipe",
-        generator=generator,
-    )
+    prefix = args.prefix and stage.method == "longrecipe"
+    options = {"method": stage.method, "select": stage.select, "prefix": prefix}
+    for _ in range(100):
+        ids = corpus.window(stage.target_len, generator)
+        try:
+            return recipe.make_example(
+                ids,
+                tokenizer,
+                stage.tokens,
+                stage.target_len,
+                impactful=impactful,
+                generator=generator,
+                **options,
+            )
+        except recipe.TooFewSegments as error:  # a window without sentences, say a long table
+            reason = error
+    raise reason
 
 
 def next_token_targets(input_ids: Tensor) -> Tensor:
@@ -225,37 +254,18 @@ def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 
 
 
 class Trainer:
-    """Model, optimizer and the position in the run. Each step draws its data from (seed, step)
+    """Model, optimizer and the position in the run. Each sample is drawn from (seed, step, number)
     alone, so the data position needs no state of its own."""
 
-    def __init__(
-        self,
-        model: Llama,
-        optimizer: MasterAdamW,
-        stages: list[Stage],
-        tokenizer,
-        args,
-        run: RunFolder,
-    ):
-        self.model, self.optimizer, self.stages = model, optimizer, stages
-        self.tokenizer, self.args, self.run = tokenizer, args, run
+    def __init__(self, model: Llama, stages: list[Stage], tokenizer, args, run: RunFolder):
+        self.model, self.stages, self.tokenizer = model, stages, tokenizer
+        self.args, self.run = args, run
+        self.optimizer = MasterAdamW(model, args.lr, args.weight_decay)
         self.step = 0  # optimizer steps done, over all stages
         self.impactful: Tensor | None = None
         self.last_save = time.monotonic()
-        self.bar = progress(
-            None,
-            "train",
-            total=sum(s.steps * s.tokens for s in stages) * args.batch_sequences,
-            unit="tok",
-            unit_scale=True,
-        )
-
-    def state(self) -> dict:
-        return {
-            "step": self.step,
-            "impactful": self.impactful,
-            "optimizer": self.optimizer.state_dict(),
-        }
+        total = sum(s.steps * s.tokens for s in stages) * args.batch_sequences
+        self.bar = progress(None, "train", total=total, unit="tok", unit_scale=True)
 
     def load_state(self, state: dict) -> None:
         self.step, self.impactful = state["step"], state["impactful"]
@@ -263,7 +273,8 @@ class Trainer:
         self.bar.update(state["tokens"])
 
     def save(self) -> None:
-        self.run.save(self.state() | {"tokens": int(self.bar.n)})
+        state = {"step": self.step, "impactful": self.impactful, "tokens": int(self.bar.n)}
+        self.run.save(state | {"optimizer": self.optimizer.state_dict()})
         self.last_save = time.monotonic()
 
     def train(self, stage: Stage, corpus: Corpus) -> None:
@@ -272,9 +283,11 @@ class Trainer:
         self.bar.set_description(stage.name)
         for i in range(max(0, self.step - first), stage.steps):
             started = time.monotonic()
-            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.step)
             batch = []
-            for _ in range(self.args.batch_sequences):
+            for b in range(self.args.batch_sequences):
+                # one generator a sample: how many numbers a method draws moves no other sample
+                seed = self.args.seed * 1_000_003 + self.step + 100_000_000 * b
+                generator = torch.Generator().manual_seed(seed)
                 ids, positions = sample(
                     stage, corpus, self.tokenizer, self.args, self.impactful, generator
                 )
@@ -355,20 +368,25 @@ def main(argv: list[str] | None = None) -> None:
         settings = {k: v for k, v in vars(args).items() if k not in free}
         run = RunFolder(args.out)
         run.check(settings, args.resume)
-        corpus = load_corpus(args.data, tokenizer, args.train_len, args.join)
-        replay_data = args.replay_data or args.data
-        replay_corpus = corpus
-        if args.replay_steps and (args.replay_data or args.replay_len != args.train_len):
-            replay_corpus = load_corpus(replay_data, tokenizer, args.replay_len, args.join)
+        if run.finished():
+            log(f"{args.out} holds this run, finished: nothing to do")
+            return
+        documents, source = load_documents(args.data, tokenizer, args.join)
+        corpus = Corpus(documents, args.train_len, source)
+        if args.replay_data:
+            documents, source = load_documents(args.replay_data, tokenizer, args.join)
+        replay_corpus = Corpus(documents, args.replay_len, source) if args.replay_steps else corpus
         stages = plan_stages(args)
         sample(stages[0], corpus, tokenizer, args, None, torch.Generator())  # fails early if at all
         impactful = None
         if args.impactful:
-            impactful = recipe.read_impactful(args.impactful, config.vocab_size)
+            impactful = read_impactful(args.impactful, config.vocab_size)
         model = load_pretrained(args.model, getattr(torch, args.dtype), args.device)
         extended = model
         if args.extended:
             extended = load_pretrained(args.extended, model.dtype, args.device)
+            if extended.config.vocab_size != config.vocab_size:
+                raise ValueError(f"--extended {args.extended} has another vocabulary than --model")
 
         if args.device == "cpu":
             log("no CUDA device: going on with the CPU")
@@ -380,8 +398,7 @@ def main(argv: list[str] | None = None) -> None:
         run.write_settings(settings, status="running")
         model.config = config.with_rope(args.rope_base, args.target_len)
         model.activation_checkpointing = True
-        optimizer = MasterAdamW(model, args.lr, args.weight_decay)
-        trainer = Trainer(model, optimizer, stages, tokenizer, args, run)
+        trainer = Trainer(model, stages, tokenizer, args, run)
         trainer.impactful = impactful
         run_stages(trainer, extended, corpus, replay_corpus)
         run.write_settings(settings, status="done", **provenance(started))

@@ -180,7 +180,12 @@ def write_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; if the body succeeds, it takes the place of `path`."""
     path = Path(path)
     beside, old = path.with_name(path.name + ".writing"), path.with_name(path.name + ".old")
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not empty and (not (path / "config.json").is_file() or (path / "run.json").exists()):
+        raise ValueError(f"{path} is not empty and no plain model folder: not replacing it")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.replace(old, path)
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir()

@@ -2,9 +2,10 @@
 provenance."""
 
 import contextlib
-import json
+import math
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -22,9 +23,23 @@ def report_errors() -> Iterator[None]:
     its traceback."""
     try:
         yield
-    except (ValueError, OSError, json.JSONDecodeError, SafetensorError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    except (ValueError, OSError, SafetensorError) as error:
+        log("error: " + " ".join(str(error).split()))  # on a line of its own below any bar
         raise SystemExit(2) from None
+
+
+def check_ranges(args, at_least_one=(), positive=(), not_negative=()) -> None:
+    """ValueError for the first flag whose number cannot be meant; flags not given (None) pass."""
+    tests = (
+        (at_least_one, lambda x: x >= 1, "must be at least 1"),
+        (positive, lambda x: 0 < x < math.inf, "must be positive"),
+        (not_negative, lambda x: 0 <= x < math.inf, "must not be negative"),
+    )
+    for names, test, rule in tests:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not test(value):
+                raise ValueError(f"--{name} {value} {rule}")
 
 
 def progress(iterable, description: str, **options):
@@ -48,12 +63,14 @@ def log(message: str) -> None:
 def provenance(started: float) -> dict:
     """What a number needs beside it: commit, hardware, versions, seconds, peak memory."""
     root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        git = subprocess.run(command, check=False, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     cuda = torch.cuda.is_available()
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "hardware": torch.cuda.get_device_name() if cuda else cpu_name(),

@@ -16,9 +16,36 @@ def read_json(path: Path) -> dict:
     return value
 
 
+# What each supported family fixes in its code rather than in its config.json. Every other field
+# is read.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 4096},  # the value where config.json is silent
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def positive(raw: dict, name: str, kind: type | tuple = int) -> float:
+    value = raw.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
+        noun = "integer" if kind is int else "number"
+        raise ValueError(f"config.json: {name} must be a positive {noun}, found {value!r}")
+    return value
+
+
 def read_config(path: str | Path) -> dict:
-    """config.json -> the fields of LlamaConfig. ValueError names what is missing or cannot be
-    honoured."""
+    """config.json -> the fields of LlamaConfig. ValueError names what cannot be honoured."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(
@@ -27,62 +54,89 @@ def read_config(path: str | Path) -> dict:
     if not (path / "config.json").is_file():
         raise ValueError(f"model folder {path} holds no config.json")
     raw = read_json(path / "config.json")
-
-    def need(name: str) -> int:
-        value = raw.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"config.json: {name} must be a positive integer, found {value!r}")
-        return value
-
-    if raw.get("model_type") != "llama":
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {raw.get('model_type')!r} is not supported (only 'llama')"
+            f"config.json: model_type {family!r} is not supported ({', '.join(FAMILIES)} are)"
         )
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(
-            f"config.json: hidden_act {raw['hidden_act']!r} is not supported (only 'silu')"
-        )
+    for name, expected in {"hidden_act": "silu", "partial_rotary_factor": 1.0}.items():
+        if raw.get(name, expected) != expected:
+            raise ValueError(
+                f"config.json: {name} {raw[name]!r} is not supported (only {expected!r})"
+            )
     for name in ("attention_bias", "mlp_bias", "quantization_config"):
         if raw.get(name):
             raise ValueError(f"config.json: {name} {raw[name]!r} is not supported")
-    # Two spellings of RoPE: rope_theta + rope_scaling, and (transformers 5) rope_parameters.
-    rope = {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
-    rope |= raw.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type != "default":
-        raise ValueError(f"config.json: rope type {rope_type!r} is not supported (only 'default')")
-    theta = rope["rope_theta"] if rope["rope_theta"] is not None else 10_000.0
-    if not isinstance(theta, (int, float)) or theta <= 1:
-        raise ValueError(f"config.json: rope_theta must be a number above 1, found {theta!r}")
-    heads, width = need("num_attention_heads"), need("hidden_size")
-    kv_heads = need("num_key_value_heads") if raw.get("num_key_value_heads") is not None else heads
+    theta, scaling = read_rope(raw)
+    return {
+        "vocab_size": positive(raw, "vocab_size"),
+        "hidden_size": positive(raw, "hidden_size"),
+        "intermediate_size": positive(raw, "intermediate_size"),
+        "num_hidden_layers": positive(raw, "num_hidden_layers"),
+        **read_heads(raw),
+        "max_position_embeddings": positive(raw, "max_position_embeddings"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": float(positive({"rms_norm_eps": 1e-6} | raw, "rms_norm_eps", (int, float))),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "qkv_bias": bool(FAMILIES[family].get("qkv_bias")),
+        "qk_norm": bool(FAMILIES[family].get("qk_norm")),
+        "sliding_window": read_sliding_window(raw, family),
+        "raw": raw,
+    }
+
+
+def read_rope(raw: dict) -> tuple[float, dict | None]:
+    """RoPE base and scaling (None: default), from either spelling: rope_theta + rope_scaling, or
+    rope_parameters (transformers 5)."""
+    rope = {"rope_theta": 10_000.0} | {k: raw[k] for k in ["rope_theta"] if raw.get(k) is not None}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(spelling) or {}, dict):
+            raise ValueError(f"config.json: {spelling} must be an object, found {raw[spelling]!r}")
+        rope |= raw.get(spelling) or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
+        raise ValueError(
+            f"config.json: rope type {kind!r} is not supported ({', '.join(ROPE_FIELDS)} are)"
+        )
+    theta = float(positive(rope, "rope_theta", (int, float)))
+    if theta <= 1:
+        raise ValueError(f"config.json: rope_theta must be above 1, found {theta}")
+    if kind == "default":
+        return theta, None
+    fields = {name: positive(rope, name, (int, float)) for name in ROPE_FIELDS[kind]}
+    return theta, {"rope_type": kind, **fields}
+
+
+def read_heads(raw: dict) -> dict:
+    heads, width = positive(raw, "num_attention_heads"), positive(raw, "hidden_size")
+    given = {k: v for k, v in raw.items() if v is not None}
+    kv_heads = positive({"num_key_value_heads": heads} | given, "num_key_value_heads")
     if heads % kv_heads:
         raise ValueError(
             f"config.json: num_attention_heads {heads} is no multiple of"
             f" num_key_value_heads {kv_heads}"
         )
-    if raw.get("head_dim") is None and width % heads:
+    head_dim = positive({"head_dim": width // heads} | given, "head_dim")
+    if head_dim % 2 or ("head_dim" not in given and width % heads):
         raise ValueError(
-            f"config.json: hidden_size {width} is no multiple of num_attention_heads {heads}"
-            " and head_dim is not given"
+            f"config.json: head_dim must be even and hidden_size {width} a multiple of"
+            f" num_attention_heads {heads} where it is not given, found {head_dim}"
         )
-    head_dim = need("head_dim") if raw.get("head_dim") is not None else width // heads
-    if head_dim % 2:
-        raise ValueError(f"config.json: head_dim {head_dim} must be even, RoPE turns pairs")
     return {
-        "vocab_size": need("vocab_size"),
-        "hidden_size": width,
-        "intermediate_size": need("intermediate_size"),
-        "num_hidden_layers": need("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": need("max_position_embeddings"),
-        "rope_theta": float(theta),
-        "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "raw": raw,
     }
+
+
+def read_sliding_window(raw: dict, family: str) -> int | None:
+    """Longest input that sees itself whole, None for no limit. (Longer inputs are refused.)"""
+    if family.startswith("qwen") and not raw.get("use_sliding_window"):
+        return None
+    default = FAMILIES[family].get("sliding_window")
+    window = raw.get("sliding_window", default) if family != "llama" else None
+    return None if window is None else positive({"sliding_window": window}, "sliding_window")
 
 
 def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
@@ -91,9 +145,19 @@ def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
     subtle: readers older than transformers 5 know only rope_theta and fall back to 10,000 without
     it; newer ones write rope_parameters. A file that holds one of them is read wrongly by
     somebody."""
+    ours = {
+        "raw",
+        "qkv_bias",
+        "qk_norm",
+        "sliding_window",
+        "rope_scaling",
+    }  # not HF's, or raw has it
     out = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    out |= fields["raw"] | {name: value for name, value in fields.items() if name != "raw"}
-    out["rope_scaling"] = None
-    out["rope_parameters"] = {"rope_type": "default", "rope_theta": fields["rope_theta"]}
+    out |= fields["raw"] | {name: value for name, value in fields.items() if name not in ours}
+    scaling = fields["rope_scaling"]
+    out["rope_scaling"] = scaling
+    out["rope_parameters"] = (scaling or {"rope_type": "default"}) | {
+        "rope_theta": out["rope_theta"]
+    }
     out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
     return out

@@ -30,7 +30,7 @@ class RunFolder:
             return
         if not (self.path / "run.json").is_file():
             raise ValueError(f"nothing to resume: {self.path / 'run.json'} does not exist (--out)")
-        before = read_json(self.path / "run.json")["settings"]
+        before = read_json(self.path / "run.json").get("settings") or {}
         changed = {k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)}
         if changed:
             name = sorted(changed)[0]
@@ -38,6 +38,14 @@ class RunFolder:
                 f"--resume with another --{name}: the run has {before.get(name)!r},"
                 f" now {settings.get(name)!r}"
             )
+
+    def finished(self) -> bool:
+        """Done, or killed after the result was in place."""
+        if not (self.path / "run.json").is_file():
+            return False
+        done = read_json(self.path / "run.json").get("status") == "done"
+        published = (self.path / "config.json").is_file() and not (self.path / STATE).is_file()
+        return done or published
 
     def write_settings(self, settings: dict, **more) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -83,6 +91,14 @@ class RunFolder:
             os.replace(file, self.path / file.name)
         shutil.rmtree(folder)
         (self.path / STATE).unlink(missing_ok=True)
+
+
+def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
+    """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
+    types = torch.tensor([int(t) for t in read_json(Path(path))])
+    if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
+        raise ValueError(f"{path} names no token types of this vocabulary (--impactful)")
+    return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -88,17 +88,13 @@ class Corpus:
         return torch.from_numpy(document[begin : begin + tokens].astype(np.int64))
 
 
-def load_corpus(paths: list[str] | None, tokenizer, min_tokens: int, join: bool = False) -> Corpus:
-    """Files of `paths`, or the standard library where none are given (always joined: its files
-    are short)."""
+def load_documents(paths: list[str] | None, tokenizer, join: bool) -> tuple[list[np.ndarray], str]:
+    """(documents as token ids, where they come from): files of `paths`, or the standard library
+    where none are given (always joined: its files are short)."""
     if paths is None:
-        source, texts = (
-            "the Python standard library (default; --data for your own)",
-            [standard_library_text()],
-        )
+        source = "the Python standard library (default; --data for your own)"
+        texts = [standard_library_text()]
     else:
         source, texts = ", ".join(map(str, paths)), read_documents(paths)
         texts = [SEPARATOR.join(texts)] if join else texts
-    return Corpus(
-        [np.array(tokenizer.encode(t), dtype=np.int32) for t in texts], min_tokens, source
-    )
+    return [np.array(tokenizer.encode(t), dtype=np.int32) for t in texts], source

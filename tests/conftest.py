@@ -14,9 +14,9 @@ from smollm2 import fetch_essays, fetch_model
 torch.set_num_threads(2)
 
 
-def make_hf_llama(**changes):
-    """A random Llama of transformers, in eval mode, fp32. Biases and norms are not left at 1."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_hf_llama(family: str = "llama", **changes):
+    """A random small model of transformers, in eval mode, fp32; norms and biases are random too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {
         "vocab_size": 331,
@@ -30,7 +30,9 @@ def make_hf_llama(**changes):
         "tie_word_embeddings": False,
     }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(shape | changes))).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(shape | changes))
+    ).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name))

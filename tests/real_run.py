@@ -48,7 +48,7 @@ def train(method: str, dtype: str) -> Path:
 def judge(name: str, model: Path, others: str, flags: str, dtype: str) -> None:
     out = RUNS / "eval"  # one folder: what one table measured, the next one need not
     run(f"eval_needle.py --model {model} --compare {others} {flags} --dtype {dtype} --out {out}")
-    for file in ("needle.json", "needle.jsonl", "needle.png"):
+    for file in ("needle_results.json", "needle.jsonl", "needle.png"):
         if (out / file).is_file():
             (RESULTS / name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(out / file, RESULTS / name / file)

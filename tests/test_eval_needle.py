@@ -136,7 +136,9 @@ def test_text_loss_equals_the_plain_way(toy_dir):
             model(ids[None, :-1])[0], ids[1:], reduction="none"
         )
     expected = [float(x.mean()) for x in losses.split(100)]
-    assert text_loss(model, ids, 100) == pytest.approx(expected, abs=1e-5)
+    found = text_loss(model, ids, 100)
+    assert [loss for loss, _ in found] == pytest.approx(expected, abs=1e-5)
+    assert [n for _, n in found] == [100, 100, 50]
 
 
 # ---- running -----------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def test_the_command_writes_rows_table_and_figure(toy_dir, prose_file, tmp_path,
         assert row["seconds"] >= 0 and row["seed"] == 0 and row["model"] == str(toy_dir)
     needles = [r for r in rows if r["task"] == "niah_single"]
     assert all(r["score"] == score(r["expected"], r["output"]) for r in needles)
-    summary = json.loads((tmp_path / "needle.json").read_text())
+    summary = json.loads((tmp_path / "needle_results.json").read_text())
     assert {(e["task"], e["length"], e["n"]) for e in summary["table"]} == {
         ("niah_single", 300, 4),
         ("niah_single", 400, 4),
@@ -224,7 +226,7 @@ def test_compare_and_controls(toy_dir, prose_file, tmp_path):
         f"--model {tmp_path / 'result'} --compare {toy_dir} --controls --ppl"
         f" --lengths 300 --depths 0 --n 1 --haystack {prose_file} --out {out}".split()
     )
-    table = json.loads((out / "needle.json").read_text())
+    table = json.loads((out / "needle_results.json").read_text())
     losses = {e["model"]: e["mean"] for e in table["table"] if e["task"] == "loss"}
     control = f"{toy_dir} (new base)"
     assert losses[control] == losses[str(tmp_path / "result")] != losses[str(toy_dir)]
@@ -232,14 +234,45 @@ def test_compare_and_controls(toy_dir, prose_file, tmp_path):
     shutil.rmtree(out)
 
 
+def test_several_tasks_and_repeated_flags(toy_dir, prose_file, tmp_path):
+    flags = "--tasks multikey niah_single multikey --lengths 600 500 500 --depths 1 0 0".split()
+    rows = run(*flags, toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert len(rows) == 2 * 2 * 2 * 2 and {r["task"] for r in rows} == {"multikey", "niah_single"}
+    summary = json.loads((tmp_path / "needle_results.json").read_text())
+    assert [e["length"] for e in summary["table"]] == [500, 600] * 2
+    for task in ("multikey", "niah_single"):
+        assert (tmp_path / f"needle_{task}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp_path, capsys):
+    import shutil
+
+    from conftest import write_tokenizer
+
+    shutil.copytree(toy_dir, tmp_path / "other")
+    write_tokenizer(tmp_path / "other", PROSE[:700], 300)
+    with pytest.raises(SystemExit):
+        run(
+            "--compare",
+            str(tmp_path / "other"),
+            toy_dir=toy_dir,
+            prose_file=prose_file,
+            out=tmp_path,
+        )
+    assert "its tokenizer or vocabulary is not that of --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ("--model nowhere", "nowhere"),
+        ("--model nowhere", "model folder nowhere does not exist"),
+        ("--lengths 300 50", "--lengths 50 is too short"),
+        ("--lengths 1 --tasks", "--lengths must be at least 2"),
         ("--haystack nowhere.txt", "nowhere.txt does not exist"),
         ("--lengths 50", "--lengths 50 is too short"),
         ("--depths 1.5", "--depths within 0..1"),
-        ("--n 0", "--n and --lengths must be at least 1"),
+        ("--depths nan", "--depths within 0..1"),
+        ("--n 0", "--n 0 must be at least 1"),
         ("--controls", "--controls needs the base model"),
     ],
 )
@@ -249,6 +282,7 @@ def test_bad_input_is_one_line(flags, match, toy_dir, prose_file, tmp_path, caps
         eval_needle.main(argv)
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert stop.value.code == 2 and len(lines) == 1 and match in lines[0]
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the real checkpoint -----------------------------------------------------------------------

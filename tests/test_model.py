@@ -17,6 +17,7 @@ from model import (
     LlamaConfig,
     attention,
     generate,
+    inverse_frequencies,
     linear_cross_entropy,
     load_pretrained,
     load_tokenizer,
@@ -45,13 +46,7 @@ def position_ids(kind: str, T: int) -> torch.Tensor:
 # ---- transformers as the oracle ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "gapped"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_and_gradients_equal_transformers(shape, kind, tmp_path):
-    """[E1] in its place: logits to 1e-4, every gradient to 1e-4 of its largest entry."""
-    hf = make_hf_llama(**SHAPES[shape])
-    hf.save_pretrained(tmp_path)
-    ours = load_pretrained(tmp_path)
+def compare_with_transformers(hf, ours, kind: str) -> None:
     ids = torch.randint(331, (2, 50), generator=torch.Generator().manual_seed(2))
     pos = position_ids(kind, 50).expand(2, -1)
     # subtle: without the all-ones mask transformers cuts attention at every gap, see the next test
@@ -65,6 +60,106 @@ def test_logits_and_gradients_equal_transformers(shape, kind, tmp_path):
     for name, p in hf.named_parameters():
         error = (grads[name].grad - p.grad).abs().max() / p.grad.abs().max()
         assert error < 1e-4, (name, error)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gapped"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients_equal_transformers(shape, kind, tmp_path):
+    """[E1] in its place: logits to 1e-4, every gradient to 1e-4 of its largest entry."""
+    hf = make_hf_llama(**SHAPES[shape])
+    hf.save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    compare_with_transformers(hf, ours, kind)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "mistral": {"sliding_window": None, "head_dim": 20},
+    "mistral_window": {"sliding_window": 50},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2_untied": {"num_key_value_heads": 4},
+    "qwen3": {"head_dim": 20},
+    "llama_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "llama_llama3": {"rope_parameters": LLAMA3},
+}
+
+
+@pytest.mark.parametrize("spelling", ["new", "old"])
+@pytest.mark.parametrize("kind", ["plain", "gapped"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_and_rope_types_equal_transformers(family, kind, spelling, tmp_path):
+    """q/k/v bias, q/k norm, scalings; both spellings of RoPE in config.json say the same."""
+    hf = make_hf_llama(family.split("_")[0], **FAMILIES[family])
+    hf.save_pretrained(tmp_path)
+    if spelling == "old":
+        config = json.loads((tmp_path / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        if rope["rope_type"] != "default":
+            config["rope_scaling"] = {"type" if k == "rope_type" else k: v for k, v in rope.items()}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    compare_with_transformers(hf, load_pretrained(tmp_path), kind)
+
+
+def test_a_sliding_window_shorter_than_the_input_is_refused(tmp_path):
+    make_hf_llama("mistral", sliding_window=50).save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="51 tokens exceed sliding_window 50"):
+        model(torch.zeros(1, 51, dtype=torch.int64))
+    _, cache = prefill(model, torch.arange(50))
+    with pytest.raises(ValueError, match="51 tokens exceed sliding_window 50"):
+        prefill(model, torch.arange(1), cache)
+
+
+PUBLISHED = {
+    # the shape fields of the hub's config.json files, and the parameter counts of their weights
+    "Meta-Llama-3-8B": (
+        8_030_261_248,
+        {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336},
+        {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+        {"model_type": "llama", "max_position_embeddings": 8192, "rope_theta": 500000.0},
+    ),
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64},
+        {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+        {"model_type": "llama", "max_position_embeddings": 131072, "tie_word_embeddings": True},
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3 | {"factor": 32.0}},
+    ),
+    "Mistral-7B-v0.3": (
+        7_248_023_552,
+        {"vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336},
+        {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+        {"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": None},
+        {"rope_theta": 1000000.0},
+    ),
+    "Qwen2-7B": (
+        7_615_616_512,
+        {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944},
+        {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+        {"model_type": "qwen2", "max_position_embeddings": 131072, "sliding_window": 131072},
+        {"rope_theta": 1000000.0, "use_sliding_window": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_give_the_published_counts(name, tmp_path):
+    count, *parts = PUBLISHED[name]
+    config = {"rms_norm_eps": 1e-5, "hidden_act": "silu"} | {
+        k: v for p in parts for k, v in p.items()
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_dir(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 def test_transformers_cuts_attention_at_gaps_and_we_do_not(tmp_path):
@@ -101,7 +196,7 @@ def test_only_differences_of_positions_matter(tmp_path):
 def test_rotation_equals_a_slow_loop():
     pos, d, theta = torch.tensor([[0, 7, 131071]]), 8, 10000.0
     x = torch.randn(1, 2, 3, d, dtype=torch.float64)
-    cos, sin = rotary_angles(pos, d, theta)
+    cos, sin = rotary_angles(pos, inverse_frequencies(d, theta))
     slow = torch.empty_like(x)
     for t in range(3):
         for j in range(d // 2):
@@ -117,7 +212,7 @@ def test_angles_stay_fp32_when_the_model_is_cast():
     config = LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64)
     model = Llama(config).to(torch.bfloat16)
     assert not list(model.buffers())
-    cos, _ = rotary_angles(torch.tensor([[1001]]), 8, 10000.0)
+    cos, _ = rotary_angles(torch.tensor([[1001]]), inverse_frequencies(8, 10000.0))
     assert cos.dtype == torch.float32
     # bf16 would round position 1001 to 1000: another angle
     assert (
@@ -273,6 +368,15 @@ def test_no_tensor_of_all_logits_is_ever_allocated():
     assert ours.largest <= 64 * V
 
 
+def test_any_ignore_index_is_ignored_and_nonsense_targets_are_not():
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    expected = F.cross_entropy(hidden[:2] @ weight.T, torch.tensor([1, 2]), reduction="sum")
+    loss, n = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 255]), ignore_index=255)
+    assert n == 2 and abs(float(loss - expected)) < 1e-5
+    with pytest.raises((RuntimeError, IndexError)):
+        linear_cross_entropy(hidden, weight, torch.tensor([1, 2, -1]))
+
+
 def test_loss_of_bf16_is_summed_in_fp32():
     torch.manual_seed(0)
     hidden, weight = torch.randn(1, 300, 32), torch.randn(70, 32)
@@ -325,6 +429,24 @@ def test_sharded_folders_are_read_and_written(tmp_path, monkeypatch):
     names = dict(again.named_parameters())
     assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
     assert all(torch.equal(p, names[n]) for n, p in ours.named_parameters())
+
+
+def test_a_save_replaces_model_folders_only(tmp_path):
+    model = Llama(LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64))
+    save_pretrained(model, tmp_path / "m")
+    save_pretrained(model, tmp_path / "m")
+    (tmp_path / "m" / "run.json").write_text("{}")
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "2026.txt").write_text("dear diary")
+    for folder in ("m", "diary"):
+        with pytest.raises(ValueError, match="not replacing it"):
+            save_pretrained(model, tmp_path / folder)
+    assert (tmp_path / "diary" / "2026.txt").is_file()
+    # killed between moving the old folder away and the new one in: the old one is still found
+    save_pretrained(model, tmp_path / "k")
+    (tmp_path / "k").rename(tmp_path / "k.old")
+    save_pretrained(model, tmp_path / "k")
+    assert load_pretrained(tmp_path / "k") and not (tmp_path / "k.old").exists()
 
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):

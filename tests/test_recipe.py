@@ -315,6 +315,34 @@ def test_longrecipe_jumps_only_at_segments_and_every_gap_has_the_same_mean():
     assert (gaps - 1400 / 30).abs().max() < 6 * 0.84, gaps
 
 
+def test_pose_and_prefix_equal_their_slow_twins():
+    """Fed with the same draws: two numbers for pose; algorithm 1 and one number for the prefix."""
+    for seed in range(40):
+        g = generator(seed)
+        r, u = (int(torch.randint(*b, (1,), generator=g)) for b in ((1, 301), (0, 1401)))
+        slow = [i if i < r else i + u for i in range(600)]
+        assert sample_position_ids("pose", 600, 2000, None, generator(seed)).tolist() == slow
+        g = generator(seed)
+        slow = sample_position_ids("longrecipe", 600, 2000, STARTS, g).tolist()
+        slow[:r] = range(r := int(torch.randint(1, 301, (1,), generator=g)))
+        fast = sample_position_ids("longrecipe", 600, 2000, STARTS, generator(seed), prefix=True)
+        assert fast[r:].tolist() == slow[r:] and fast[:r].tolist() == list(range(r))
+
+
+def test_digits_select_by_digits_whatever_table_is_given(tokenizer):
+    ids = torch.tensor(tokenizer.encode(PROSE))[:3000]
+    options = {"method": "none", "select": "digits"}
+    table = torch.ones(tokenizer.vocab_size, dtype=torch.bool)
+    a, _ = make_example(ids, tokenizer, 600, 3000, generator=generator(), **options)
+    b, _ = make_example(
+        ids, tokenizer, 600, 3000, generator=generator(), impactful=table, **options
+    )
+    assert torch.equal(a, b)
+    digits = recipe.digit_types(tokenizer)
+    for i in range(tokenizer.vocab_size):
+        assert bool(digits[i]) == any(c in "0123456789" for c in tokenizer.decode([i]))
+
+
 def test_prefix_keeps_a_contiguous_uniform_beginning():
     g, prefixes = generator(), []
     for _ in range(4000):
@@ -471,6 +499,9 @@ def test_merge_refuses_what_does_not_fit(tmp_path):
     make_hf_llama(vocab_size=330).save_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match="vocab_size is 331 and 330"):
         merge(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    make_hf_llama("mistral", sliding_window=None).save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="model_type is llama and mistral"):
+        merge(tmp_path / "a", tmp_path / "m", tmp_path / "out")
     with pytest.raises(ValueError, match="merge weight 1.5"):
         merge(tmp_path / "a", tmp_path / "a", tmp_path / "out", 1.5)
     assert not (tmp_path / "out").exists()

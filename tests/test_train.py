@@ -218,13 +218,81 @@ def test_bf16_runs_on_the_cpu_and_saves_bf16(toy_dir, prose_file, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["pose", "rpes", "none"])
-def test_other_methods_take_the_same_path(method, toy_dir, prose_file, tmp_path, finished):
-    out = tmp_path / "out"
-    train.main(command(toy_dir, prose_file, out, "--method", method, "--select", "random"))
-    rows = read_metrics(out)
+def test_other_methods_take_the_same_path_and_the_same_tokens(
+    method, toy_dir, prose_file, tmp_path, finished, monkeypatch
+):
+    """Every sample of every step, not only the first of a step, whatever a method draws."""
+    seen, original = [], train.accumulate
+
+    def recording(model, batch, *rest):
+        seen.append([b[0] for b in batch] + [b[1] for b in batch])
+        return original(model, batch, *rest)
+
+    monkeypatch.setattr(train, "accumulate", recording)
+    for name in (method, "longrecipe"):
+        flags = ("--method", name, "--select", "random")
+        train.main(command(toy_dir, prose_file, tmp_path / name, *flags))
+    rows = read_metrics(tmp_path / method)
     assert len(rows) == 9 and rows[5]["loss"] < rows[0]["loss"] - 0.5
-    # same tokens as longrecipe in the probe (select random there too), other positions: other loss
-    assert rows[0]["loss"] != read_metrics(finished)[0]["loss"]
+    for a, b in zip(seen[:6], seen[9:15], strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])  # tokens
+        assert not torch.equal(a[2], b[2])  # positions
+
+
+def test_full_prefix_and_replay_data(toy_dir, prose_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Zoe sings. " * 400)
+    flags = "--method full --train_len 512 --select first --replay_data"
+    train.main(command(toy_dir, prose_file, tmp_path / "full", *flags.split(), str(other)))
+    rows = read_metrics(tmp_path / "full")
+    assert [r["tokens"] for r in rows] == [1024] * 6 + [128] * 3
+    train.main(command(toy_dir, prose_file, tmp_path / "prefix", "--prefix"))
+    assert len(read_metrics(tmp_path / "prefix")) == 9
+
+
+def test_the_analysis_can_be_reused_or_given_an_extended_model(
+    finished, toy_dir, prose_file, tmp_path, capsys
+):
+    """--impactful FILE: same table, same tokens from the extension on. --extended DIR: no probe."""
+    file = str(finished / "impactful.json")
+    train.main(command(toy_dir, prose_file, tmp_path / "a", "--impactful", file))
+    assert weights(tmp_path / "a") == weights(finished)  # the probe's two steps included
+    err = capsys.readouterr().err
+    assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
+    assert re.search(r"100%.*<00:00.*tok/s", err)  # the progress line has rate and ETA
+    argv = command(toy_dir, prose_file, tmp_path / "b", "--extended", str(finished))
+    i = argv.index("--probe_steps")
+    train.main(argv[:i] + argv[i + 2 :])
+    rows = read_metrics(tmp_path / "b")
+    assert [r["stage"] for r in rows] == ["extend"] * 6 + ["replay"] * 3
+    assert "impactful types of" in capsys.readouterr().err
+
+
+def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
+    """A long run without a sentence end would leave longrecipe without a gap."""
+    text = tmp_path / "mixed.txt"
+    text.write_text(PROSE[:6000] + "word " * 4000 + PROSE[:6000])
+    train.main(command(toy_dir, text, tmp_path / "out", "--steps", "12", "--select", "first"))
+    assert len(read_metrics(tmp_path / "out")) == 15
+
+
+def test_a_finished_run_says_so_and_is_left_alone(finished, toy_dir, prose_file, capsys):
+    before = snapshot(finished)
+    train.main(command(toy_dir, prose_file, finished, "--resume"))
+    assert "finished: nothing to do" in capsys.readouterr().err and snapshot(finished) == before
+
+
+def test_scaled_rope_asks_for_a_base_and_keeps_its_scaling(toy_dir, prose_file, tmp_path, bad):
+    folder = tmp_path / "llama3"
+    shutil.copytree(toy_dir, folder)
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    edit_config(folder, rope_parameters=scaling)
+    bad("scales its RoPE already \\(linear\\).*--rope_base", folder=folder)
+    train.main(command(folder, prose_file, tmp_path / "out", "--rope_base", "5e5"))
+    config = LlamaConfig.from_dir(tmp_path / "out")
+    assert (config.rope_theta, config.rope_scaling["factor"]) == (5e5, 2.0)
+    edit_config(folder, model_type="mistral", sliding_window=100, rope_parameters=None)
+    bad("sliding_window 100 is shorter than a sample", folder=folder, out=tmp_path / "out2")
 
 
 # ---- bad input: one `error:` line, exit code 2, nothing written --------------------------------
@@ -276,6 +344,12 @@ BAD_FOLDERS = {
 }
 
 
+def snapshot(*folders) -> dict:
+    """Every file below the folders, with its bytes."""
+    files = [p for folder in folders for p in sorted(folder.rglob("*"))]
+    return {p: p.read_bytes() if p.is_file() else None for p in files}
+
+
 @pytest.fixture()
 def bad(toy_dir, prose_file, tmp_path, capsys):
     """Run the command, expect exit code 2 and one error line that matches; nothing may be
@@ -283,13 +357,13 @@ def bad(toy_dir, prose_file, tmp_path, capsys):
 
     def run(match: str, *more: str, folder=toy_dir, out=None):
         out = out or tmp_path / "out"
-        before = sorted(tmp_path.rglob("*"))
+        before = snapshot(tmp_path, out)
         with pytest.raises(SystemExit) as stop:
             train.main(command(folder, prose_file, out, *more))
         lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
         assert stop.value.code == 2 and len(lines) == 1
         assert re.search(match, lines[0]), lines[0]
-        assert sorted(tmp_path.rglob("*")) == before
+        assert snapshot(tmp_path, out) == before
 
     return run
 
@@ -314,7 +388,16 @@ def test_bad_model_folders(case, toy_dir, tmp_path, bad):
         ("--method pose --prefix", "--prefix belongs to --method longrecipe"),
         ("--steps 0", "--steps 0 must be at least 1"),
         ("--probe_steps 9", "--probe_steps 9 must be between"),
-        ("--merge_weight 2", "--merge_weight within 0..1"),
+        ("--merge_weight 2", "--merge_weight must be within 0..1"),
+        ("--clip -1", "--clip -1.0 must be positive"),
+        ("--weight_decay -1", "--weight_decay -1.0 must not be negative"),
+        ("--base_len -5", "--base_len -5 must be at least 1"),
+        ("--replay_len 1", "--replay_len 1 must be between 2"),
+        ("--replay_len 600", "--replay_len 600 must be between 2"),
+        ("--rope_base -1", "--rope_base -1.0 must be above 1"),
+        ("--replay_steps -1", "--replay_steps -1 must not be negative"),
+        ("--lr nan", "--lr nan must be positive"),
+        ("--method none --train_len 64", "--method none never leaves the old window"),
         ("--resume", "nothing to resume"),
     ],
 )
