@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from support import checkpoint_files, config_files
 from support.rope_scaling import scale_frequencies
-from support.tokenizer import Tokenizer, load_tokenizer  # noqa: F401  (part of this file's public face)
+from support.tokenizer import load_tokenizer  # noqa: F401  (part of the public face)
 
 # ---- 1. Configuration --------------------------------------------------------------------------
 

@@ -6,15 +6,14 @@ style) go through the optional package `tokenizers`.
 Text is data: the strings of special tokens inside a text are encoded as plain text.
 """
 
+import base64
 import json
-import unicodedata
 from pathlib import Path
 
 import regex
-import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 
 from support.config_files import read_json
+from support.tokenizer_classes import ByteLevelTokenizer, LibraryTokenizer, Tokenizer
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # With a Digits step in front, digits are pieces of their own, and white space may end at one.
@@ -34,93 +33,6 @@ def byte_alphabet() -> dict[str, int]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-class Tokenizer:
-    """encode(text) -> ids without special tokens; decode(ids) -> text; token_bytes(id) -> bytes.
-
-    `vocab_size`: largest id + 1. `bos_id`, `eos_id`: int or None. `adds_bos`: whether the
-    checkpoint itself puts a BOS in front of a text."""
-
-    def __init__(self, tokens: dict[int, bytes], special: dict[str, int], settings: dict):
-        self._bytes = tokens | {i: text.encode() for text, i in special.items()}
-        self.vocab_size = max(self._bytes) + 1
-        self.bos_id = special_id(settings, "bos", special)
-        self.eos_id = special_id(settings, "eos", special)
-        adds = settings.get("add_bos_token") or post_processor_adds(settings, self.bos_id)
-        self.adds_bos = self.bos_id is not None and bool(adds)
-
-    def __eq__(self, other) -> bool:
-        """Same tokens under the same ids. (How text is split may still differ.)"""
-        return isinstance(other, Tokenizer) and self._bytes == other._bytes
-
-    __hash__ = object.__hash__
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Bytes of one token; ids that no token has (padding of the vocabulary) are empty."""
-        return self._bytes.get(int(token_id), b"")
-
-    def decode(self, ids) -> str:
-        return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
-
-
-class ByteLevelTokenizer(Tokenizer):
-    """Byte-level BPE in tiktoken. ranks: token bytes -> order of merging, the 256 bytes first."""
-
-    def __init__(self, ranks, to_id: dict[bytes, int], pattern: str, nfc: bool, special, settings):
-        super().__init__({i: t for t, i in to_id.items()}, special, settings)
-        # subtle: ranks are not ids. A byte that the vocabulary lacks needs a rank all the same
-        # (tiktoken panics otherwise); it is taken out of the text before merging.
-        self._rank_to_id = [to_id.get(token, -1) for token in sorted(ranks, key=ranks.get)]
-        self._lacking = bytes(b for b in range(256) if bytes([b]) not in to_id)
-        self._bpe = tiktoken.Encoding(
-            "checkpoint", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        )
-        self._split, self._nfc = regex.compile(pattern), nfc
-
-    def encode(self, text: str) -> list[int]:
-        if self._nfc:
-            text = unicodedata.normalize("NFC", text)
-        raw = text.encode("utf-8", errors="surrogatepass")
-        if len(raw.translate(None, self._lacking)) == len(raw):
-            ranks = self._bpe.encode_ordinary(text)
-        else:
-            ranks = []
-            for piece in self._split.findall(text):
-                kept = piece.encode("utf-8", errors="replace").translate(None, self._lacking)
-                ranks += self._bpe._encode_single_piece(kept) if kept else []
-        return [self._rank_to_id[r] for r in ranks]
-
-
-class LibraryTokenizer(Tokenizer):
-    """Any other tokenizer.json, through the package `tokenizers`."""
-
-    def __init__(self, path: Path, special: dict[str, int], settings: dict, reason: str):
-        try:
-            from tokenizers import Tokenizer as Library
-        except ImportError:
-            raise ValueError(f"{reason}; `pip install tokenizers` reads it") from None
-        self._library = Library.from_file(str(path))
-        self._library.encode_special_tokens = True  # text is data
-        vocabulary = self._library.get_vocab(with_added_tokens=False)
-        super().__init__({i: piece_bytes(t) for t, i in vocabulary.items()}, special, settings)
-
-    def encode(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids) -> str:
-        return self._library.decode([int(i) for i in ids], skip_special_tokens=False)
-
-
-def piece_bytes(piece: str) -> bytes:
-    """SentencePiece's way of writing bytes and spaces.
-
-    >>> piece_bytes("<0x0A>"), piece_bytes("▁the")
-    (b'\\n', b' the')
-    """
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes.fromhex(piece[3:5])
-    return piece.replace("▁", " ").encode()
 
 
 # ---- reading the files -------------------------------------------------------------------------
@@ -145,7 +57,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             reason = f"{path}: {reason} is not byte-level BPE"
             return LibraryTokenizer(path / "tokenizer.json", special, settings, reason)
         return from_bpe(data["model"], pattern, data.get("normalizer"), special, settings)
-    except (KeyError, TypeError, AttributeError, regex.error) as error:
+    except (LookupError, TypeError, AttributeError, regex.error) as error:
         raise ValueError(f"{path / 'tokenizer.json'} is damaged: {error!r}") from error
 
 
@@ -172,7 +84,8 @@ def from_bpe(model: dict, pattern: str, normalizer, special: dict, settings: dic
 def from_tiktoken_file(path: Path, settings: dict) -> Tokenizer:
     """tokenizer.model as Llama 3 ships it: a token in base64 and its rank on each line."""
     try:
-        ranks = load_tiktoken_bpe(str(path))
+        lines = path.read_bytes().splitlines()
+        ranks = {base64.b64decode(t, validate=True): int(i) for t, i in map(bytes.split, lines)}
     except ValueError as error:
         raise ValueError(
             f"{path} is not in tiktoken's format (SentencePiece?): a tokenizer.json is needed"
@@ -206,23 +119,3 @@ def split_pattern(data: dict) -> tuple[str | None, str]:
         if plain and isolated and pattern:
             return pattern, ""
     return None, f"pre-tokenizer {json.dumps(pre)[:100]}"
-
-
-def special_id(settings: dict, which: str, special: dict[str, int]) -> int | None:
-    token = settings.get(f"{which}_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token in special:
-        return special[token]
-    token_id = settings.get(f"{which}_token_id")
-    return token_id[0] if isinstance(token_id, list) else token_id
-
-
-def post_processor_adds(settings: dict, bos_id: int | None) -> bool:
-    """Does the tokenizer's own template start a single text with the BOS token?"""
-    post = settings.get("post_processor") or {}
-    for step in post.get("processors", [post]):
-        if step.get("type") == "TemplateProcessing" and step.get("single"):
-            name = step["single"][0].get("SpecialToken", {}).get("id")
-            if bos_id in step.get("special_tokens", {}).get(name, {}).get("ids", []):
-                return True
-    return False

@@ -40,7 +40,10 @@ def cell(table: list[dict], model: str, task: str, length: int) -> str:
 
 
 def results() -> str:
-    rows, stages = read(RUN / "rows" / "needle_results.json"), read(RUN / "stages" / "needle_results.json")
+    rows, stages = (
+        read(RUN / "rows" / "needle_results.json"),
+        read(RUN / "stages" / "needle_results.json"),
+    )
     if not rows:
         return "Not run yet: `python tests/real_run.py`."
     order = ["models/smollm2", "models/smollm2 (new base)", "none", "longrecipe"]
