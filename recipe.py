@@ -27,7 +27,7 @@ from model import Llama, load_tokenizer
 from support import checkpoint_files, config_files, figures
 from support.cli import report_errors
 from support.run_state import read_impactful
-from support.text import Corpus, load_documents
+from support.text import Corpus, load_tokens
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")
 STRATEGIES = ("impact", "digits", "random", "first")
@@ -461,8 +461,8 @@ def main(argv: list[str] | None = None) -> None:
         args = p.parse_args(argv)
         args.train_len = args.train_len or train_length(args.target_len)
         tokenizer = load_tokenizer(args.model)
-        documents, source = load_documents([args.text] if args.text else None, tokenizer, False)
-        corpus = Corpus(documents, args.train_len, source)
+        tokens = load_tokens([args.text] if args.text else None, tokenizer)
+        corpus = Corpus(tokens, args.train_len)
         ids = corpus.window(args.target_len, torch.Generator().manual_seed(args.seed))
         size = tokenizer.vocab_size
         impactful = read_impactful(args.impactful, size) if args.impactful else None

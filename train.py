@@ -44,7 +44,7 @@ from support import budget
 from support.cli import check_ranges, log, peak_gib, progress, provenance, report_errors
 from support.optimizer import MasterAdamW
 from support.run_state import RunFolder, read_impactful
-from support.text import Corpus, load_documents
+from support.text import Corpus, load_tokens
 
 # ---- 1. The command line: the paper's numbers are the defaults ---------------------------------
 
@@ -371,11 +371,11 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished():
             log(f"{args.out} holds this run, finished: nothing to do")
             return
-        documents, source = load_documents(args.data, tokenizer, args.join)
-        corpus = Corpus(documents, args.train_len, source)
+        tokens = load_tokens(args.data, tokenizer, args.join)
+        corpus = Corpus(tokens, args.train_len)
         if args.replay_data:
-            documents, source = load_documents(args.replay_data, tokenizer, args.join)
-        replay_corpus = Corpus(documents, args.replay_len, source) if args.replay_steps else corpus
+            tokens = load_tokens(args.replay_data, tokenizer, args.join)
+        replay_corpus = Corpus(tokens, args.replay_len) if args.replay_steps else corpus
         stages = plan_stages(args)
         sample(stages[0], corpus, tokenizer, args, None, torch.Generator())  # fails early if at all
         impactful = None

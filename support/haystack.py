@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from support.text import SEPARATOR, read_documents, standard_library_topics
+from support.text import SEPARATOR, find_files, read_texts, standard_library_topics
 
 ESSAYS = Path("data/essays")  # where tests/smollm2.py puts them
 
@@ -28,7 +28,7 @@ def load_haystack(path: str | None) -> tuple[str, str]:
             "Python's language reference (default; --haystack for your own)",
         )
     source = path or str(ESSAYS)
-    text = SEPARATOR.join(read_documents([source]))
+    text = SEPARATOR.join("".join(pieces) for pieces in read_texts(find_files([source])))
     if not text.strip():
         raise ValueError(f"haystack {source} holds no text (--haystack)")
     return text, source

@@ -1,20 +1,24 @@
 """Training text: documents from files, or the Python standard library, as arrays of token ids."""
 
 import itertools
+import json
+import re
 import sysconfig
-from collections.abc import Iterator
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 SEPARATOR = "\n\n\n"
-SUFFIXES = (".txt", ".md", ".rst")
+CUT = re.compile(r"(?<=\w) (?=\w)")
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".npy", ".bin")
 
 
 def standard_library_topics() -> str:
-    """The chapters of Python's language reference that ship with Python, about 170k tokens of
-    prose."""
+    """The chapters of the language reference that ship with Python, about 170k tokens of prose."""
     from pydoc_data.topics import topics
 
     return SEPARATOR.join(text for _, text in sorted(topics.items()))
@@ -22,10 +26,7 @@ def standard_library_topics() -> str:
 
 def standard_library_text() -> str:
     """Every Python source of the standard library, each followed by a chapter of the language
-    reference.
-
-    Long text that is on every machine. The chapters (pydoc_data.topics) are short and come round
-    again."""
+    reference (they come round again): long text that is on every machine."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {
         "test",
@@ -45,56 +46,154 @@ def standard_library_text() -> str:
     return SEPARATOR.join(parts)
 
 
-def read_documents(paths: list[str]) -> Iterator[str]:
-    """One text a file; folders are searched for .txt, .md and .rst. ValueError names what is
-    missing."""
+def find_files(paths: list[str]) -> list[Path]:
+    """The files of `paths`; folders are searched. ValueError names what is missing."""
+    files = []
     for path in map(Path, paths):
         if not path.exists():
-            raise ValueError(f"{path} does not exist (--data wants text files or folders)")
-        files = (
-            [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+            raise ValueError(f"{path} does not exist (files or folders are wanted)")
+        inside = path.rglob("*") if path.is_dir() else []
+        found = sorted(p for p in inside if p.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"folder {path} holds no file of {', '.join(SUFFIXES)}")
+        files += found
+    return files
+
+
+def read_texts(files: list[Path]) -> Iterator[Iterator[str]]:
+    """The documents of text files (one each) and .jsonl files (one a line, under "text"), each as
+    an iterator over its pieces."""
+    for file in files:
+        if file.suffix != ".jsonl":
+            yield read_pieces(file)
+            continue
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, TypeError, KeyError):
+                    text = None
+                if not isinstance(text, str):
+                    raise ValueError(f'{file}, line {number}: not a JSON object with a "text"')
+                yield iter([text])
+
+
+def read_pieces(file: Path, characters: int = 1 << 22) -> Iterator[str]:
+    """A text file in pieces of a few megabytes, so that its size does not matter. Cut only between
+    a word and the space before the next one: there every tokenizer begins a new token anyway."""
+    rest = ""
+    with open(file, encoding="utf-8") as stream:
+        try:
+            while chunk := stream.read(characters):
+                text = rest + chunk
+                cut = next((m.start() for m in CUT.finditer(text, max(0, len(text) - 4096))), 0)
+                if cut:
+                    yield text[:cut]
+                rest = text[cut:]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    yield rest
+
+
+def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
+    """Token ids of a .npy file (1-D: one document; 2-D: one a row) or a .bin file (one document;
+    uint16 where the vocabulary fits, else uint32), mapped, not read into memory."""
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty")
+    if file.suffix == ".bin":
+        dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+        if file.stat().st_size % np.dtype(dtype).itemsize:
+            raise ValueError(f"{file} does not hold whole {np.dtype(dtype).name} token ids")
+        ids = np.memmap(file, dtype=dtype, mode="r")
+    else:
+        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+    if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
+        raise ValueError(
+            f"{file} holds {ids.dtype} {ids.shape}, token ids (N,) or (n, N) are wanted"
         )
-        if not files:
-            raise ValueError(f"folder {path} holds no {', '.join(SUFFIXES)} file (--data)")
-        for file in files:
-            try:
-                yield file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: another one's?"
+        )
+    return ids
+
+
+class Tokens:
+    """All documents as token ids: `parts` are flat arrays, `documents` (n, 3) part, begin, size.
+
+    Encoded text goes to an unnamed temporary file: memory stays flat however much there is."""
+
+    def __init__(self, source: str):
+        self.source, self.parts, self._rows = source, [], array("q")
+
+    @property
+    def documents(self) -> np.ndarray:
+        return np.array(self._rows, dtype=np.int64).reshape(-1, 3)
+
+    def add_array(self, ids: np.ndarray) -> None:
+        rows = 1 if ids.ndim == 1 else len(ids)
+        size = ids.size // rows
+        for i in range(rows):
+            self._rows.extend((len(self.parts), i * size, size))
+        self.parts.append(ids.reshape(-1))
+
+    def add_texts(self, documents: Iterable[Iterable[str]], tokenizer) -> None:
+        store, total = tempfile.TemporaryFile(), 0  # noqa: SIM115 (lives as long as its map)
+        for pieces in documents:
+            begin = total
+            for piece in pieces:
+                ids = np.array(tokenizer.encode(piece), dtype=np.int32)
+                store.write(ids.tobytes())
+                total += len(ids)
+            self._rows.extend((len(self.parts), begin, total - begin))
+        store.flush()
+        if total:  # an empty file cannot be mapped, and no row then points into it
+            self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
+
+
+def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Tokens:
+    """The documents of `paths` (text, .jsonl, .npy, .bin, folders of them), or of the standard
+    library where none are given (joined, as its files are short). join: texts become one."""
+    if paths is None:
+        tokens = Tokens("the Python standard library (default; --data for your own)")
+        tokens.add_texts([[standard_library_text()]], tokenizer)
+        return tokens
+    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths)
+    texts = read_texts([f for f in files if f.suffix not in (".npy", ".bin")])
+    if join:
+        separated = ((*([SEPARATOR] if i else []), *pieces) for i, pieces in enumerate(texts))
+        texts = iter([itertools.chain.from_iterable(separated)])
+    tokens.add_texts(texts, tokenizer)
+    for file in files:
+        if file.suffix in (".npy", ".bin"):
+            tokens.add_array(read_tokens(file, tokenizer.vocab_size))
+    return tokens
 
 
 class Corpus:
     """Documents of at least min_tokens tokens; `window` draws from them. Too short ones are
     counted."""
 
-    def __init__(self, documents: list[np.ndarray], min_tokens: int, source: str):
-        self.documents = [d for d in documents if len(d) >= min_tokens]
-        self.source, self.too_short = source, len(documents) - len(self.documents)
-        self.tokens = sum(map(len, self.documents))
-        if not self.documents:
-            longest = max(map(len, documents), default=0)
+    def __init__(self, tokens: Tokens, min_tokens: int):
+        sizes = tokens.documents[:, 2]
+        self.source, self.parts = tokens.source, tokens.parts
+        self.documents = tokens.documents[sizes >= min_tokens]
+        self.too_short = len(sizes) - len(self.documents)
+        self.tokens = int(self.documents[:, 2].sum())
+        if len(self.documents) == 0:
             raise ValueError(
-                f"{source}: no document reaches {min_tokens} tokens (the longest has {longest});"
-                " give longer texts with --data, join them with --join, or lower --train_len"
+                f"{tokens.source}: no document reaches {min_tokens} tokens (the longest has"
+                f" {max(sizes, default=0)}); give longer texts with --data, join them with --join,"
+                " or lower --train_len"
             )
-        self._sizes = torch.tensor([len(d) for d in self.documents], dtype=torch.float64)
+        self._weights = torch.from_numpy(self.documents[:, 2].astype(np.float64))
 
     def window(self, tokens: int, generator: torch.Generator) -> torch.Tensor:
-        """A random run of `tokens` ids (int64) of one document, or the whole document where it is
-        shorter."""
-        document = self.documents[int(torch.multinomial(self._sizes, 1, generator=generator))]
-        last = max(len(document) - tokens, 0)
-        begin = int(torch.randint(last + 1, (1,), generator=generator))
-        return torch.from_numpy(document[begin : begin + tokens].astype(np.int64))
-
-
-def load_documents(paths: list[str] | None, tokenizer, join: bool) -> tuple[list[np.ndarray], str]:
-    """(documents as token ids, where they come from): files of `paths`, or the standard library
-    where none are given (always joined: its files are short)."""
-    if paths is None:
-        source = "the Python standard library (default; --data for your own)"
-        texts = [standard_library_text()]
-    else:
-        source, texts = ", ".join(map(str, paths)), read_documents(paths)
-        texts = [SEPARATOR.join(texts)] if join else texts
-    return [np.array(tokenizer.encode(t), dtype=np.int32) for t in texts], source
+        """A random run of `tokens` ids (int64) of one document (a long one more likely), or all of
+        it where it is shorter."""
+        chosen = int(torch.multinomial(self._weights, 1, generator=generator))
+        part, begin, size = self.documents[chosen].tolist()
+        offset = begin + int(torch.randint(max(size - tokens, 0) + 1, (1,), generator=generator))
+        ids = self.parts[part][offset : min(offset + tokens, begin + size)]
+        return torch.from_numpy(ids.astype(np.int64))

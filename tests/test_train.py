@@ -426,7 +426,7 @@ def test_bad_data_files(bad, tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 100)
     bad("not UTF-8", "--data", str(tmp_path / "latin.txt"))
     (tmp_path / "empty").mkdir()
-    bad("holds no .txt", "--data", str(tmp_path / "empty"))
+    bad("holds no file of .txt", "--data", str(tmp_path / "empty"))
 
 
 def test_short_documents_are_counted_and_joined_only_on_request(toy_dir, tmp_path, capsys):
