@@ -44,6 +44,7 @@ from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
 from support.cli import check_ranges, log, progress, provenance, report_errors
 from support.figures import draw_heatmap
 from support.haystack import CITIES, fingerprint, load_haystack
+from support.hub import local_folder
 from support.results import Results
 from support.run_state import write_atomically
 
@@ -374,7 +375,9 @@ def resolve(args: argparse.Namespace) -> tuple[list[Candidate], dict[str, LlamaC
     """Who is judged, and their configs by label. Writes nothing."""
     check_ranges(args, at_least_one=("n",))
     args.lengths, args.depths = sorted(set(args.lengths)), sorted(set(args.depths))
-    args.tasks, args.compare = list(dict.fromkeys(args.tasks)), list(dict.fromkeys(args.compare))
+    args.tasks = list(dict.fromkeys(args.tasks))
+    args.model = local_folder(args.model)
+    args.compare = list(dict.fromkeys(map(local_folder, args.compare)))
     if args.lengths[0] < 2 or not all(0 <= d <= 1 for d in args.depths):
         raise ValueError("--lengths must be at least 2 tokens, --depths within 0..1")
     if args.controls and not args.compare:

@@ -26,6 +26,7 @@ from torch import Tensor
 from model import Llama, load_tokenizer
 from support import checkpoint_files, config_files, figures
 from support.cli import report_errors
+from support.hub import local_folder
 from support.run_state import read_impactful
 from support.text import Corpus, load_tokens
 
@@ -460,7 +461,7 @@ def main(argv: list[str] | None = None) -> None:
     with report_errors():
         args = p.parse_args(argv)
         args.train_len = args.train_len or train_length(args.target_len)
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(local_folder(args.model))
         tokens = load_tokens([args.text] if args.text else None, tokenizer)
         corpus = Corpus(tokens, args.train_len)
         ids = corpus.window(args.target_len, torch.Generator().manual_seed(args.seed))

@@ -42,6 +42,7 @@ from model import (
 )
 from support import budget
 from support.cli import check_ranges, log, peak_gib, progress, provenance, report_errors
+from support.hub import local_folder
 from support.optimizer import MasterAdamW
 from support.run_state import RunFolder, read_impactful
 from support.text import Corpus, load_tokens
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = p.add_argument_group("model").add_argument
-    add("--model", metavar="DIR", help="Hugging Face folder to extend")
+    add("--model", metavar="DIR", help="Hugging Face folder, or org/name on the hub")
     add("--target_len", type=int, default=131_072, help="window to reach, tokens")
     add("--base_len", type=int, help="window of the checkpoint, tokens (None: its config's)")
     add("--rope_base", type=float, help="new RoPE base (None: NTK formula of the paper)")
@@ -102,6 +103,7 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
             "--model DIR is required: a Hugging Face folder with config.json, safetensors and"
             " tokenizer.json; `python tests/smollm2.py` makes one in models/smollm2"
         )
+    args.model = local_folder(args.model)
     config = LlamaConfig.from_dir(args.model)
     args.base_len = config.max_position_embeddings if args.base_len is None else args.base_len
     if args.target_len <= args.base_len:

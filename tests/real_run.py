@@ -9,6 +9,7 @@ assets/results/smollm2_16k.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "runs" / "smollm2_16k"
-RESULTS = ROOT / "assets" / "results" / "smollm2_16k"
+RUNS = Path("runs/smollm2_16k")  # relative, so that no JSON names a machine's folders
+RESULTS = Path("assets/results/smollm2_16k")
 BASE = "models/smollm2"
 
 TRAIN = (
@@ -33,7 +34,7 @@ EVAL = "--lengths 2048 8192 16384 --n 2 --ppl"
 
 def run(command: str) -> None:
     print("$ python", command, flush=True)
-    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, *command.split()], check=True)
 
 
 def train(method: str, dtype: str) -> Path:
@@ -58,6 +59,7 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--dtype", default="bfloat16", help="float32 on CPUs without bf16 instructions")
     args = p.parse_args(argv)
+    os.chdir(ROOT)
     started = time.time()
     longrecipe = train("longrecipe", args.dtype)
     judge(

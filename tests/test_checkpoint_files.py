@@ -1,0 +1,200 @@
+"""support/: checkpoint folders, memory while they are moved, models by name, older readers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_hf_llama
+from smollm2 import ROOT
+
+from model import load_pretrained, save_pretrained
+from support.hub import local_folder
+
+# ---- memory ------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, threading, time
+import torch
+sys.path.insert(0, ".")
+import recipe
+from model import load_pretrained, save_pretrained
+from support import checkpoint_files
+checkpoint_files.SHARD_BYTES = 12_000_000
+task, source, out = sys.argv[1:]
+def anonymous():  # MB of memory that is not a mapped file
+    line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024 / 1e6
+model = load_pretrained(source) if task == "save" else None
+torch.zeros(1)
+before, peak, done = anonymous(), 0.0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+thread = threading.Thread(target=watch)
+thread.start()
+if task == "load":
+    model = load_pretrained(source, dtype=torch.bfloat16)
+elif task == "save":
+    save_pretrained(model, out)
+else:
+    recipe.merge(source, source, out, 0.5)
+done = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """About 100 MB in fp32, in shards of up to 12 MB."""
+    folder = tmp_path_factory.mktemp("sharded")
+    model = make_hf_llama(
+        vocab_size=2000,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+    )
+    model.save_pretrained(folder, max_shard_size="12MB")
+    size = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+    assert 90 < size < 120 and len(list(folder.glob("*.safetensors"))) >= 9
+    return folder, size
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("task", ["load", "save", "merge"])
+def test_memory_stays_under_the_model_and_one_shard(task, sharded, tmp_path):
+    """Loading to bf16 may hold the bf16 model and a shard; saving a shard (the model is there
+    already); merging a shard of the result and one tensor of each source. 8 MB for the
+    allocator."""
+    folder, size = sharded
+    command = [sys.executable, "-c", MEASURE, task, str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    allowed = {"load": size / 2 + 12, "save": 2 * 12, "merge": 3 * 12}[task] + 8
+    assert float(done.stdout) < allowed < size + 12, (done.stdout, allowed)
+
+
+# ---- both spellings, for readers old and new ---------------------------------------------------
+
+OLD_READER = """
+import sys, torch, transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype=torch.float32).eval()
+AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(model(torch.arange(60)[None]).logits, sys.argv[2])
+"""
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2"])
+def test_an_older_transformers_reads_the_same_model(family, toy_dir, tmp_path, tmp_path_factory):
+    """transformers 4.4x, in a folder of its own before everything else on the path."""
+    target = tmp_path_factory.getbasetemp() / "transformers4"
+    if not target.exists():
+        packages = ["transformers==4.46.3", "tokenizers==0.20.3", "huggingface_hub==0.36.0"]
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+        subprocess.run([*pip, *packages], check=True)
+    rope = {"rope_parameters": LLAMA3} if family == "llama3" else {}
+    kind = "llama" if family == "llama3" else family
+    hf = make_hf_llama(kind, vocab_size=400, sliding_window=None, **rope)
+    hf.save_pretrained(tmp_path / "hf")
+    ours = load_pretrained(tmp_path / "hf")
+    ours.config = ours.config.with_rope(250_000.0, 1024)
+    save_pretrained(ours, tmp_path / "ours", tokenizer_from=toy_dir)
+    command = [sys.executable, "-c", OLD_READER, str(tmp_path / "ours"), str(tmp_path / "logits")]
+    env = os.environ | {"PYTHONPATH": str(target)}
+    subprocess.run(command, check=True, env=env)
+    logits = torch.load(tmp_path / "logits", weights_only=True)
+    with torch.no_grad():
+        assert (logits - ours(torch.arange(60)[None])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_todays_transformers_reads_the_same_model(family, toy_dir, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rope = {"rope_parameters": LLAMA3} if family == "llama" else {}
+    hf = make_hf_llama(family, vocab_size=400, sliding_window=None, **rope)
+    hf.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    shutil.copy(toy_dir / "tokenizer.json", tmp_path / "hf")
+    ours = load_pretrained(tmp_path / "hf")
+    ours.config = ours.config.with_rope(250_000.0, 1024)
+    save_pretrained(ours, tmp_path / "ours", tokenizer_from=tmp_path / "hf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    assert again.config.model_type == family and again.generation_config.max_new_tokens == 7
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")("Ada").input_ids
+    assert again.config.rope_parameters["rope_theta"] == 250_000.0
+    with torch.no_grad():
+        ids = torch.arange(60)[None]
+        assert (again(ids).logits - ours(ids)).abs().max() < 1e-4
+
+
+# ---- bad folders -------------------------------------------------------------------------------
+
+
+def test_a_pickle_is_refused_with_the_way_out(tmp_path):
+    make_hf_llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="only safetensors are read.*save_pretrained"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"weight_map": {"a": "../../etc/passwd"}}, "points outside the folder"),
+        ({"weight_map": {"a": "missing.safetensors"}}, "which is not in the folder"),
+        ({"weight_map": []}, "has no weight_map"),
+        ({}, "has no weight_map"),
+    ],
+)
+def test_bad_indexes(change, match, tmp_path):
+    make_hf_llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=match):
+        load_pretrained(tmp_path)
+
+
+# ---- models by name ----------------------------------------------------------------------------
+
+
+def test_a_name_is_found_in_the_local_hub_cache_offline(toy_dir, tmp_path):
+    cache = tmp_path / "models--someone--toy"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    shutil.copytree(toy_dir, cache / "snapshots" / "abc")
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    code = "import sys; sys.path.insert(0, '.'); import recipe; recipe.main(sys.argv[1:])"
+    flags = f"--target_len 2000 --figure {tmp_path / 'r.png'} --model someone/"
+    for name, expected in (("toy", 0), ("other", 2)):
+        command = [sys.executable, "-c", code, *f"{flags}{name}".split()]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=env, cwd=ROOT, check=False
+        )
+        assert done.returncode == expected, done.stderr
+    assert "error: someone/other is no folder and could not be fetched" in done.stderr
+
+
+def test_a_name_without_the_package_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        local_folder("someone/toy")
+    assert local_folder(str(tmp_path)) == str(tmp_path)
+    assert local_folder("no such folder") == "no such folder"
