@@ -49,10 +49,10 @@ def train(method: str, dtype: str) -> Path:
 def judge(name: str, model: Path, others: str, flags: str, dtype: str) -> None:
     out = RUNS / "eval"  # one folder: what one table measured, the next one need not
     run(f"eval_needle.py --model {model} --compare {others} {flags} --dtype {dtype} --out {out}")
-    for file in ("needle_results.json", "needle.jsonl", "needle.png"):
-        if (out / file).is_file():
-            (RESULTS / name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(out / file, RESULTS / name / file)
+    (RESULTS / name).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(out / "needle.jsonl", RESULTS / "needle.jsonl")
+    for file in ["needle_results.json", *([] if "--tasks" in flags else ["needle.png"])]:
+        shutil.copyfile(out / file, RESULTS / name / file)
 
 
 def main(argv=None) -> None:
@@ -62,15 +62,17 @@ def main(argv=None) -> None:
     os.chdir(ROOT)
     started = time.time()
     longrecipe = train("longrecipe", args.dtype)
-    judge(
-        "first", longrecipe, BASE, EVAL, args.dtype
-    )  # what matters most, kept as soon as it is there
+    judge("first", longrecipe, BASE, EVAL, args.dtype)  # kept as soon as it is there
     none = train("none", args.dtype)
     stages = f"{longrecipe}/extended {longrecipe}/replayed"
     judge("rows", longrecipe, f"{BASE} {none}", f"{EVAL} --controls", args.dtype)
     judge("stages", longrecipe, stages, "--tasks --lengths 2048 16384 --ppl", args.dtype)
     for method in METHODS:
-        for file in ("run.json", "metrics.jsonl"):
+        for file in (
+            "run.json",
+            "metrics.jsonl",
+            *(["impactful.json"] if method != "none" else []),
+        ):
             (RESULTS / method).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(RUNS / method / file, RESULTS / method / file)
     print(f"all rows there after {(time.time() - started) / 60:.0f} more minutes: {RESULTS}")
