@@ -80,6 +80,16 @@ def test_memory_stays_under_the_model_and_one_shard(task, sharded, tmp_path):
     assert float(done.stdout) < allowed < size + 12, (done.stdout, allowed)
 
 
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_dtype_is_read_and_cast(source, tmp_path):
+    make_hf_llama().to(source).save_pretrained(tmp_path)
+    for target in (torch.float32, torch.bfloat16):
+        model = load_pretrained(tmp_path, dtype=target)
+        expected = make_hf_llama().to(source).to(target).state_dict()
+        for name, p in model.named_parameters():
+            assert p.dtype == target and torch.equal(p, expected[name])
+
+
 # ---- both spellings, for readers old and new ---------------------------------------------------
 
 OLD_READER = """
