@@ -127,8 +127,7 @@ CUDA_BACKENDS = [Backend.CUDNN_ATTENTION, Backend.FLASH_ATTENTION, Backend.EFFIC
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention in token order. q (B, H, T, d); k and v (B, KV, S, d), S >= T -> (B, H, T,
-    d).
+    """Causal attention in token order: q (B, H, T, d), k and v (B, KV, S, d) -> (B, H, T, d).
 
     The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
     T, S = q.shape[2], k.shape[2]

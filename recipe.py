@@ -52,8 +52,7 @@ def logit_shift(
     log_softmax: bool = False,
     chunk_tokens: int = 512,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How much more does the extended model expect each token that really comes? (paper eq. 2 and
-    3)
+    """How much more does the extended model expect each token that really comes? (eq. 2 and 3)
 
     ids, position_ids (T,) int64 -> delta (T,) fp32 in logits, per_type_sum (V,) fp64, count (V,)
     int64. delta[0] = 0: nothing predicts the first token, which is not counted either. Tokens at
@@ -203,21 +202,16 @@ def select_segments(
     digit_types) before the others; random; first. Ties fall at random. ValueError if ids are too
     short, or impactful is missing where it is needed."""
     if strategy not in STRATEGIES:
-        raise ValueError(
-            f"unknown selection {strategy!r}, choose from {', '.join(STRATEGIES)} (--select)"
-        )
+        raise ValueError(f"unknown selection {strategy!r}: {', '.join(STRATEGIES)} (--select)")
     if len(ids) < train_len:
-        raise ValueError(
-            f"a text of {len(ids)} tokens is shorter than a sample of {train_len} (--train_len)"
-        )
+        raise ValueError(f"{len(ids)} tokens are shorter than a sample of --train_len {train_len}")
     if strategy in ("impact", "digits") and impactful is None:
         raise ValueError(f"selection {strategy!r} needs `impactful`, a bool table of token types")
     N = len(starts)
     order = torch.arange(N) if strategy == "first" else torch.randperm(N, generator=generator)
     if strategy in ("impact", "digits"):
         # The paper drops segments without an impactful token, then takes "a fixed number of
-        # tokens". Where that drops too little (often), the share decides who stays;
-        # where too much, share 0 fills.
+        # tokens". Where that drops too little the share decides; where too much, share 0 fills.
         rank = impactful_share(ids, starts, impactful)
         rank = (rank > 0).double() if strategy == "digits" else rank
         order = order[rank[order].argsort(descending=True, stable=True)]
@@ -242,23 +236,18 @@ def sample_position_ids(
     generator: torch.Generator | None = None,
     prefix: bool = False,
 ) -> Tensor:
-    """Position ids (train_len,) int64 for one sample, drawn afresh: strictly increasing, 0 <= p <
-    target_len.
+    """Position ids (train_len,) int64 of one sample: strictly increasing, 0 <= p < target_len.
 
     longrecipe: jumps only at segment starts, the total skip split uniformly over all gaps
-    (algorithm 1);
-                prefix=True keeps the first r ~ U{1..(L+1)//2} positions contiguous, as the
-                released code does.
-    pose:       one jump of U{0..T*-L} at r ~ U{1..(L+1)//2} (Zhu et al., 2309.10400).
-    rpes:       a uniformly random subset of positions (Ruoss et al., 2305.16843).
-    full:       0..L-1 with train_len == target_len.       none: 0..L-1.
-    ValueError: target below sample, unknown method, `full` with gaps, longrecipe with one segment.
-    """
+                (algorithm 1); prefix=True keeps the first r ~ U{1..(L+1)//2} positions
+                contiguous, as the released code does
+    pose:       one jump of U{0..T*-L} at r ~ U{1..(L+1)//2} (Zhu et al., 2309.10400)
+    rpes:       a uniformly random subset of positions (Ruoss et al., 2305.16843)
+    full, none: 0..L-1; full insists on train_len == target_len
+    Drawn afresh each call. ValueError: unknown method, sample that does not fit, one segment."""
     L, T = train_len, target_len
     if not 1 <= L <= T:
-        raise ValueError(
-            f"a sample of {L} tokens does not fit a target of {T} (--train_len, --target_len)"
-        )
+        raise ValueError(f"--train_len {L} tokens do not fit into --target_len {T}")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}, choose from {', '.join(METHODS)} (--method)")
     if prefix and method != "longrecipe":
@@ -281,9 +270,7 @@ def sample_position_ids(
     if method == "rpes":
         return torch.randperm(T, generator=generator)[:L].sort().values
     if method == "full" and L != T:
-        raise ValueError(
-            f"method full trains on whole windows: --train_len {L} must equal --target_len {T}"
-        )
+        raise ValueError(f"method full wants --train_len {L} to equal --target_len {T}")
     return plain
 
 
@@ -292,9 +279,7 @@ def spread_segments(starts: Tensor | None, L: int, T: int, generator) -> Tensor:
     if starts is None or len(starts) < 2:
         raise TooFewSegments("longrecipe needs at least two segments: one would be plain `none`")
     if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
-        raise ValueError(
-            f"segment starts must increase from 0 and stay below the sample length {L}"
-        )
+        raise ValueError(f"segment starts must increase from 0 and stay below the length {L}")
     N = len(starts)
     # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
     #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
@@ -316,8 +301,7 @@ def make_example(
     prefix: bool = False,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """One training sample: ids (T,) of a long text -> (input_ids (train_len,), position_ids
-    (train_len,)).
+    """One training sample of a long text (T,) -> (input_ids, position_ids), each (train_len,).
 
     Segments, selection and positions in one go. A text longer than target_len gives a random
     window of it. ValueError if the text is shorter than train_len."""
@@ -438,9 +422,8 @@ def mean_distance(positions: Tensor) -> float:
     2.0
     """
     L = len(positions)
-    weight = (
-        2 * torch.arange(L, dtype=torch.float64) - L + 1
-    )  # p_i is added i times, taken off L-1-i
+    # p_i is added i times and taken off L - 1 - i times
+    weight = 2 * torch.arange(L, dtype=torch.float64) - L + 1
     return float((weight * positions).sum() / (L * (L - 1) / 2))
 
 

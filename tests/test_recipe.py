@@ -214,7 +214,7 @@ def test_selection_equals_a_slow_loop_and_is_aligned(strategy):
 
 def test_selection_refuses():
     ids, starts = torch.arange(10), torch.tensor([0, 5])
-    with pytest.raises(ValueError, match="shorter than a sample of 11"):
+    with pytest.raises(ValueError, match="shorter than a sample of --train_len 11"):
         select_segments(ids, starts, 11, "first", generator())
     with pytest.raises(ValueError, match="unknown selection 'best'"):
         select_segments(ids, starts, 5, "best", generator())
@@ -398,7 +398,7 @@ def test_positions_refuse():
     g = generator()
     with pytest.raises(ValueError, match="at least two segments"):
         sample_position_ids("longrecipe", 10, 40, torch.tensor([0]), g)
-    with pytest.raises(ValueError, match="does not fit a target"):
+    with pytest.raises(ValueError, match="do not fit into --target_len 40"):
         sample_position_ids("none", 50, 40, None, g)
     with pytest.raises(ValueError, match="full"):
         sample_position_ids("full", 10, 40, None, g)
