@@ -33,6 +33,7 @@ from torch import Tensor
 
 import recipe
 from model import (
+    CUDA_BACKENDS,
     Llama,
     LlamaConfig,
     linear_cross_entropy,
@@ -392,6 +393,9 @@ def main(argv: list[str] | None = None) -> None:
 
         if args.device == "cpu":
             log("no CUDA device: going on with the CPU")
+        else:
+            backends = ", ".join(b.name for b in CUDA_BACKENDS)
+            log(f"{torch.cuda.get_device_name()}; attention: the first that fits of {backends}")
         log(
             f"data: {corpus.source}: {corpus.tokens:,} tokens,"
             f" {corpus.too_short} documents too short"
