@@ -132,9 +132,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
     T, S = q.shape[2], k.shape[2]
     causal = T == S
-    # subtle: for T < S, SDPA's is_causal aligns the triangle top-left, so query 0 would see key 0
-    # only and a chunked prefill would be silently wrong. Aligned lower-right, query 0 sees all S
-    # - T + 1 keys it should.
+    # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0 only,
+    # not S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.
     mask = None if causal or T == 1 else causal_lower_right(T, S)
     if q.is_cuda and q.dtype == torch.float32:  # the only kernel for fp32 there knows no groups
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -224,13 +223,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for weight in self.parameters():
             if weight.ndim > 1:  # norms stay at one
@@ -330,11 +326,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int = -100,
-    chunk_tokens: int = 512,
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index=-100, chunk_tokens: int = 512
 ) -> tuple[Tensor, int]:
     """Cross-entropy of `hidden @ weight.T` against targets without ever holding the (T, V) logits.
 
@@ -452,12 +444,9 @@ def load_pretrained(
     return model
 
 
-def save_pretrained(
-    model: Llama, path: str | Path, tokenizer_from: str | Path | None = None
-) -> None:
-    """Write a folder that transformers opens unedited: config.json (both RoPE spellings),
-    safetensors in shards, and the tokenizer files of `tokenizer_from`. Written beside `path`,
-    then renamed."""
+def save_pretrained(model: Llama, path: str | Path, tokenizer_from: str | Path | None = None):
+    """Write a folder that transformers opens unedited: config.json, safetensors, and the tokenizer
+    files of `tokenizer_from`. Written beside `path`, then renamed."""
     config = config_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
     with checkpoint_files.write_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
