@@ -132,7 +132,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
     T, S = q.shape[2], k.shape[2]
     causal = T == S
-    # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0 only,
+    # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0,
     # not S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.
     mask = None if causal or T == 1 else causal_lower_right(T, S)
     if q.is_cuda and q.dtype == torch.float32:  # the only kernel for fp32 there knows no groups
