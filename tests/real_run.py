@@ -62,7 +62,7 @@ def main(argv=None) -> None:
     os.chdir(ROOT)
     started = time.time()
     longrecipe = train("longrecipe", args.dtype)
-    judge("first", longrecipe, BASE, EVAL, args.dtype)  # kept as soon as it is there
+    judge("rows", longrecipe, BASE, EVAL, args.dtype)  # kept as soon as it is there
     none = train("none", args.dtype)
     stages = f"{longrecipe}/extended {longrecipe}/replayed"
     judge("rows", longrecipe, f"{BASE} {none}", f"{EVAL} --controls", args.dtype)
