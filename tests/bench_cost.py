@@ -82,50 +82,64 @@ def transformers(folder: str, dtype: torch.dtype):
     return forward_backward, step
 
 
-def worker(kind: str, folder: str, dtype: torch.dtype, tokens: int, pipe) -> None:
+def worker(kind: str, folder: str, dtype: torch.dtype, pipe) -> None:
     torch.manual_seed(0)
     forward_backward, step = {"ours": ours, "transformers": transformers}[kind](folder, dtype)
-    ids = torch.randint(0, 256, (1, tokens))
-    positions = (torch.arange(tokens) * 16384 // tokens)[None]
-    forward_backward(ids[:, :64], positions[:, :64])
+    short, positions = torch.randint(0, 256, (1, 64)), torch.arange(64)[None]
+    forward_backward(short, positions)
     step()  # the optimizer state exists from here on
-    while pipe.recv() == "step":
-        forward_backward(ids[:, :64], positions[:, :64])  # and so do the gradients
+    while tokens := pipe.recv():
+        ids = torch.randint(0, 256, (1, tokens))
+        spread = (torch.arange(tokens) * 16384 // tokens)[None]
+        forward_backward(short, positions)  # and so do the gradients
         reset_peak()
         before = resident_gib()
         started = time.perf_counter()
-        loss = forward_backward(ids, positions)
+        loss = forward_backward(ids, spread)
         peak = resident_gib(peak=True)
         step()
         row = {"seconds": time.perf_counter() - started, "loss": loss}
         pipe.send(row | {"peak_GiB": peak, "above_state_GiB": peak - before})
 
 
-def measure(model: str, tokens: int, dtype: torch.dtype, steps: int) -> dict:
+def in_turns(model: str, dtype: torch.dtype, rounds: list[int]) -> dict[str, list[dict]]:
+    """A step of each per round, A B A B ...; rounds holds the tokens of each."""
     context = multiprocessing.get_context("spawn")
     pipes, rows = {}, {"ours": [], "transformers": []}
     for kind in rows:
         pipes[kind], child = context.Pipe()
-        args = (kind, model, dtype, tokens, child)
-        context.Process(target=worker, args=args, daemon=True).start()
-    for i in range(steps + 1):  # the first round warms up
+        context.Process(target=worker, args=(kind, model, dtype, child), daemon=True).start()
+    for tokens in rounds:
         for kind, pipe in pipes.items():
-            pipe.send("step")
-            row = pipe.recv()
-            print(f"{'warm-up' if i == 0 else i} {kind}: {row}", flush=True)
-            rows[kind] += [row] if i else []
+            pipe.send(tokens)
+            rows[kind].append(pipe.recv())
+            print(f"{tokens} tokens, {kind}: {rows[kind][-1]}", flush=True)
     for pipe in pipes.values():
-        pipe.send("stop")
-    ratios = [
-        a["seconds"] / b["seconds"] for a, b in zip(rows["ours"], rows["transformers"], strict=True)
-    ]
-    middle = {
-        kind: {k: round(statistics.median(r[k] for r in found), 3) for k in found[0]}
-        for kind, found in rows.items()
+        pipe.send(0)
+    return rows
+
+
+def measure(model: str, tokens: int, dtype: torch.dtype, steps: int) -> dict:
+    warm_up = max(64, tokens // 8)
+    timed = in_turns(model, dtype, [warm_up, *[tokens] * steps])
+    # For memory once more, with an allocator that gives freed tensors back at once: else the peak
+    # is that of its free lists too. (It costs time, so those steps are not timed.)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
+    held = {kind: rows[-1] for kind, rows in in_turns(model, dtype, [warm_up, tokens]).items()}
+    seconds = {kind: [r["seconds"] for r in rows[1:]] for kind, rows in timed.items()}
+    ratios = [a / b for a, b in zip(seconds["ours"], seconds["transformers"], strict=True)]
+    table = {
+        kind: {
+            "seconds": round(statistics.median(seconds[kind]), 2),
+            "peak_GiB": round(held[kind]["peak_GiB"], 3),
+            "above_state_GiB": round(held[kind]["above_state_GiB"], 3),
+        }
+        for kind in timed
     }
-    memory = middle["ours"]["above_state_GiB"] / middle["transformers"]["above_state_GiB"]
+    memory = held["ours"]["above_state_GiB"] / held["transformers"]["above_state_GiB"]
     return {
-        "median": middle,
+        "median": table,
+        "all_seconds": seconds,
         "time_ratio": round(statistics.median(ratios), 3),
         "time_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "memory_ratio": round(memory, 3),
