@@ -52,9 +52,9 @@ def draw_positions(path: str | Path, positions: dict, target_len: int) -> None:
     edge = target_len / 1024
     histogram.plot([0, edge], [2 / edge, 0], "k--", linewidth=1, label="full length")
     strip.set_xlabel("token index in the sample")
-    strip.set_ylabel("position id (thousands of 1,024)")
+    strip.set_ylabel("position id (units of 1,024)")
     strip.legend()
-    histogram.set_xlabel("distance of two tokens (thousands of 1,024 positions)")
+    histogram.set_xlabel("distance of two tokens (units of 1,024 positions)")
     histogram.set_ylabel("density over pairs of one sample")
     histogram.legend()
     n = len(next(iter(positions.values())))

@@ -23,4 +23,6 @@ def local_folder(name: str) -> str:
         return snapshot_download(name, allow_patterns=FILES)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} is no folder and could not be fetched: {reason}") from error
+        raise ValueError(
+            f"{name} is no folder and could not be fetched from the hub: {reason}"
+        ) from error
