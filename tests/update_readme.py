@@ -95,7 +95,7 @@ def cost() -> str:
         f"One training step of SmolLM2-135M on {int(s['tokens']):,} tokens in {s['dtype']}, both"
         f" taking turns in one run: time ratio {found['time_ratio']:.2f}"
         f" ({low:.2f}-{high:.2f}, {s['steps']} pairs), memory ratio {found['memory_ratio']:.2f}"
-        " (extra steps, with an allocator that gives freed tensors back at once; LOG.md has the other);"
+        " (extra steps, with an allocator that gives freed tensors back at once; more in LOG.md);"
         f" {found['threads']} cores of {found['hardware']},"
         " [JSON](assets/results/cost.json), `python tests/bench_cost.py`.",
     ]
