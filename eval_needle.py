@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -362,8 +363,11 @@ def main(argv: list[str] | None = None) -> None:
         text, source = load_haystack(args.haystack)
         haystack = Haystack(text, load_tokenizer(args.model))
         log(f"haystack: {source}, {len(haystack.ids):,} tokens, {len(haystack.starts):,} sentences")
-        for task in args.tasks:  # a prompt that cannot be made is refused before anything is run
-            make_sample(TASKS[task], haystack, args.lengths[0], 0.0, "")
+        for task, r in itertools.product(
+            args.tasks, range(args.n)
+        ):  # refuse before anything is run
+            row_seed = f"{args.seed}/{task}/{args.lengths[0]}/{r}"
+            make_sample(TASKS[task], haystack, args.lengths[0], 0.0, row_seed)
         out = Path(args.out or args.model)
         out.mkdir(parents=True, exist_ok=True)
         results = Results(out / "needle.jsonl")
@@ -388,6 +392,11 @@ def resolve(args: argparse.Namespace) -> tuple[list[Candidate], dict[str, LlamaC
     configs = {c.label: LlamaConfig.from_dir(c.folder) for c in candidates}
     tokenizer = load_tokenizer(args.model)
     for folder, config in configs.items():
+        if config.sliding_window is not None and config.sliding_window < args.lengths[-1]:
+            raise ValueError(
+                f"{folder}: sliding_window {config.sliding_window} is shorter than"
+                f" --lengths {args.lengths[-1]}"
+            )
         if tokenizer.vocab_size > config.vocab_size or tokenizer != load_tokenizer(folder):
             raise ValueError(
                 f"{folder}: its tokenizer or vocabulary is not that of --model {args.model}"

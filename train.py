@@ -132,12 +132,14 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
     )
     if not 0 <= args.merge_weight <= 1 or args.top > 1:
         raise ValueError("--merge_weight must be within 0..1, --top at most 1")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed {args.seed} must be within 0..{2**31 - 1}")
     if args.rope_base is not None and not 1 < args.rope_base < math.inf:
         raise ValueError(f"--rope_base {args.rope_base} must be above 1")
-    if config.sliding_window is not None and config.sliding_window < args.train_len:
+    if config.sliding_window is not None and config.sliding_window < args.target_len:
         raise ValueError(
-            f"config.json: sliding_window {config.sliding_window} is shorter than a sample of"
-            f" --train_len {args.train_len}: attention would not see all of it"
+            f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"
+            f" {args.target_len}: attention would never see the window this run is to reach"
         )
     if args.rope_base is None and config.rope_scaling is not None:
         raise ValueError(

@@ -95,7 +95,10 @@ class RunFolder:
 
 def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
     """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
-    types = torch.tensor([int(t) for t in read_json(Path(path))])
+    names = list(read_json(Path(path)))
+    if not all(name.isdecimal() for name in names):
+        raise ValueError(f"{path} is no impactful.json of a run (--impactful)")
+    types = torch.tensor([int(name) for name in names])
     if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
         raise ValueError(f"{path} names no token types of this vocabulary (--impactful)")
     return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)

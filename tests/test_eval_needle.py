@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -242,6 +243,33 @@ def test_several_tasks_and_repeated_flags(toy_dir, prose_file, tmp_path):
     assert [e["length"] for e in summary["table"]] == [500, 600] * 2
     for task in ("multikey", "niah_single"):
         assert (tmp_path / f"needle_{task}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_some_row_would_refuse_is_refused_before_the_first(
+    toy_dir, prose_file, tmp_path, capsys
+):
+    """A sliding window shorter than the longest prompt; a length that only some keys fit into."""
+    import shutil
+
+    folder = tmp_path / "mistral"
+    shutil.copytree(toy_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    changes = {"model_type": "mistral", "sliding_window": 350}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    flags = f"--haystack {prose_file} --out {tmp_path / 'out'} --depths 0.5 --n 8 --lengths"
+    frames = []
+    for repeat in range(8):
+        with pytest.raises(ValueError, match="takes (\\d+) tokens") as error:
+            stack = Haystack(PROSE, load_tokenizer(toy_dir))
+            make_sample(TASKS["niah_single"], stack, 20, 0.5, f"0/niah_single/20/{repeat}")
+        frames.append(int(re.search(r"takes (\d+)", str(error.value))[1]))
+    assert len(set(frames)) > 1  # keys of different length
+    for model, lengths in ((folder, "300 400"), (toy_dir, str(min(frames)))):
+        with pytest.raises(SystemExit) as stop:
+            eval_needle.main(f"--model {model} {flags} {lengths}".split())
+        assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    err = capsys.readouterr().err
+    assert "sliding_window 350 is shorter than --lengths 400" in err and "is too short" in err
 
 
 def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp_path, capsys):

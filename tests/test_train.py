@@ -291,8 +291,8 @@ def test_scaled_rope_asks_for_a_base_and_keeps_its_scaling(toy_dir, prose_file, 
     train.main(command(folder, prose_file, tmp_path / "out", "--rope_base", "5e5"))
     config = LlamaConfig.from_dir(tmp_path / "out")
     assert (config.rope_theta, config.rope_scaling["factor"]) == (5e5, 2.0)
-    edit_config(folder, model_type="mistral", sliding_window=100, rope_parameters=None)
-    bad("sliding_window 100 is shorter than a sample", folder=folder, out=tmp_path / "out2")
+    edit_config(folder, model_type="mistral", sliding_window=500, rope_parameters=None)
+    bad("sliding_window 500 is shorter than --target_len 512", folder=folder, out=tmp_path / "o2")
 
 
 # ---- bad input: one `error:` line, exit code 2, nothing written --------------------------------
@@ -397,6 +397,8 @@ def test_bad_model_folders(case, toy_dir, tmp_path, bad):
         ("--rope_base -1", "--rope_base -1.0 must be above 1"),
         ("--replay_steps -1", "--replay_steps -1 must not be negative"),
         ("--lr nan", "--lr nan must be positive"),
+        ("--seed 99999999999999", "--seed 99999999999999 must be within"),
+        ("--impactful pyproject.toml", "pyproject.toml is not valid JSON"),
         ("--method none --train_len 64", "--method none never leaves the old window"),
         ("--resume", "nothing to resume"),
     ],
@@ -422,6 +424,8 @@ def test_bad_data_files(bad, tmp_path):
     bad("at least two segments", "--data", str(tmp_path / "one_segment.txt"))
     (tmp_path / "types.json").write_text('{"99999": 1}')
     bad("names no token types", "--impactful", str(tmp_path / "types.json"))
+    (tmp_path / "run.json").write_text('{"settings": {}}')
+    bad("run.json is no impactful.json of a run", "--impactful", str(tmp_path / "run.json"))
     bad("nowhere does not exist", "--extended", "nowhere")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 100)
     bad("not UTF-8", "--data", str(tmp_path / "latin.txt"))

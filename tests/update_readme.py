@@ -61,14 +61,18 @@ def results() -> str:
         found = [cell(table, model, "niah_single", n) for n in (2048, 8192, 16384)]
         loss = [cell(table, model, "loss", n) for n in (2048, 16384)]
         lines.append("| " + " | ".join([row_name(model), *found, *loss]) + " |")
-    n = next(e["n"] for e in rows["table"] if e["task"] == "niah_single")
+    n, texts = (
+        next(e["n"] for e in rows["table"] if e["task"] == t) for t in ("niah_single", "loss")
+    )
     run = read(RUN / "longrecipe" / "run.json")
     s = run["settings"]
     lines += [
         "",
-        f"Share of needles found (95 % interval, n = {n} a cell over"
-        f" {len(rows['settings']['depths'])} depths, essays that no training has"
-        " seen) and loss in nats a token on the same essays."
+        f"Share of needles found: n = {n} a table cell, {rows['settings']['n']} haystacks x"
+        f" {len(rows['settings']['depths'])} depths from essays that no training has seen. The"
+        " depths of a haystack share its text and answer, so the Wilson 95 % interval, which takes"
+        f" them for independent, is too narrow. Loss: nats a token, n = {texts} texts of the same"
+        " essays, no interval."
         f" Training: {s['steps']} + {s['replay_steps']} samples of {s['train_len']:,} tokens,"
         f" {run['seconds'] / 60:.0f} minutes in {s['dtype']} on {run['threads']} cores of"
         f" {run['hardware']}, peak {run['peak_GiB']:.1f} GiB, commit {run['commit']};"
