@@ -93,12 +93,16 @@ def cost() -> str:
         lines.append(
             f"| {kind} | {m['seconds']:.1f} | {m['peak_GiB']:.2f} | {m['above_state_GiB']:.2f} |"
         )
-    s, (low, high) = found["settings"], found["time_ratio_range"]
+    s, seconds, median = found["settings"], found["all_seconds"], found["median"]
+    ratios = [a / b for a, b in zip(seconds["ours"], seconds["transformers"], strict=True)]
+    low, high = min(ratios), max(ratios)
+    peak = median["ours"]["peak_GiB"] / median["transformers"]["peak_GiB"]
     lines += [
         "",
         f"One training step of SmolLM2-135M on {int(s['tokens']):,} tokens in {s['dtype']}, both"
         f" taking turns in one run: time ratio {found['time_ratio']:.2f}"
         f" ({low:.2f}-{high:.2f}, {s['steps']} pairs), memory ratio {found['memory_ratio']:.2f}"
+        f" above the state, {peak:.2f} of the peak"
         " (extra steps, with an allocator that gives freed tensors back at once; more in LOG.md);"
         f" {found['threads']} cores of {found['hardware']},"
         " [JSON](assets/results/cost.json), `python tests/bench_cost.py`.",
