@@ -394,14 +394,15 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--extended {args.extended} has another vocabulary than --model")
 
         if args.device == "cpu":
-            log("no CUDA device: going on with the CPU")
+            log("no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:")
+            log("--steps, --replay_steps, --batch_sequences and --train_len make less of it")
         else:
             backends = ", ".join(b.name for b in CUDA_BACKENDS)
             log(f"{torch.cuda.get_device_name()}; attention: the first that fits of {backends}")
-        log(
-            f"data: {corpus.source}: {corpus.tokens:,} tokens,"
-            f" {corpus.too_short} documents too short"
-        )
+        read = f"{corpus.source}: {corpus.tokens:,} tokens"
+        log(f"data: {read}, {corpus.too_short} documents too short")
+        plan = [f"{s.name} {s.steps:,} x {args.batch_sequences} x {s.tokens:,}" for s in stages]
+        log(f"plan, steps x samples x tokens: {', '.join(plan)}")
         log("settings: " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))
         run.write_settings(settings, status="running")
         model.config = config.with_rope(args.rope_base, args.target_len)

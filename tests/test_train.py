@@ -259,6 +259,7 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     assert weights(tmp_path / "a") == weights(finished)  # the probe's two steps included
     err = capsys.readouterr().err
     assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
+    assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64" in err
     assert re.search(r"100%.*<00:00.*tok/s", err)  # the progress line has rate and ETA
     argv = command(toy_dir, prose_file, tmp_path / "b", "--extended", str(finished))
     i = argv.index("--probe_steps")
