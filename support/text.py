@@ -24,26 +24,21 @@ def standard_library_topics() -> str:
     return SEPARATOR.join(text for _, text in sorted(topics.items()))
 
 
-def standard_library_text() -> str:
-    """Every Python source of the standard library, each followed by a chapter of the language
-    reference (they come round again): long text that is on every machine."""
+def standard_library_sources() -> list[str]:
+    """The Python sources of the standard library, tests and tables left out."""
     root = Path(sysconfig.get_path("stdlib"))
-    skip = {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "pydoc_data",
-        "__pycache__",
-        "encodings",
-    }
+    skip = set("test tests idle_test site-packages dist-packages pydoc_data encodings".split())
+    files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+    return [p.read_text(encoding="utf-8", errors="replace") for p in files]
+
+
+def standard_library_text() -> str:
+    """Every source of the standard library, each followed by a chapter of the language reference
+    (they come round again): long text that is on every machine."""
     chapters = itertools.cycle(standard_library_topics().split(SEPARATOR))
-    parts = []
-    for path in sorted(root.rglob("*.py")):
-        if not skip & set(path.relative_to(root).parts):
-            parts += [path.read_text(encoding="utf-8", errors="replace"), next(chapters)]
-    return SEPARATOR.join(parts)
+    return SEPARATOR.join(
+        part for source in standard_library_sources() for part in (source, next(chapters))
+    )
 
 
 def find_files(paths: list[str]) -> list[Path]:
