@@ -207,4 +207,33 @@ def test_a_name_without_the_package_says_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="pip install huggingface_hub"):
         local_folder("someone/toy")
     assert local_folder(str(tmp_path)) == str(tmp_path)
-    assert local_folder("no such folder") == "no such folder"
+
+
+def test_a_path_typo_is_no_name_on_the_hub(monkeypatch, tmp_path):
+    """Without the package a name on the hub ends in "pip install": a path must not get there."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+    assert local_folder("~/models/smollm2") == str(tmp_path / "models" / "smollm2")
+    for name, near in {
+        "models/smolm2": "models/smollm2",
+        "models/SmolLM2-135M": "models/smollm2",
+        "modle": "models",
+        "./models/smolm2": "models/smollm2",
+        "~/models/smolm2": f"{tmp_path}/models/smollm2",
+        f"{tmp_path}/model/smollm2": f"{tmp_path}/models",
+        "models/smolm2/step/9": "models/smollm2",
+        "models\\smollm2": "models",
+        "a/b/c": None,
+        ".cache/x": None,
+        "/nowhere/x": None,
+    }.items():
+        with pytest.raises(ValueError) as error:
+            local_folder(name)
+        says = str(error.value)
+        assert says.startswith(f"model folder {name} does not exist"), says
+        assert (f"; near it: {near}" in says) if near else ("near it" not in says), says
+        assert ("models is a folder here, so the hub is not asked" in says) == (
+            name.count("/") == 1 and name[0] == "m"
+        )
