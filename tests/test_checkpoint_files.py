@@ -11,7 +11,9 @@ import torch
 from conftest import make_hf_llama
 from smollm2 import ROOT
 
+import recipe
 from model import load_pretrained, save_pretrained
+from support import checkpoint_files
 from support.hub import local_folder
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -88,6 +90,24 @@ def test_every_dtype_is_read_and_cast(source, tmp_path):
         expected = make_hf_llama().to(source).to(target).state_dict()
         for name, p in model.named_parameters():
             assert p.dtype == target and torch.equal(p, expected[name])
+
+
+@pytest.mark.parametrize("shard_bytes", [50_000, 10**9])
+def test_written_files_follow_the_umask(shard_bytes, toy_dir, tmp_path, monkeypatch):
+    """Others in the group may read a model as any other file; safetensors alone writes 0600."""
+    monkeypatch.setattr(checkpoint_files, "SHARD_BYTES", shard_bytes)
+    model = load_pretrained(toy_dir)
+    before = os.umask(0o027)
+    try:
+        save_pretrained(model, tmp_path / "saved", tokenizer_from=toy_dir)
+        recipe.merge(toy_dir, tmp_path / "saved", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "saved", tmp_path / "merged"):
+        modes = {p.name: oct(p.stat().st_mode & 0o777) for p in folder.iterdir()}
+        assert "tokenizer.json" in modes and set(modes.values()) == {"0o640"}, modes
+        assert (checkpoint_files.INDEX in modes) == (shard_bytes == 50_000)
+        assert folder.stat().st_mode & 0o777 == 0o750
 
 
 # ---- both spellings, for readers old and new ---------------------------------------------------
