@@ -28,10 +28,11 @@ from support import checkpoint_files, config_files, figures
 from support.cli import report_errors
 from support.hub import local_folder
 from support.run_state import read_impactful
-from support.text import Corpus, load_tokens
+from support.text import Corpus, load_reference, load_tokens
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")
 STRATEGIES = ("impact", "digits", "random", "first")
+EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
 
 
 class TooFewSegments(ValueError):
@@ -82,8 +83,7 @@ def logit_shift(
 
 
 def impactful_types(per_type_sum: Tensor, count: Tensor, top: float = 0.2) -> Tensor:
-    """The token types with the largest mean shift, until they cover `top` of all occurrences ->
-    bool (V,).
+    """Token types with the largest mean shift that cover `top` of all occurrences, bool (V,).
 
     Why not the sums themselves: they favour frequent types, and types never seen would sit at 0,
     above every negative one.
@@ -116,8 +116,7 @@ SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join
 
 @functools.lru_cache(maxsize=4)
 def _vocabulary_bytes(tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens' bytes in one array, and where each token begins in it: made once per
-    tokenizer."""
+    """All tokens' bytes in one array, and where each token begins in it: made once."""
     table = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     begin = np.cumsum([0] + [len(t) for t in table])
     return np.frombuffer(b"".join(table), dtype=np.uint8), begin
@@ -148,9 +147,8 @@ def split_segments(ids: Tensor, tokenizer) -> Tensor:
         return np.isin(char, [ord(c) for c in characters])
 
     closer, index = one_of(CLOSERS), np.arange(len(char))
-    before_closers = np.maximum.accumulate(
-        np.where(closer, 0, index)
-    )  # last character that is no closer
+    # the last character up to each one that is no closer
+    before_closers = np.maximum.accumulate(np.where(closer, 0, index))
     space_next = np.append(one_of(SPACES)[1:], False)
     closer_next = np.append(closer[1:], False)
     # [E5] seg(S): disjoint runs whose union is S, in order; an end is after character i where
@@ -166,8 +164,7 @@ def split_segments(ids: Tensor, tokenizer) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def digit_types(tokenizer) -> Tensor:
-    """Token types that hold a digit, bool (V,): what the released code selects by instead of
-    Delta."""
+    """Token types that hold a digit, bool (V,): what the released code selects by."""
     return torch.tensor(
         [any(48 <= b <= 57 for b in tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     )
@@ -178,8 +175,7 @@ def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
 
 
 def impactful_share(ids: Tensor, starts: Tensor, impactful: Tensor) -> Tensor:
-    """Share of impactful tokens of each segment, (N,) float64. The paper's rule drops segments at
-    0."""
+    """Share of impactful tokens of each segment, (N,) fp64. The paper's rule drops those at 0."""
     hits = torch.cat((torch.zeros(1, dtype=torch.int64), impactful[ids].long().cumsum(0)))
     size = segment_lengths(starts, len(ids))
     return (hits[starts + size] - hits[starts]).double() / size
@@ -351,8 +347,7 @@ def ntk_rope_base(
 def merge(
     original_dir: str | Path, tuned_dir: str | Path, out_dir: str | Path, weight: float = 0.5
 ) -> None:
-    """Write out_dir with weight * tuned + (1 - weight) * original, tensor by tensor (fp32
-    arithmetic).
+    """Write out_dir with weight * tuned + (1 - weight) * original, tensor by tensor, in fp32.
 
     The config (RoPE base, window) and the dtype are the tuned model's. ValueError if the two
     differ in shape or vocabulary, or weight is outside 0..1."""
@@ -360,9 +355,8 @@ def merge(
         raise ValueError(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
     original_dir, tuned_dir = Path(original_dir), Path(tuned_dir)
     original, tuned = (config_files.read_config(d) for d in (original_dir, tuned_dir))
-    original["model_type"], tuned["model_type"] = (
-        c["raw"]["model_type"] for c in (original, tuned)
-    )
+    for config in (original, tuned):
+        config["model_type"] = config["raw"]["model_type"]
     for field in sorted(set(original) - {"raw", "rope_theta", "max_position_embeddings"}):
         if original[field] != tuned[field]:
             raise ValueError(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
@@ -381,50 +375,46 @@ def merge(
 # ---- 7. `python recipe.py`: one sample explained -----------------------------------------------
 
 
-def explain(ids: Tensor, tokenizer, args: argparse.Namespace, impactful: Tensor | None) -> None:
-    """Print what happens to one text, and draw where each method puts its tokens."""
-    generator = torch.Generator().manual_seed(args.seed)
-    select = "digits" if impactful is None else "impact"
-    impactful = digit_types(tokenizer) if impactful is None else impactful
+def explain_selection(ids: Tensor, tokenizer, args, generator: torch.Generator) -> Tensor:
+    """Print what the selection does to a text (T,) -> where the kept segments begin, (M,)."""
+    if args.impactful:
+        select, impactful = "impact", read_impactful(args.impactful, tokenizer.vocab_size)
+    else:
+        select, impactful = "digits", digit_types(tokenizer)
+        print(
+            "no --impactful FILE: tokens with a digit stand in for the impactful ones here, as in"
+            " the released code;\ntrain.py finds them by its analysis. What it found for SmolLM2:"
+            f"\n    --model models/smollm2 --impactful {EXAMPLE}\n"
+        )
     starts = split_segments(ids, tokenizer)
     share = impactful_share(ids, starts, impactful)
     kept, new_starts = select_segments(ids, starts, args.train_len, select, generator, impactful)
+    taken, hit = torch.isin(starts, kept[new_starts]), share > 0
     print(
-        f"text: {len(ids):,} tokens in {len(starts):,} segments"
-        f" ({len(ids) / len(starts):.1f} tokens each)\n"
-        f"paper's rule: {(share == 0).double().mean():.1%} of the segments hold no such token\n"
-        f"selection ({select}): {len(new_starts):,} segments, {args.train_len:,} tokens kept\n"
+        f"text: {len(ids):,} tokens in {len(starts):,} segments;"
+        f" {(~hit).double().mean():.1%} hold no impactful token (the paper drops those)\n"
+        f"sample: {len(kept):,} tokens in {len(new_starts):,} segments, chosen by {select}\n"
+        f"   keep: {int((taken & hit).sum()):,} that hold impactful tokens\n"
+        f"   fill: {int((taken & ~hit).sum()):,} that hold none, where the others are too few\n\n"
+        "verdict  impactful  segment (the first 12; impactful: share of its tokens)"
     )
-    kept_set = set(kept.tolist())
-    for i in range(min(12, len(starts) - 1)):
-        a, b = int(starts[i]), int(starts[i + 1])
-        verdict = "keep" if a in kept_set else "drop"
-        print(f"  {verdict} {share[i]:4.0%} {tokenizer.decode(ids[a:b])!r}")
-    positions = {
-        method: sample_position_ids(method, args.train_len, args.target_len, new_starts, generator)
-        for method in METHODS
-        if method != "full"
-    }
+    for i, segment in enumerate(ids.tensor_split(starts[1:13])[:12]):
+        verdict = ("keep" if hit[i] else "fill") if taken[i] else "drop"
+        print(f"{verdict:>7}  {share[i]:>9.0%}  {tokenizer.decode(segment.tolist())!r}")
+    return new_starts
+
+
+def explain_positions(starts: Tensor, old_window: int | None, args, generator) -> None:
+    """Print and draw where each method puts the tokens of a sample with these segments (M,)."""
+    sample = (args.train_len, args.target_len, starts, generator)
+    positions = {m: sample_position_ids(m, *sample) for m in METHODS if m != "full"}
+    full = args.target_len / 3
+    print(f"\n    method  position ids     jumps  mean distance of two tokens (full: {full:,.0f})")
     for method, p in positions.items():
-        jumps = int((p.diff() > 1).sum())
-        print(
-            f"{method:>12}: positions {p[0]}..{p[-1]:,}, {jumps:,} jumps, mean distance"
-            f" of two tokens {mean_distance(p):,.0f} (full length: {args.target_len / 3:,.0f})"
-        )
-    figures.draw_positions(args.figure, positions, args.target_len)
+        jumps, distance = int((p.diff() > 1).sum()), figures.mean_distance(p)
+        print(f"{method:>10}  {f'{p[0]}..{p[-1]:,}':<12}  {jumps:>8,}  {distance:,.0f}")
+    figures.draw_positions(args.figure, positions, args.target_len, old_window)
     print(f"figure: {args.figure}")
-
-
-def mean_distance(positions: Tensor) -> float:
-    """Mean of |p_i - p_j| over all pairs i < j of increasing positions (L,).
-
-    >>> mean_distance(torch.tensor([0, 1, 3]))
-    2.0
-    """
-    L = len(positions)
-    # p_i is added i times and taken off L - 1 - i times
-    weight = 2 * torch.arange(L, dtype=torch.float64) - L + 1
-    return float((weight * positions).sum() / (L * (L - 1) / 2))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -435,7 +425,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = p.add_argument
     add("--model", default="models/smollm2", metavar="DIR", help="its tokenizer is used")
-    add("--text", metavar="FILE", help="(None: the Python standard library)")
+    add("--text", metavar="FILE", help="(None: Python's language reference)")
     add("--target_len", type=int, default=131_072, help="tokens")
     add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
     add("--impactful", metavar="FILE", help="impactful.json of a run (None: digits)")
@@ -443,14 +433,22 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     with report_errors():
         args = p.parse_args(argv)
-        args.train_len = args.train_len or train_length(args.target_len)
-        tokenizer = load_tokenizer(local_folder(args.model))
-        tokens = load_tokens([args.text] if args.text else None, tokenizer)
-        corpus = Corpus(tokens, args.train_len)
-        ids = corpus.window(args.target_len, torch.Generator().manual_seed(args.seed))
-        size = tokenizer.vocab_size
-        impactful = read_impactful(args.impactful, size) if args.impactful else None
-        explain(ids, tokenizer, args, impactful)
+        if args.target_len < 2:
+            raise ValueError(f"--target_len {args.target_len} must be at least 2 tokens")
+        args.train_len = train_length(args.target_len) if args.train_len is None else args.train_len
+        if not 2 <= args.train_len <= args.target_len:
+            raise ValueError(
+                f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
+            )
+        figures.check_figure_path(args.figure)
+        folder = local_folder(args.model)
+        tokenizer, old_window = load_tokenizer(folder), config_files.read_window(folder)
+        tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
+        remedy = "give a longer --text, or lower --train_len or --target_len"
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = Corpus(tokens, args.train_len, remedy).window(args.target_len, generator)
+        starts = explain_selection(ids, tokenizer, args, generator)
+        explain_positions(starts, old_window, args, generator)
 
 
 if __name__ == "__main__":

@@ -377,10 +377,12 @@ def main(argv: list[str] | None = None) -> None:
             log(f"{args.out} holds this run, finished: nothing to do")
             return
         tokens = load_tokens(args.data, tokenizer, args.join)
-        corpus = Corpus(tokens, args.train_len)
+        remedy = "give longer texts with --{}, join them with --join, or lower --{}"
+        corpus = Corpus(tokens, args.train_len, remedy.format("data", "train_len"))
         if args.replay_data:
             tokens = load_tokens(args.replay_data, tokenizer, args.join)
-        replay_corpus = Corpus(tokens, args.replay_len) if args.replay_steps else corpus
+        remedy = remedy.format("replay_data", "replay_len")
+        replay_corpus = Corpus(tokens, args.replay_len, remedy) if args.replay_steps else corpus
         stages = plan_stages(args)
         sample(stages[0], corpus, tokenizer, args, None, torch.Generator())  # fails early if at all
         impactful = None

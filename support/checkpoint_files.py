@@ -1,5 +1,4 @@
-"""Hugging Face folders: config.json, safetensors (single or sharded), tokenizer files, atomic
-writing.
+"""Hugging Face folders: safetensors (single or sharded), tokenizer files, atomic writing.
 
 Tensors are streamed: at any time one source tensor is held beside the model that is being filled.
 """
@@ -92,9 +91,7 @@ def iter_pairs(
         with open_safetensors(files[name]) as file:
             a = file.get_tensor(name)
         if a.shape != b.shape:
-            raise ValueError(
-                f"tensor {name}: {tuple(a.shape)} in {first}, {tuple(b.shape)} in {second}"
-            )
+            raise ValueError(f"{name}: {tuple(a.shape)} in {first}, {tuple(b.shape)} in {second}")
         yield name, (a, b)
 
 
@@ -105,13 +102,11 @@ def read_tensors(
     device: torch.device,
     tied: bool,
 ) -> dict[str, torch.Tensor]:
-    """All tensors of `shapes`, cast and moved one by one; names and shapes are checked before any
-    is read."""
+    """All tensors of `shapes`, cast and moved one by one, after a check of all names."""
     path = Path(path)
     files = tensor_files(path)
     missing = sorted(set(shapes) - set(files))
-    # Older exports carry the angles as tensors, tied ones sometimes a copy of the head: both are
-    # derived here.
+    # Older exports carry the angles, tied ones sometimes a copy of the head: both derived here.
     ignored = {
         n for n in files if n.endswith("rotary_emb.inv_freq") or (tied and n == "lm_head.weight")
     }
@@ -142,7 +137,12 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
     total = used = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        file = folder / f"shard-{len(shards)}"
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(shard, file, metadata={"format": "pt"})
+        # subtle: safetensors leaves its private temporary file (mode 0600) in place of ours
+        file.chmod(mode)
         shards.append(list(shard))
         shard.clear()
 

@@ -86,6 +86,13 @@ def read_config(path: str | Path) -> dict:
     }
 
 
+def read_window(path: str | Path) -> int | None:
+    """The window of a model folder in tokens; None where no config.json says (a tokenizer only)."""
+    config = Path(path) / "config.json"
+    window = read_json(config).get("max_position_embeddings") if config.is_file() else None
+    return window if isinstance(window, int) else None
+
+
 def read_rope(raw: dict) -> tuple[float, dict | None]:
     """RoPE base and scaling (None: default), from either spelling: rope_theta + rope_scaling, or
     rope_parameters (transformers 5)."""

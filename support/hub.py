@@ -1,5 +1,8 @@
-"""A model by its name on the Hugging Face hub, through the optional package huggingface_hub."""
+"""A model by its folder, or by its name on the Hugging Face hub through the optional package
+huggingface_hub."""
 
+import difflib
+import os
 import re
 from pathlib import Path
 
@@ -7,11 +10,17 @@ FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 
 
 def local_folder(name: str) -> str:
-    """A folder as it is; org/name: the folder it was (or is now) downloaded to.
+    """A folder as it is (~ expanded); org/name: the folder it was (or is now) downloaded to.
 
-    Only config, safetensors and tokenizer files are fetched. ValueError says what to install."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return name
+    Only config, safetensors and tokenizer files are fetched. ValueError: a path that does not
+    exist (and what is near it), or what to install for the hub."""
+    path = Path(os.path.expanduser(name))
+    if path.exists():
+        return os.path.expanduser(name)
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if not is_name or path.parent.is_dir():
+        why = f" ({path.parent} is a folder here, so the hub is not asked)" if is_name else ""
+        raise ValueError(f"model folder {name} does not exist{near_names(path)}{why}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -26,3 +35,12 @@ def local_folder(name: str) -> str:
         raise ValueError(
             f"{name} is no folder and could not be fetched from the hub: {reason}"
         ) from error
+
+
+def near_names(path: Path) -> str:
+    """Of a path that leads nowhere: the folders most like the first part of it that is missing."""
+    while not path.parent.is_dir():
+        path = path.parent
+    beside = {f.name.lower(): str(f) for f in path.parent.iterdir() if f.is_dir()}
+    near = difflib.get_close_matches(path.name.lower(), beside)
+    return f"; near it: {', '.join(beside[n] for n in near)}" if near else ""

@@ -18,7 +18,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".npy", ".bin")
 
 
 def standard_library_topics() -> str:
-    """The chapters of the language reference that ship with Python, about 170k tokens of prose."""
+    """The chapters of the language reference that ship with Python, about 110k tokens of prose."""
     from pydoc_data.topics import topics
 
     return SEPARATOR.join(text for _, text in sorted(topics.items()))
@@ -166,11 +166,19 @@ def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Token
     return tokens
 
 
-class Corpus:
-    """Documents of at least min_tokens tokens; `window` draws from them. Too short ones are
-    counted."""
+def load_reference(tokenizer) -> Tokens:
+    """The language reference alone, as one document: prose that is on every machine."""
+    tokens = Tokens("the language reference that ships with Python")
+    tokens.add_texts([[standard_library_topics()]], tokenizer)
+    return tokens
 
-    def __init__(self, tokens: Tokens, min_tokens: int):
+
+class Corpus:
+    """Documents of at least min_tokens tokens, shorter ones are counted; `window` draws from them.
+
+    remedy: what the caller's flags can do where no document is long enough (ValueError)."""
+
+    def __init__(self, tokens: Tokens, min_tokens: int, remedy: str = "give longer texts"):
         sizes = tokens.documents[:, 2]
         self.source, self.parts = tokens.source, tokens.parts
         self.documents = tokens.documents[sizes >= min_tokens]
@@ -179,8 +187,7 @@ class Corpus:
         if len(self.documents) == 0:
             raise ValueError(
                 f"{tokens.source}: no document reaches {min_tokens} tokens (the longest has"
-                f" {max(sizes, default=0)}); give longer texts with --data, join them with --join,"
-                " or lower --train_len"
+                f" {max(sizes, default=0)}); {remedy}"
             )
         self._weights = torch.from_numpy(self.documents[:, 2].astype(np.float64))
 

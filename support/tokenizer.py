@@ -69,6 +69,8 @@ def from_bpe(model: dict, pattern: str, normalizer, special: dict, settings: dic
         if i not in added
     }
     ranks = {bytes([b]): b for b in range(256)}
+    # subtle: tiktoken ranks the merged token, `tokenizers` the pair. The ids are the same, except
+    # for hand-made merges that no training gives: with "b c", "a b", "ab c", abc is not a + bc.
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         ranks.setdefault(bytes(alphabet[c] for c in left + right), len(ranks))

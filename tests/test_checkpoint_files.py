@@ -11,7 +11,9 @@ import torch
 from conftest import make_hf_llama
 from smollm2 import ROOT
 
+import recipe
 from model import load_pretrained, save_pretrained
+from support import checkpoint_files
 from support.hub import local_folder
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -88,6 +90,24 @@ def test_every_dtype_is_read_and_cast(source, tmp_path):
         expected = make_hf_llama().to(source).to(target).state_dict()
         for name, p in model.named_parameters():
             assert p.dtype == target and torch.equal(p, expected[name])
+
+
+@pytest.mark.parametrize("shard_bytes", [50_000, 10**9])
+def test_written_files_follow_the_umask(shard_bytes, toy_dir, tmp_path, monkeypatch):
+    """Others in the group may read a model as any other file; safetensors alone writes 0600."""
+    monkeypatch.setattr(checkpoint_files, "SHARD_BYTES", shard_bytes)
+    model = load_pretrained(toy_dir)
+    before = os.umask(0o027)
+    try:
+        save_pretrained(model, tmp_path / "saved", tokenizer_from=toy_dir)
+        recipe.merge(toy_dir, tmp_path / "saved", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "saved", tmp_path / "merged"):
+        modes = {p.name: oct(p.stat().st_mode & 0o777) for p in folder.iterdir()}
+        assert "tokenizer.json" in modes and set(modes.values()) == {"0o640"}, modes
+        assert (checkpoint_files.INDEX in modes) == (shard_bytes == 50_000)
+        assert folder.stat().st_mode & 0o777 == 0o750
 
 
 # ---- both spellings, for readers old and new ---------------------------------------------------
@@ -207,4 +227,33 @@ def test_a_name_without_the_package_says_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="pip install huggingface_hub"):
         local_folder("someone/toy")
     assert local_folder(str(tmp_path)) == str(tmp_path)
-    assert local_folder("no such folder") == "no such folder"
+
+
+def test_a_path_typo_is_no_name_on_the_hub(monkeypatch, tmp_path):
+    """Without the package a name on the hub ends in "pip install": a path must not get there."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+    assert local_folder("~/models/smollm2") == str(tmp_path / "models" / "smollm2")
+    for name, near in {
+        "models/smolm2": "models/smollm2",
+        "models/SmolLM2-135M": "models/smollm2",
+        "modle": "models",
+        "./models/smolm2": "models/smollm2",
+        "~/models/smolm2": f"{tmp_path}/models/smollm2",
+        f"{tmp_path}/model/smollm2": f"{tmp_path}/models",
+        "models/smolm2/step/9": "models/smollm2",
+        "models\\smollm2": "models",
+        "a/b/c": None,
+        ".cache/x": None,
+        "/nowhere/x": None,
+    }.items():
+        with pytest.raises(ValueError) as error:
+            local_folder(name)
+        says = str(error.value)
+        assert says.startswith(f"model folder {name} does not exist"), says
+        assert (f"; near it: {near}" in says) if near else ("near it" not in says), says
+        assert ("models is a folder here, so the hub is not asked" in says) == (
+            name.count("/") == 1 and name[0] == "m"
+        )

@@ -1,5 +1,7 @@
 """recipe.py: slow twins, hand-worked examples, distributions with a stated chance of accident."""
 
+import json
+import re
 import time
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from conftest import PROSE, make_hf_llama, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smollm2 import ROOT
 
 import recipe
 from model import load_pretrained, load_tokenizer
@@ -21,6 +24,9 @@ from recipe import (
     select_segments,
     split_segments,
 )
+from support import figures
+from support.config_files import read_window
+from support.text import standard_library_text, standard_library_topics
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -223,8 +229,6 @@ def test_selection_refuses():
 
 
 def test_strategies_differ_on_real_text(smollm2_dir):
-    from support.text import standard_library_topics
-
     tokenizer = load_tokenizer(smollm2_dir)
     ids = torch.tensor(tokenizer.encode(standard_library_topics()[:200_000]))[:16384]
     impactful = torch.zeros(49152, dtype=torch.bool)
@@ -436,8 +440,6 @@ def test_all_methods_get_the_same_tokens(tokenizer):
 
 
 def test_131072_tokens_take_a_tenth_of_a_second(smollm2_dir):
-    from support.text import standard_library_text
-
     tokenizer = load_tokenizer(smollm2_dir)
     ids = torch.tensor(tokenizer.encode(standard_library_text()[:600_000]))[:131072]
     assert len(ids) == 131072
@@ -510,20 +512,125 @@ def test_merge_refuses_what_does_not_fit(tmp_path):
 # ---- 7. The command ----------------------------------------------------------------------------
 
 
+def explain(capsys, *flags) -> str:
+    recipe.main([str(f) for f in flags])
+    return capsys.readouterr().out
+
+
+def verdicts(out: str) -> list[tuple[str, str]]:
+    return re.findall(r"^ *(keep|fill|drop) +(\d+)%  ", out, re.MULTILINE)
+
+
 def test_recipe_explains_one_sample(toy_dir, prose_file, tmp_path, capsys):
     figure = tmp_path / "recipe.png"
-    recipe.main(
-        f"--model {toy_dir} --text {prose_file} --target_len 4000 --figure {figure}".split()
-    )
-    out = capsys.readouterr().out
-    assert "1,280 tokens kept" in out and "% of the segments" in out
+    flags = ("--model", toy_dir, "--text", prose_file, "--target_len", 4000, "--figure", figure)
+    out = explain(capsys, *flags)
+    assert "sample: 1,280 tokens" in out and "(the paper drops those)" in out
+    header = "verdict  impactful  segment"
+    assert out.index("no --impactful FILE") < out.index(header) < out.index("mean distance of two")
+    assert len(verdicts(out)) == 12 and {v for v, _ in verdicts(out)} == {"keep", "drop"}
     assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_fill_is_what_was_kept_without_an_impactful_token(toy_dir, tmp_path, capsys):
+    """Two sentences of 60 hold a digit: all others of the sample only fill it up."""
+    text = tmp_path / "a.txt"
+    text.write_text("Ada had apples. " * 5 + "Bob had 7. Eve had 8. " + "Nobody knew it. " * 53)
+    flags = ("--model", toy_dir, "--text", text, "--target_len", 4000, "--train_len", 130)
+    out = explain(capsys, *flags, "--figure", tmp_path / "r.png")
+    keep, fill = (int(re.search(rf"{v}: (\d+)", out)[1]) for v in ("keep", "fill"))
+    segments = int(re.search(r"tokens in (\d+) segments, chosen", out)[1])
+    assert keep == 2 and fill == segments - 2 > 5
+    shown = verdicts(out)
+    assert [v for v, share in shown if share != "0"] == ["keep", "keep"]
+    assert {v for v, share in shown if share == "0"} == {"fill", "drop"}
+
+
+def test_the_analysis_that_recipe_suggests_is_there_and_fits(smollm2_dir, tmp_path, capsys):
+    """Found with this very tokenizer: the texts in it are those of the ids."""
+    flags = ("--model", smollm2_dir, "--figure", tmp_path / "r.png")
+    out = explain(capsys, *flags, "--target_len", 16384)
+    path = ROOT / re.search(r"--impactful (\S+\.json)", out)[1]
+    tokenizer = load_tokenizer(smollm2_dir)
+    for i, (text, _) in json.loads(path.read_text()).items():
+        assert tokenizer.decode([int(i)]) == text
+    again = explain(capsys, *flags, "--target_len", 16384, "--impactful", path)
+    assert "chosen by impact" in again and "no --impactful" not in again
+    assert "chosen by digits" in out and "keep" in {v for v, _ in verdicts(again)}
+
+
+def test_without_text_the_sample_is_prose(toy_dir, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(recipe, "explain_positions", lambda *_: None)
+    monkeypatch.setattr(recipe, "explain_selection", lambda ids, t, *_: seen.append(t.decode(ids)))
+    recipe.main(f"--model {toy_dir} --target_len 9000 --figure {tmp_path / 'r.png'}".split())
+    assert seen[0] in standard_library_topics()
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ("--target_len 0", "--target_len 0 must be at least 2 tokens"),
+        ("--target_len -9", "--target_len -9 must be at least 2 tokens"),
+        ("--train_len 1", "--train_len 1 must be between 2 and --target_len 131072"),
+        ("--train_len 0", "--train_len 0 must be between"),
+        ("--target_len 100 --train_len 101", "--train_len 101 must be .* --target_len 100"),
+        ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),
+        ("--figure r.xyz", r"--figure r.xyz must end in one of \..*\.png"),
+        ("--figure recipe", r"--figure recipe must end in one of \..*\.png"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_loaded(flags, match, capsys):
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["--model", "nowhere", *flags.split()])  # a missing model would come next
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.fullmatch(f"error: {match}.*\n", error), error
+
+
+@pytest.mark.parametrize("old_window", [64, None])
+def test_the_figure_can_be_read_alone(old_window, tmp_path, monkeypatch):
+    """Its words, not its pixels: axes with units, n, the old window, longrecipe last and widest."""
+    import matplotlib.figure
+
+    figures_drawn = []
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures_drawn.append(self)
+    )
+    methods = [m for m in recipe.METHODS if m != "full"]
+    positions = {m: sample_position_ids(m, 600, 2000, STARTS, generator()) for m in methods}
+    figures.draw_positions(tmp_path / "r.png", positions, 2000, old_window)
+    left, right = figures_drawn[0].axes
+    assert right.get_ylabel() == "density of the pairs per 1,024 positions"
+    assert right.get_xlabel() == "distance of two tokens (units of 1,024 positions)"
+    assert left.get_ylabel() == "position id (units of 1,024)"
+    assert right.get_legend().get_title().get_text() == "n = 400,000 random pairs a method"
+    for panel in (left, right):
+        labels = [text.get_text() for text in panel.get_legend().get_texts()]
+        assert ("old window (64)" in labels) == (old_window is not None)
+        assert labels[-1].startswith("longrecipe") and len(labels) >= 4
+    for drawn in ([line for line in left.lines if ":" in line.get_label()], right.patches):
+        assert len(drawn) == 4 and drawn[-1].get_label().startswith("longrecipe")
+        assert drawn[-1].get_linewidth() > max(d.get_linewidth() for d in drawn[:-1])
+    # a density: its area is 1, in units of 1,024 positions
+    for stairs in right.patches:
+        values, edges, _ = stairs.get_data()
+        assert abs(float((values * (edges[1:] - edges[:-1])).sum()) - 1) < 1e-9
+
+
+def test_the_old_window_is_the_models_own(toy_dir, tmp_path, monkeypatch):
+    marked = []
+    monkeypatch.setattr(figures, "draw_positions", lambda *args: marked.append(args[3]))
+    recipe.main(f"--model {toy_dir} --target_len 4000 --figure {tmp_path / 'r.png'}".split())
+    assert marked == [read_window(toy_dir)] == [64]
+    assert read_window(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    assert read_window(tmp_path) is None
 
 
 def test_mean_distance_equals_a_slow_loop():
     p = sample_position_ids("rpes", 30, 100, None, generator())
     pairs = [abs(int(a - b)) for i, a in enumerate(p) for b in p[:i]]
-    assert abs(recipe.mean_distance(p) - sum(pairs) / len(pairs)) < 1e-9
+    assert abs(figures.mean_distance(p) - sum(pairs) / len(pairs)) < 1e-9
 
 
 def test_a_tokenizer_without_digits_still_splits(tmp_path):

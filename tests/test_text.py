@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import PROSE
 
+import recipe
+import train
 from model import load_tokenizer
 from support.text import Corpus, load_tokens, read_pieces
 
@@ -74,6 +76,30 @@ def test_windows_are_uniform_over_the_tokens(tokenizer, tmp_path):
     share = sum(int(d[0]) == ord("b") for d in draws) / 2000
     assert abs(share - 0.75) < 6 * 0.0097
     assert len(corpus.window(1000, g)) in (100, 300)  # a whole document where it is shorter
+
+
+def test_too_short_texts_name_the_flags_that_the_caller_has(toy_dir, tmp_path, capsys):
+    """Each command and each kind of data says its own; a Corpus by itself knows no flag."""
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text(PROSE)
+    short.write_text("One. Two.")
+    tokens = load_tokens([str(short)], load_tokenizer(toy_dir))
+    with pytest.raises(ValueError, match=r"give longer texts$"):
+        Corpus(tokens, 5000)
+
+    def error(main, *flags) -> str:
+        with pytest.raises(SystemExit):
+            main([str(f) for f in ("--model", toy_dir, "--target_len", 2000, *flags)])
+        return re.search("^error: (.*)", capsys.readouterr().err, re.MULTILINE)[1]
+
+    said = error(recipe.main, "--text", short, "--figure", tmp_path / "r.png")
+    assert said.startswith(f"{short}: no document reaches 640 tokens (the longest has ")
+    assert said.endswith("give a longer --text, or lower --train_len or --target_len")
+    out = ("--out", tmp_path / "out")
+    said = error(train.main, "--data", short, *out)
+    assert said.endswith("longer texts with --data, join them with --join, or lower --train_len")
+    said = error(train.main, "--data", long, "--replay_data", short, *out)
+    assert said.endswith("with --replay_data, join them with --join, or lower --replay_len"), said
 
 
 @pytest.mark.parametrize(
