@@ -189,7 +189,7 @@ class SharedPrefix:
 
 @torch.no_grad()
 def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[float, int]]:
-    """(mean loss in nats a token, tokens) of ids (N,), for each run of bin_tokens positions."""
+    """(mean loss in nats per token, tokens) of ids (N,), for each run of bin_tokens positions."""
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]
     targets = ids[1:].to(hidden.device)
     losses = []
@@ -310,7 +310,7 @@ def summarise(rows: list[dict], args) -> list[dict]:
 
 def print_table(table: list[dict], lengths: list[int]) -> None:
     for task in dict.fromkeys(e["task"] for e in table):
-        unit = "nats a token" if task == "loss" else "found, 95 % interval"
+        unit = "nats per token" if task == "loss" else "found, 95 % interval"
         print(f"\n{task} ({unit})\n{'':24}" + "".join(f"{n:>20,}" for n in lengths))
         for model in dict.fromkeys(e["model"] for e in table):
             line = f"{model[-23:]:24}"
@@ -349,7 +349,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lengths", nargs="+", type=int, default=lengths, help="tokens, answer included")
     add("--depths", nargs="+", type=float, default=depths, help="0: start, 1: end")
     add("--n", type=int, default=2, help="samples per length and depth")
-    add("--ppl", action="store_true", help="also the loss per token on n haystack texts a length")
+    add("--ppl", action="store_true", help="also the loss per token on n haystack texts per length")
     add("--haystack", metavar="PATH", help="text or folder (None: data/essays, else Python docs)")
     add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
     add("--seed", type=int, default=0)

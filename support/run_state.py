@@ -28,8 +28,8 @@ def parse_or_resume(p: argparse.ArgumentParser, argv: list[str] | None) -> argpa
 
 
 class RunFolder:
-    """out/run.json (settings), out/metrics.jsonl (a line a step), out/state.pt (the last complete
-    save)."""
+    """out/run.json (settings), out/metrics.jsonl (one line per step), out/state.pt (the last
+    complete save)."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

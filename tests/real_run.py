@@ -69,14 +69,19 @@ def judge(name: str, model: Path, others: str, flags: str, dtype: str) -> None:
     shutil.copyfile(out / "needle_results.json", RESULTS / name / "needle_results.json")
 
 
+def panels(models: dict) -> tuple[dict, dict]:
+    """Titles and trained windows of the heat-map, as README's table names and orders the models."""
+    order = table_order(models)
+    # the control has the base's weights: trained for the base's window
+    windows = {m: models[m.removesuffix(" (new base)")]["window"] for m in order}
+    return {m: plain_name(m) for m in order}, windows
+
+
 def redraw() -> None:
-    """The heat-map of the rows in assets/, in the order and under the names of README's table."""
     rows = [json.loads(line) for line in (RESULTS / "needle.jsonl").read_text().splitlines()]
     models = json.loads((RESULTS / "rows" / "needle_results.json").read_text())["models"]
-    # the control has the base's weights: trained for the base's window
-    trained = {m: models[m.removesuffix(" (new base)")]["window"] for m in table_order(models)}
-    names = {m: plain_name(m) for m in models}
-    draw_heatmap(RESULTS / "rows" / "needle.png", rows, "niah_single", trained, names)
+    names, windows = panels(models)
+    draw_heatmap(RESULTS / "rows" / "needle.png", rows, "niah_single", windows, names)
 
 
 def gigabytes(path: Path) -> float:

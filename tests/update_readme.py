@@ -135,9 +135,9 @@ def smallest() -> str:
     disk, trained, judged = found["disk_GB"], found["train"], found["eval"]
     return (
         f"Measured in {found['dtype']} on {found['threads']} cores of {found['hardware']}"
-        f" ([JSON](assets/results/smallest_run.json)): `train.py` {trained['seconds'] / 60:.1f}"
-        f" minutes and {trained['peak_GiB']:.1f} GiB of memory, `eval_needle.py`"
-        f" {judged['seconds'] / 60:.1f} minutes and {judged['peak_GiB']:.1f} GiB. Disk:"
+        f" ([JSON](assets/results/smallest_run.json)): `train.py` {trained['seconds']:.0f}"
+        f" seconds and {trained['peak_GiB']:.1f} GiB of memory, `eval_needle.py`"
+        f" {judged['seconds']:.0f} seconds and {judged['peak_GiB']:.1f} GiB. Disk:"
         f" {disk['environment']:.1f} GB for .venv (torch {found['torch']}),"
         f" {disk['model_and_essays']:.1f} GB for models/ and data/, at most"
         f" {disk['out_at_most']:.1f} GB in out/ during the run, of which {disk['state_pt']:.1f} GB"
