@@ -12,8 +12,8 @@ What is exact here: prompt and answer budget together are `length` tokens, asser
 built from token ids and never encoded again as a whole; a BOS is put in front once, and only if
 the checkpoint's own tokenizer does so; needles go in at sentence ends found in the decoded text.
 
-Results: needle.jsonl (a line a sample; what is there is not run again), needle_results.json,
-needle.png.
+Results, by default in the folder of --model: needle.jsonl (one line per sample; what is there is
+not run again), needle_results.json, needle.png.
 Does NOT do: chat templates, sampling, teacher-forced scores.
 Glossary: see model.py.
 """
@@ -42,7 +42,7 @@ from model import (
     load_tokenizer,
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
-from support.cli import check_ranges, log, progress, provenance, report_errors
+from support.cli import check_ranges, log, on_ctrl_c, progress, provenance, report_errors
 from support.figures import draw_heatmap
 from support.haystack import CITIES, fingerprint, load_haystack
 from support.hub import local_folder
@@ -131,7 +131,8 @@ def make_sample(task: Task, haystack: Haystack, length: int, depth: float, row_s
     room = length - answer_tokens - len(head) - len(tail) - longest
     if room < 1:
         raise ValueError(
-            f"--lengths {length} is too short: the frame alone takes {length - room} tokens"
+            f"--lengths {length} is too short: with its keys this prompt takes at least"
+            f" {length - room + 1} tokens"
         )
     hay = haystack.cut(length, rng)  # more than `room`: one form of a needle may be shorter
     ends = sentence_ends(hay[:room], tokenizer)
@@ -188,7 +189,7 @@ class SharedPrefix:
 
 @torch.no_grad()
 def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[float, int]]:
-    """(mean loss in nats a token, tokens) of ids (N,), for each run of bin_tokens positions."""
+    """(mean loss in nats per token, tokens) of ids (N,), for each run of bin_tokens positions."""
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]
     targets = ids[1:].to(hidden.device)
     losses = []
@@ -309,7 +310,7 @@ def summarise(rows: list[dict], args) -> list[dict]:
 
 def print_table(table: list[dict], lengths: list[int]) -> None:
     for task in dict.fromkeys(e["task"] for e in table):
-        unit = "nats a token" if task == "loss" else "found, 95 % interval"
+        unit = "nats per token" if task == "loss" else "found, 95 % interval"
         print(f"\n{task} ({unit})\n{'':24}" + "".join(f"{n:>20,}" for n in lengths))
         for model in dict.fromkeys(e["model"] for e in table):
             line = f"{model[-23:]:24}"
@@ -328,6 +329,9 @@ def print_table(table: list[dict], lengths: list[int]) -> None:
 
 # ---- 6. The command ----------------------------------------------------------------------------
 
+RESULT = "out"  # where train.py puts its result
+NEW_BASE = " (new base)"  # ends the label of the control: old weights, new RoPE base
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
@@ -336,7 +340,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = p.add_argument
-    add("--model", default="out", metavar="DIR", help="Hugging Face folder to judge")
+    add("--model", default=RESULT, metavar="DIR", help="Hugging Face folder to judge")
     add("--compare", nargs="+", default=[], metavar="DIR", help="others beside it, e.g. the base")
     add("--controls", action="store_true", help="also the base under the new RoPE base")
     add("--tasks", nargs="*", choices=sorted(TASKS), default=["niah_single"], help="may be none")
@@ -345,9 +349,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lengths", nargs="+", type=int, default=lengths, help="tokens, answer included")
     add("--depths", nargs="+", type=float, default=depths, help="0: start, 1: end")
     add("--n", type=int, default=2, help="samples per length and depth")
-    add("--ppl", action="store_true", help="also the loss per token on n haystack texts a length")
+    add("--ppl", action="store_true", help="also the loss per token on n haystack texts per length")
     add("--haystack", metavar="PATH", help="text or folder (None: data/essays, else Python docs)")
-    add("--out", metavar="DIR", help="where the results go (None: the folder of --model)")
+    add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
     add("--seed", type=int, default=0)
     add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
     return p.parse_args(argv)
@@ -362,33 +366,44 @@ def main(argv: list[str] | None = None) -> None:
         candidates, configs = resolve(args)
         text, source = load_haystack(args.haystack)
         haystack = Haystack(text, load_tokenizer(args.model))
-        log(f"haystack: {source}, {len(haystack.ids):,} tokens, {len(haystack.starts):,} sentences")
-        for task, r in itertools.product(
-            args.tasks, range(args.n)
-        ):  # refuse before anything is run
-            row_seed = f"{args.seed}/{task}/{args.lengths[0]}/{r}"
-            make_sample(TASKS[task], haystack, args.lengths[0], 0.0, row_seed)
+        # refuse before anything is run; which keys come, and their tokens, depends on the length
+        for task, length, r in itertools.product(args.tasks, args.lengths, range(args.n)):
+            make_sample(TASKS[task], haystack, length, 0.0, f"{args.seed}/{task}/{length}/{r}")
         out = Path(args.out or args.model)
         out.mkdir(parents=True, exist_ok=True)
         results = Results(out / "needle.jsonl")
-        rows = [row for c in candidates for row in run_candidate(c, haystack, results, args)]
+        log(f"haystack: {source}, {len(haystack.ids):,} tokens, {len(haystack.starts):,} sentences")
+        if len(haystack.ids) < args.lengths[-1]:
+            log(f"warning: shorter than --lengths {args.lengths[-1]}, so it repeats (--haystack)")
+        with on_ctrl_c(results.what_is_saved):
+            rows = [row for c in candidates for row in run_candidate(c, haystack, results, args)]
         report(rows, configs, source, out, args, started)
 
 
 def resolve(args: argparse.Namespace) -> tuple[list[Candidate], dict[str, LlamaConfig]]:
     """Who is judged, and their configs by label. Writes nothing."""
-    check_ranges(args, at_least_one=("n",))
+    check_ranges(args, at_least_1=("n",))
     args.lengths, args.depths = sorted(set(args.lengths)), sorted(set(args.depths))
     args.tasks = list(dict.fromkeys(args.tasks))
     args.model = local_folder(args.model)
     args.compare = list(dict.fromkeys(map(local_folder, args.compare)))
-    if args.lengths[0] < 2 or not all(0 <= d <= 1 for d in args.depths):
-        raise ValueError("--lengths must be at least 2 tokens, --depths within 0..1")
+    if args.lengths[0] < 2:
+        raise ValueError(f"--lengths {args.lengths[0]} must be at least 2 tokens")
+    if outside := [d for d in args.depths if not 0 <= d <= 1]:
+        raise ValueError(f"--depths {outside[0]:g} must be within 0..1")
+    if not Path(args.model).exists():
+        raise ValueError(
+            f"model folder {args.model} does not exist (--model; by default {RESULT}, which"
+            " train.py makes)"
+        )
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a file; a folder for the results is needed")
     if args.controls and not args.compare:
         raise ValueError("--controls needs the base model: --compare DIR")
     if args.model in args.compare:
         raise ValueError(f"--compare {args.model} is --model itself")
-    candidates = [Candidate(folder, folder) for folder in (args.model, *args.compare)]
+    # the base first, as in every table and figure; what is judged against the others last
+    candidates = [Candidate(folder, folder) for folder in (*args.compare, args.model)]
     configs = {c.label: LlamaConfig.from_dir(c.folder) for c in candidates}
     tokenizer = load_tokenizer(args.model)
     for folder, config in configs.items():
@@ -404,9 +419,10 @@ def resolve(args: argparse.Namespace) -> tuple[list[Candidate], dict[str, LlamaC
     if args.controls:
         new = configs[args.model]
         rope = (new.rope_theta, new.max_position_embeddings)
-        candidates.append(Candidate(f"{args.compare[0]} (new base)", args.compare[0], rope))
-        configs[candidates[-1].label] = new
-    return candidates, configs
+        base = args.compare[0]
+        candidates.insert(1, Candidate(base + NEW_BASE, base, rope))
+        configs[base + NEW_BASE] = new
+    return candidates, {c.label: configs[c.label] for c in candidates}
 
 
 def report(rows: list[dict], configs: dict, source: str, out: Path, args, started: float) -> None:
@@ -427,17 +443,10 @@ def report(rows: list[dict], configs: dict, source: str, out: Path, args, starte
         **provenance(started),
     }
     write_atomically(out / "needle_results.json", json.dumps(summary, indent=2) + "\n")
+    trained = {c: configs[c.removesuffix(NEW_BASE)].max_position_embeddings for c in configs}
     for task in args.tasks:
-        panels = {}
-        for label in configs:
-            cells = {}
-            for r in (r for r in rows if r["model"] == label and r["task"] == task):
-                mean, n = cells.get((r["length"], r["depth"]), (0.0, 0))
-                cells[r["length"], r["depth"]] = ((mean * n + r["score"]) / (n + 1), n + 1)
-            panels[label] = cells
-        windows = {label: c.max_position_embeddings for label, c in configs.items()}
         name = "needle.png" if len(args.tasks) == 1 else f"needle_{task}.png"
-        draw_heatmap(out / name, panels, task, args.lengths, sorted(args.depths), windows)
+        draw_heatmap(out / name, rows, task, trained, names={})
         log(f"figure: {out / name}")
 
 

@@ -42,10 +42,10 @@ from model import (
     save_pretrained,
 )
 from support import budget
-from support.cli import check_ranges, log, peak_gib, progress, provenance, report_errors
+from support.cli import check_ranges, log, log_device, peak_gib, progress, provenance, report_errors
 from support.hub import local_folder
 from support.optimizer import MasterAdamW
-from support.run_state import RunFolder, read_impactful
+from support.run_state import NO_SETTINGS, RunFolder, parse_or_resume, read_impactful
 from support.text import Corpus, load_tokens
 
 # ---- 1. The command line: the paper's numbers are the defaults ---------------------------------
@@ -92,8 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="out", metavar="DIR", help="where the result goes; must be empty")
     add("--keep_stages", action="store_true", help="keep out/extended and out/replayed")
     add("--save_minutes", type=float, default=30, help="between saves of the training state")
-    add("--resume", action="store_true", help="go on from the last save in --out")
-    return p.parse_args(argv)
+    add("--resume", action="store_true", help="go on in --out, with its flags where none is given")
+    return parse_or_resume(p, argv)
 
 
 def resolve(args: argparse.Namespace) -> LlamaConfig:
@@ -126,16 +126,13 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
         raise ValueError(f"--prefix belongs to --method longrecipe, not to {args.method}")
     check_ranges(
         args,
-        at_least_one=("base_len", "steps", "batch_sequences", "analysis_samples"),
+        at_least_1=("base_len", "steps", "batch_sequences", "analysis_samples"),
+        above_1=("rope_base",),
         positive=("lr", "clip", "top"),
         not_negative=("replay_steps", "replay_lr", "weight_decay", "warmup_steps", "save_minutes"),
+        within_0_1=("merge_weight", "top"),
+        seed=("seed",),
     )
-    if not 0 <= args.merge_weight <= 1 or args.top > 1:
-        raise ValueError("--merge_weight must be within 0..1, --top at most 1")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed {args.seed} must be within 0..{2**31 - 1}")
-    if args.rope_base is not None and not 1 < args.rope_base < math.inf:
-        raise ValueError(f"--rope_base {args.rope_base} must be above 1")
     if config.sliding_window is not None and config.sliding_window < args.target_len:
         raise ValueError(
             f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"
@@ -369,8 +366,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
                 f" {config.vocab_size}: they do not belong together"
             )
-        free = {"resume", "save_minutes", "out", "device", "keep_stages"}  # may differ on resume
-        settings = {k: v for k, v in vars(args).items() if k not in free}
+        settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
         run = RunFolder(args.out)
         run.check(settings, args.resume)
         if run.finished():
@@ -395,12 +391,7 @@ def main(argv: list[str] | None = None) -> None:
             if extended.config.vocab_size != config.vocab_size:
                 raise ValueError(f"--extended {args.extended} has another vocabulary than --model")
 
-        if args.device == "cpu":
-            log("no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:")
-            log("--steps, --replay_steps, --batch_sequences and --train_len make less of it")
-        else:
-            backends = ", ".join(b.name for b in CUDA_BACKENDS)
-            log(f"{torch.cuda.get_device_name()}; attention: the first that fits of {backends}")
+        log_device(args.device, CUDA_BACKENDS)
         read = f"{corpus.source}: {corpus.tokens:,} tokens"
         log(f"data: {read}, {corpus.too_short} documents too short")
         plan = [f"{s.name} {s.steps:,} x {args.batch_sequences} x {s.tokens:,}" for s in stages]
@@ -411,10 +402,13 @@ def main(argv: list[str] | None = None) -> None:
         model.activation_checkpointing = True
         trainer = Trainer(model, stages, tokenizer, args, run)
         trainer.impactful = impactful
-        run_stages(trainer, extended, corpus, replay_corpus)
+        with run.resumable():
+            run_stages(trainer, extended, corpus, replay_corpus)
         run.write_settings(settings, status="done", **provenance(started))
         log(f"done in {(time.time() - started) / 60:.1f} minutes: {args.out}")
-        log(f"next: python eval_needle.py --model {args.out} --compare {args.model}")
+        # the default grid reaches lengths that take a CPU long
+        small = f" --lengths {min(2048, args.target_len)} --n 1" if args.device == "cpu" else ""
+        log(f"next: python eval_needle.py --model {args.out} --compare {args.model}{small}")
 
 
 def plan_stages(args: argparse.Namespace) -> list[Stage]:

@@ -1,5 +1,5 @@
-"""What the commands share: the one place where an error becomes one line, progress with ETA,
-provenance."""
+"""What the commands share: the one place where an error or Ctrl-C becomes one line, progress with
+ETA, provenance."""
 
 import contextlib
 import math
@@ -9,31 +9,58 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+BARS = weakref.WeakSet()  # every progress bar of this process that may still be drawn
+
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """The boundary of main(): bad input becomes one `error:` line and exit code 2; a bug keeps
-    its traceback."""
+    """The boundary of main(): bad input becomes one `error:` line and exit code 2, Ctrl-C one line
+    and exit code 130; a bug keeps its traceback."""
     try:
         yield
     except (ValueError, OSError, SafetensorError) as error:
-        log("error: " + " ".join(str(error).split()))  # on a line of its own below any bar
+        last_line("error: " + " ".join(str(error).split()))
         raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        last_line("; ".join(("interrupted", *stop.args)))
+        raise SystemExit(130) from None
 
 
-def check_ranges(args, at_least_one=(), positive=(), not_negative=()) -> None:
+def last_line(message: str) -> None:
+    """Close the bars first: one that is open is drawn again, below the message."""
+    for bar in list(BARS):
+        bar.close()
+    log(message)
+
+
+@contextlib.contextmanager
+def on_ctrl_c(what_is_saved: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside: the line that report_errors prints says what is saved and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what_is_saved()) from None
+
+
+def check_ranges(
+    args, at_least_1=(), above_1=(), positive=(), not_negative=(), within_0_1=(), seed=()
+) -> None:
     """ValueError for the first flag whose number cannot be meant; flags not given (None) pass."""
     tests = (
-        (at_least_one, lambda x: x >= 1, "must be at least 1"),
+        (at_least_1, lambda x: x >= 1, "must be at least 1"),
+        (above_1, lambda x: 1 < x < math.inf, "must be above 1"),
         (positive, lambda x: 0 < x < math.inf, "must be positive"),
         (not_negative, lambda x: 0 <= x < math.inf, "must not be negative"),
+        (within_0_1, lambda x: 0 <= x <= 1, "must be within 0..1"),
+        (seed, lambda x: 0 <= x < 2**31, f"must be within 0..{2**31 - 1}"),
     )
     for names, test, rule in tests:
         for name in names:
@@ -45,7 +72,7 @@ def check_ranges(args, at_least_one=(), positive=(), not_negative=()) -> None:
 def progress(iterable, description: str, **options):
     """tqdm with our settings: elapsed time and ETA, one line, silent redraws where nobody looks."""
     quiet = not sys.stderr.isatty()
-    return tqdm(
+    bar = tqdm(
         iterable,
         desc=description,
         dynamic_ncols=True,
@@ -53,11 +80,23 @@ def progress(iterable, description: str, **options):
         smoothing=0.1,
         **options,
     )
+    BARS.add(bar)
+    return bar
 
 
 def log(message: str) -> None:
     """A line that does not tear the progress bar."""
     tqdm.write(message, file=sys.stderr)
+
+
+def log_device(device: str, backends) -> None:
+    """backends: what attention may run on there, in order."""
+    if device == "cpu":
+        log("no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:")
+        log("--steps, --replay_steps, --batch_sequences and --train_len make less of it")
+    else:
+        names = ", ".join(b.name for b in backends)
+        log(f"{torch.cuda.get_device_name()}; attention: the first that fits of {names}")
 
 
 def provenance(started: float) -> dict:

@@ -1,37 +1,57 @@
 """Figures, all with axes, units and n. matplotlib is imported only where something is drawn."""
 
+import textwrap
 from pathlib import Path
 
 
-def draw_heatmap(
-    path: Path, panels: dict, task: str, lengths: list, depths: list, windows: dict
-) -> None:
-    """panels: label -> {(length, depth): (mean score, n)}. One panel a model; the trained window
-    is marked."""
+def draw_heatmap(path: Path, rows: list[dict], task: str, windows: dict, names: dict) -> None:
+    """One panel per model of windows (label -> trained window in tokens), in that order, from its
+    rows of needle.jsonl. names: label -> title, where the label itself is none."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.6 + 0.9 * len(lengths) * len(panels), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, (label, cells) in zip(axes, panels.items(), strict=True):
-        grid = [[cells.get((n, d), (float("nan"), 0))[0] for n in lengths] for d in depths]
+    rows = [r for r in rows if r["task"] == task]
+    lengths, depths = (sorted({r[k] for r in rows}) for k in ("length", "depth"))
+    width = max(2.1, 0.8 * len(lengths))  # of a panel, inches: its title needs some room
+    figure = Figure(figsize=(1.9 + width * len(windows), 3.9), layout="constrained")
+    caption = "context length, tokens"
+    axes = figure.subplots(1, len(windows), squeeze=False, sharey=True)[0]
+    for axis, (label, window) in zip(axes, windows.items(), strict=True):
+        scores = {}
+        for r in rows:
+            if r["model"] == label:
+                scores.setdefault((r["length"], r["depth"]), []).append(r["score"])
+        means = {cell: sum(found) / len(found) for cell, found in scores.items()}
+        grid = [[means.get((n, d), float("nan")) for n in lengths] for d in depths]
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for row, d in enumerate(depths):
-            for column, n in enumerate(lengths):
-                if (n, d) in cells:
-                    axis.text(
-                        column, row, f"{cells[n, d][0]:.0%}", ha="center", va="center", fontsize=8
-                    )
-        inside = sum(n <= windows[label] for n in lengths)
+        for (n, d), mean in means.items():
+            place = (lengths.index(n), depths.index(d))
+            color = text_color(image.cmap(mean))
+            axis.text(*place, f"{mean:.0%}", color=color, ha="center", va="center", fontsize=8)
+        inside = sum(n <= window for n in lengths)
         if 0 < inside < len(lengths):
+            axis.axvline(inside - 0.5, color="white", linewidth=3)  # seen on dark cells too
             axis.axvline(inside - 0.5, color="black", linestyle="--")
-        axis.set_xticks(range(len(lengths)), [f"{n / 1024:g}k" for n in lengths])
+            caption = "context length, tokens; dashed line: end of the trained window"
+        axis.set_xticks(range(len(lengths)), [f"{n / 1024:.3g}k" for n in lengths], fontsize=8)
         axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
-        each = sorted({n for _, n in cells.values()})
-        axis.set_title(f"{label}\nn = {'-'.join(map(str, each))} a cell", fontsize=9)
-        axis.set_xlabel("context length (tokens)")
+        title = textwrap.fill(names.get(label, label), int(14 * width / 1.6))
+        each = "-".join(map(str, sorted({len(found) for found in scores.values()})))
+        axis.set_title(f"{title}\ntrained to {window / 1024:.3g}k, n = {each} per cell", fontsize=8)
+    figure.supxlabel(caption, fontsize=9)
     axes[0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=axes, label=f"{task}: share of answers found")
     figure.savefig(path, dpi=130)
+
+
+def text_color(background: tuple) -> str:
+    """Black or white, whichever contrasts more with an (r, g, b, ...) in 0..1 (WCAG's contrast).
+
+    >>> text_color((1.0, 1.0, 0.7)), text_color((0.0, 0.3, 0.1))
+    ('black', 'white')
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
 
 
 # The methods for the legend, in drawing order: longrecipe comes last, on top.

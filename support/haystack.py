@@ -5,7 +5,8 @@ from pathlib import Path
 
 from support.text import SEPARATOR, find_files, read_texts, standard_library_topics
 
-ESSAYS = Path("data/essays")  # where tests/smollm2.py puts them
+ROOT = Path(__file__).resolve().parent.parent
+ESSAYS = ROOT / "data" / "essays"  # where tests/smollm2.py puts them
 
 CITIES = """
 Accra Adelaide Algiers Amsterdam Ankara Athens Auckland Baku Bangkok Barcelona Beirut Belgrade
@@ -27,8 +28,8 @@ def load_haystack(path: str | None) -> tuple[str, str]:
             standard_library_topics(),
             "Python's language reference (default; --haystack for your own)",
         )
-    source = path or str(ESSAYS)
-    text = SEPARATOR.join("".join(pieces) for pieces in read_texts(find_files([source])))
+    text = SEPARATOR.join("".join(p) for p in read_texts(find_files([path or str(ESSAYS)])))
+    source = path or str(ESSAYS.relative_to(ROOT))  # so that no result names a machine's folders
     if not text.strip():
         raise ValueError(f"haystack {source} holds no text (--haystack)")
     return text, source

@@ -32,6 +32,9 @@ class Results:
     def find(self, row: dict) -> dict | None:
         return self.rows.get(self.key(row))
 
+    def what_is_saved(self) -> str:
+        return f"the rows written are kept in {self.path}; the same command goes on from there"
+
     def add(self, row: dict) -> dict:
         self.rows[self.key(row)] = row
         with open(self.path, "a", encoding="utf-8") as file:

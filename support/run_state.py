@@ -1,5 +1,7 @@
 """The output folder of a run: its settings, its metrics, the state to resume from."""
 
+import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -7,17 +9,37 @@ from pathlib import Path
 
 import torch
 
+from support.cli import on_ctrl_c
 from support.config_files import read_json
 
 STATE = "state.pt"
+NO_SETTINGS = ("resume", "out", "device")  # flags that say where and how, not what is trained
+MAY_DIFFER = ("save_minutes", "keep_stages")  # settings that may be others after --resume
+
+
+def parse_or_resume(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags. With --resume, those that the command line does not give are the run's own."""
+    args = p.parse_args(argv)
+    if args.resume:
+        before = RunFolder(args.out).settings()
+        p.set_defaults(**{k: v for k, v in before.items() if k in vars(args)})
+        args = p.parse_args(argv)
+    return args
 
 
 class RunFolder:
-    """out/run.json (settings), out/metrics.jsonl (a line a step), out/state.pt (the last complete
-    save)."""
+    """out/run.json (settings), out/metrics.jsonl (one line per step), out/state.pt (the last
+    complete save)."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.saved_step: int | None = None
+
+    def settings(self) -> dict:
+        """What write_settings wrote; ValueError if there is no run."""
+        if not (self.path / "run.json").is_file():
+            raise ValueError(f"nothing to resume: {self.path / 'run.json'} does not exist (--out)")
+        return read_json(self.path / "run.json").get("settings") or {}
 
     def check(self, settings: dict, resume: bool) -> None:
         """ValueError if the folder holds something else, or a run with other settings. Writes
@@ -28,16 +50,13 @@ class RunFolder:
                     f"output folder {self.path} is not empty: another --out, or --resume to go on"
                 )
             return
-        if not (self.path / "run.json").is_file():
-            raise ValueError(f"nothing to resume: {self.path / 'run.json'} does not exist (--out)")
-        before = read_json(self.path / "run.json").get("settings") or {}
-        changed = {k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)}
-        if changed:
-            name = sorted(changed)[0]
-            raise ValueError(
-                f"--resume with another --{name}: the run has {before.get(name)!r},"
-                f" now {settings.get(name)!r}"
-            )
+        before = self.settings()
+        for name in sorted(before.keys() | settings.keys()):
+            if name not in MAY_DIFFER and before.get(name) != settings.get(name):
+                raise ValueError(
+                    f"--resume with another --{name}: the run has {before.get(name)!r}, now"
+                    f" {settings.get(name)!r}; without the flag the run's own is taken"
+                )
 
     def finished(self) -> bool:
         """Done, or killed after the result was in place."""
@@ -70,6 +89,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path / STATE)
+        self.saved_step = state["step"]
 
     def load(self) -> dict | None:
         """The saved state (None before the first save). Lines of metrics.jsonl that came after it
@@ -82,7 +102,19 @@ class RunFolder:
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         kept = lines[: state["step"]]
         write_atomically(metrics, "".join(line + "\n" for line in kept))
+        self.saved_step = state["step"]
         return state
+
+    def resumable(self) -> contextlib.AbstractContextManager:
+        """Around the training: Ctrl-C says what is saved and which command goes on."""
+        return on_ctrl_c(self.what_is_saved)
+
+    def what_is_saved(self) -> str:
+        command = f"python train.py --resume --out {self.path}"
+        if self.saved_step is None:
+            return f"nothing is saved yet (--save_minutes); to begin again: {command}"
+        state = self.path / STATE
+        return f"saved up to step {self.saved_step} in {state}; to go on: {command}"
 
     def publish(self, folder: Path) -> None:
         """Move a finished model folder's files into the run folder; config.json last, as the sign
@@ -90,7 +122,8 @@ class RunFolder:
         for file in sorted(folder.iterdir(), key=lambda f: f.name == "config.json"):
             os.replace(file, self.path / file.name)
         shutil.rmtree(folder)
-        (self.path / STATE).unlink(missing_ok=True)
+        for name in (STATE, STATE + ".writing"):  # the latter from a save that was cut off
+            (self.path / name).unlink(missing_ok=True)
 
 
 def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:

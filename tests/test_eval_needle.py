@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import eval_needle
 from eval_needle import TASKS, Haystack, SharedPrefix, make_sample, score, text_loss, wilson
 from model import generate, load_pretrained, load_tokenizer
-from support.haystack import CITIES
+from support.figures import draw_heatmap
+from support.haystack import CITIES, load_haystack
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,9 @@ def test_a_bos_comes_once_and_only_if_the_tokenizer_adds_one(haystack, toy_dir, 
 
 
 def test_a_length_below_the_frame_is_refused(haystack):
-    with pytest.raises(ValueError, match="--lengths 60 is too short: the frame alone takes"):
+    with pytest.raises(
+        ValueError, match="--lengths 60 is too short: .* this prompt takes at least"
+    ):
         make_sample(TASKS["niah_single"], haystack, 60, 0.5, "0")
 
 
@@ -232,6 +235,7 @@ def test_compare_and_controls(toy_dir, prose_file, tmp_path):
     control = f"{toy_dir} (new base)"
     assert losses[control] == losses[str(tmp_path / "result")] != losses[str(toy_dir)]
     assert table["models"][control] == {"rope_theta": 1e7, "window": 512}
+    assert list(table["models"]) == [str(toy_dir), control, str(tmp_path / "result")]
     shutil.rmtree(out)
 
 
@@ -259,10 +263,10 @@ def test_what_some_row_would_refuse_is_refused_before_the_first(
     flags = f"--haystack {prose_file} --out {tmp_path / 'out'} --depths 0.5 --n 8 --lengths"
     frames = []
     for repeat in range(8):
-        with pytest.raises(ValueError, match="takes (\\d+) tokens") as error:
+        with pytest.raises(ValueError, match="at least (\\d+) tokens") as error:
             stack = Haystack(PROSE, load_tokenizer(toy_dir))
             make_sample(TASKS["niah_single"], stack, 20, 0.5, f"0/niah_single/20/{repeat}")
-        frames.append(int(re.search(r"takes (\d+)", str(error.value))[1]))
+        frames.append(int(re.search(r"at least (\d+)", str(error.value))[1]))
     assert len(set(frames)) > 1  # keys of different length
     for model, lengths in ((folder, "300 400"), (toy_dir, str(min(frames)))):
         with pytest.raises(SystemExit) as stop:
@@ -270,6 +274,67 @@ def test_what_some_row_would_refuse_is_refused_before_the_first(
         assert stop.value.code == 2 and not (tmp_path / "out").exists()
     err = capsys.readouterr().err
     assert "sliding_window 350 is shorter than --lengths 400" in err and "is too short" in err
+    assert "haystack:" not in err  # nothing is announced that does not come
+
+
+def test_every_length_is_checked_before_the_first_row(toy_dir, prose_file, tmp_path, capsys):
+    """Other lengths have other keys: the shortest may fit where a longer one does not."""
+    stack = Haystack(PROSE, load_tokenizer(toy_dir))
+
+    def fits(length: int) -> bool:
+        try:
+            make_sample(TASKS["niah_single"], stack, length, 0.0, f"0/niah_single/{length}/0")
+        except ValueError:
+            return False
+        return True
+
+    first = next(n for n in range(20, 300) if fits(n) and not fits(n + 1))
+    flags = f"--model {toy_dir} --haystack {prose_file} --out {tmp_path / 'out'} --n 1"
+    with pytest.raises(SystemExit):
+        eval_needle.main(f"{flags} --lengths {first} {first + 1}".split())
+    assert f"--lengths {first + 1} is too short" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_the_rows_and_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
+    measured, original = [], eval_needle.measure
+
+    def stopping(*args):
+        measured.append(1)
+        if len(measured) > 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(eval_needle, "measure", stopping)
+    with pytest.raises(SystemExit) as stop:
+        run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"interrupted; the rows written are kept in {tmp_path / 'needle.jsonl'};"
+        " the same command goes on from there"
+    )
+    assert len((tmp_path / "needle.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_haystack_that_repeats_is_announced(toy_dir, prose_file, tmp_path, capsys):
+    tokens = len(load_tokenizer(toy_dir).encode(PROSE))
+    for longest in (tokens, tokens + 1):
+        flags = f"--tasks --lengths 300 {longest}".split()  # no cell: only what is announced
+        run(*flags, toy_dir=toy_dir, prose_file=prose_file, out=touched(tmp_path / f"{longest}"))
+        warned = f"shorter than --lengths {longest}, so it repeats" in capsys.readouterr().err
+        assert warned == (longest > tokens)
+
+
+def touched(folder):
+    folder.mkdir()
+    (folder / "needle.jsonl").touch()
+    return folder
+
+
+def test_the_default_haystack_is_found_from_any_folder(essays_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, source = load_haystack(None)
+    assert source == "data/essays" and sorted(essays_dir.glob("*.txt"))[0].read_text() in text
 
 
 def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp_path, capsys):
@@ -293,13 +358,17 @@ def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ("--model nowhere", "model folder nowhere does not exist"),
+        (
+            "--model nowhere",
+            "nowhere does not exist (--model; by default out, which train.py makes)",
+        ),
         ("--lengths 300 50", "--lengths 50 is too short"),
-        ("--lengths 1 --tasks", "--lengths must be at least 2"),
+        ("--lengths 1 --tasks", "--lengths 1 must be at least 2 tokens"),
         ("--haystack nowhere.txt", "nowhere.txt does not exist"),
         ("--lengths 50", "--lengths 50 is too short"),
-        ("--depths 1.5", "--depths within 0..1"),
-        ("--depths nan", "--depths within 0..1"),
+        ("--depths 0.5 1.5", "--depths 1.5 must be within 0..1"),
+        ("--depths nan", "--depths nan must be within 0..1"),
+        ("--out README.md", "--out README.md is a file; a folder for the results is needed"),
         ("--n 0", "--n 0 must be at least 1"),
         ("--controls", "--controls needs the base model"),
     ],
@@ -311,6 +380,69 @@ def test_bad_input_is_one_line(flags, match, toy_dir, prose_file, tmp_path, caps
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert stop.value.code == 2 and len(lines) == 1 and match in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+# ---- the figure --------------------------------------------------------------------------------
+
+
+def draw(monkeypatch, tmp_path, lengths, names):
+    """The heat-map of three models: nothing, half, all found -> the matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: figures.append(f) or save(f, *a, **k))
+    windows = {
+        "models/base": 512,
+        **dict.fromkeys(("a/very/long/folder/name/of/a/model", "c"), 9999),
+    }
+    rows = [
+        {"model": m, "task": "t", "length": n, "depth": d, "score": float((i, j % 2) > (1, 0))}
+        for m in windows
+        for n in lengths
+        for i, d in enumerate((0.0, 0.5, 1.0))
+        for j in range(4)
+    ]
+    draw_heatmap(tmp_path / "h.png", rows, "t", windows, names)
+    assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
+    figures[0].draw_without_rendering()  # saved at another resolution: lay it out again
+    return figures[0]
+
+
+@pytest.mark.parametrize("lengths", [(300,), (300, 600), (300, 500, 600, 700, 800, 900, 131072)])
+def test_labels_of_the_heatmap_do_not_overlap(lengths, tmp_path, monkeypatch):
+    figure = draw(monkeypatch, tmp_path, lengths, {"c": "a title of quite a few words, in words"})
+    axes = figure.axes[:-1]  # the last is the colour bar
+    titles = [a.title.get_window_extent() for a in axes]
+    ticks = [t.get_window_extent() for a in axes for t in a.get_xticklabels()]
+    for boxes in (titles, ticks):
+        assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+    assert titles[0].x0 > 0 and max(t.y1 for t in titles) <= figure.bbox.y1
+
+
+def test_the_heatmap_can_be_read(tmp_path, monkeypatch):
+    """Panels in the order and under the names given; contrast of at least 4.5 in every cell; the
+    line at the end of the trained window only where it is, and explained."""
+    figure = draw(monkeypatch, tmp_path, (300, 600), {"models/base": "base"})
+    axes = figure.axes[:-1]
+    assert [a.get_title().split("\n")[0] for a in axes] == ["base", "a/very/long/folder", "c"]
+    assert [len(a.lines) for a in axes] == [2, 0, 0]
+    assert "dashed line: end of the trained window" in figure.get_supxlabel()
+    assert "n = 4 per cell" in axes[0].get_title()
+    for text in (t for a in axes for t in a.texts):
+        column, row = text.get_position()
+        image = text.axes.images[0]
+        levels = [luminance(image.cmap(image.norm(image.get_array()[row, column])))]
+        levels.append({"black": 0.0, "white": 1.0}[text.get_color()])
+        assert (max(levels) + 0.05) / (min(levels) + 0.05) > 4.5
+    assert {t.get_color() for a in axes for t in a.texts} == {"black", "white"}
+    whole = draw(monkeypatch, tmp_path, (300, 400), {})
+    assert "dashed" not in whole.get_supxlabel()
+
+
+def luminance(color) -> float:
+    """Relative luminance of sRGB, by its definition (WCAG 2)."""
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3])
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
 # ---- the real checkpoint -----------------------------------------------------------------------

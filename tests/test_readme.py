@@ -1,9 +1,11 @@
 """README cannot rot: its numbers come from JSON, its equation table from the code and the tests."""
 
+import json
 import re
 from pathlib import Path
 
-from update_readme import ROOT, render
+import real_run
+from update_readme import ROOT, RUN, render
 
 README = (ROOT / "README.md").read_text()
 CODE = ("model.py", "recipe.py", "train.py", "eval_needle.py")
@@ -15,6 +17,26 @@ def tags(text: str) -> set[str]:
 
 def test_numbers_come_from_the_json_files():
     assert render(README) == README, "run python tests/update_readme.py"
+
+
+def test_the_smallest_run_was_measured_with_the_commands_shown():
+    shown = README.replace("\\\n", " ")
+    measured = json.loads((RUN.parent / "smallest_run.json").read_text())
+    for part, command in (("train", real_run.SMALLEST_TRAIN), ("eval", real_run.SMALLEST_EVAL)):
+        assert f"python {command}\n" in re.sub(" +", " ", shown)
+        assert measured[part]["command"] == command
+
+
+def test_table_and_figure_stand_on_the_committed_rows_in_one_order():
+    rows = [json.loads(line) for line in (RUN / "needle.jsonl").read_text().splitlines()]
+    summary = json.loads((RUN / "rows" / "needle_results.json").read_text())
+    for e in (e for e in summary["table"] if e["task"] == "niah_single"):
+        same = [r for r in rows if all(r[k] == e[k] for k in ("model", "task", "length"))]
+        assert len(same) == e["n"] and sum(r["score"] for r in same) / e["n"] == e["mean"]
+    titles, windows = real_run.panels(summary["models"])
+    assert [windows[m] for m in windows] == [8192, 8192, 16384, 16384]  # base and control: the old
+    places = [README.replace("`", "").replace("*", "").index(f"| {titles[m]} |") for m in windows]
+    assert places == sorted(places)
 
 
 def test_equations_stand_in_code_readme_and_tests():
@@ -40,6 +62,6 @@ def test_files_and_flags_that_readme_names_exist():
         assert (ROOT / path).is_file(), path
     known = (ROOT / "train.py").read_text() + (ROOT / "eval_needle.py").read_text()
     known += (ROOT / "recipe.py").read_text() + (ROOT / "tests" / "bench_cost.py").read_text()
-    for flag in set(re.findall(r"(?<![\w-])--(\w+)", README)) - {"check", "r"}:
+    for flag in set(re.findall(r"(?<![\w-])--(\w+)", README)) - {"check", "index"}:
         assert f'"--{flag}"' in known, flag
     assert train.parse([]).target_len == 131_072

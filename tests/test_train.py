@@ -182,25 +182,36 @@ def weights(folder) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_resume_goes_on_from_the_last_save(
-    stop_at, finished, toy_dir, prose_file, tmp_path, monkeypatch
-):
-    """Stopped in the probe, the extension or the replay: the same weights and the same metrics."""
-    out = tmp_path / "out"
+def stop_after(steps: int, monkeypatch) -> None:
+    """Ctrl-C while the next step runs."""
     calls, original = [], train.accumulate
 
     def stopping(*args):
         calls.append(1)
-        if len(calls) > stop_at:
+        if len(calls) > steps:
             raise KeyboardInterrupt
         return original(*args)
 
     monkeypatch.setattr(train, "accumulate", stopping)
-    with pytest.raises(KeyboardInterrupt):
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_resume_goes_on_from_the_last_save(
+    stop_at, finished, toy_dir, prose_file, tmp_path, monkeypatch, capsys
+):
+    """Ctrl-C in the probe, the extension or the replay says how to go on. That command, without
+    the flags of the run, gives the same weights and the same metrics."""
+    out = tmp_path / "out"
+    original = train.accumulate
+    stop_after(stop_at, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
         train.main(command(toy_dir, prose_file, out, "--save_minutes", "0"))
+    assert stop.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    told, argv = last.split("; to go on: python train.py ")
+    assert told == f"interrupted; saved up to step {stop_at} in {out / 'state.pt'}"
     monkeypatch.setattr(train, "accumulate", original)
-    train.main(command(toy_dir, prose_file, out, "--resume", "--keep_stages"))
+    train.main([*argv.split(), "--keep_stages"])
     assert weights(out) == weights(finished)
     assert weights(out / "replayed") == weights(finished / "replayed")
     # stopped in the replay and without --keep_stages until then: the extended weights are gone
@@ -208,6 +219,26 @@ def test_resume_goes_on_from_the_last_save(
     same = ("stage", "step", "loss", "lr", "grad_norm")
     for a, b in zip(read_metrics(out), read_metrics(finished), strict=True):
         assert all(a[k] == b[k] for k in same)
+
+
+def test_ctrl_c_before_the_first_save_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
+    stop_after(1, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(toy_dir, prose_file, tmp_path / "out"))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 130 and last.startswith("interrupted; nothing is saved yet")
+    assert last.endswith(f"to begin again: python train.py --resume --out {tmp_path / 'out'}")
+    monkeypatch.setattr(train, "resolve", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):  # earlier still, there is no run
+        train.main(command(toy_dir, prose_file, tmp_path / "other"))
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_resume_takes_the_flags_that_are_not_given_from_the_run(finished):
+    run = json.loads((finished / "run.json").read_text())["settings"]
+    args = vars(train.parse(["--resume", "--out", str(finished), "--lr", "0.25"]))
+    assert run["keep_stages"] is True and run["target_len"] == 512 and run["lr"] == 5e-3
+    assert {k: args[k] for k in run} == run | {"lr": 0.25}
 
 
 def test_bf16_runs_on_the_cpu_and_saves_bf16(toy_dir, prose_file, tmp_path):
@@ -261,6 +292,8 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
     assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64" in err
     assert re.search(r"100%.*<00:00.*tok/s", err)  # the progress line has rate and ETA
+    hint = f"next: python eval_needle.py --model {tmp_path / 'a'} --compare {toy_dir}"
+    assert f"{hint} --lengths 512 --n 1\n" in err  # small, for a CPU
     argv = command(toy_dir, prose_file, tmp_path / "b", "--extended", str(finished))
     i = argv.index("--probe_steps")
     train.main(argv[:i] + argv[i + 2 :])
@@ -389,7 +422,8 @@ def test_bad_model_folders(case, toy_dir, tmp_path, bad):
         ("--method pose --prefix", "--prefix belongs to --method longrecipe"),
         ("--steps 0", "--steps 0 must be at least 1"),
         ("--probe_steps 9", "--probe_steps 9 must be between"),
-        ("--merge_weight 2", "--merge_weight must be within 0..1"),
+        ("--merge_weight 2", "--merge_weight 2.0 must be within 0..1"),
+        ("--top 1.5", "--top 1.5 must be within 0..1"),
         ("--clip -1", "--clip -1.0 must be positive"),
         ("--weight_decay -1", "--weight_decay -1.0 must not be negative"),
         ("--base_len -5", "--base_len -5 must be at least 1"),
@@ -418,6 +452,25 @@ def test_the_model_is_required(capsys):
 def test_a_folder_that_holds_another_run_is_refused(finished, bad):
     bad("is not empty: another --out, or --resume", out=finished)
     bad("--resume with another --lr", "--resume", "--lr", "1e-9", out=finished)
+
+
+def test_a_run_of_another_version_is_not_resumed(finished, bad, tmp_path):
+    out = tmp_path / "old"
+    out.mkdir()
+    run = json.loads((finished / "run.json").read_text())
+    run["settings"]["spell"] = 1
+    (out / "run.json").write_text(json.dumps(run))
+    bad("--resume with another --spell: the run has 1, now None", "--resume", out=out)
+
+
+def test_nothing_is_drawn_below_the_error_line(toy_dir, prose_file, tmp_path, capsys):
+    """The open bar of the training is closed first (stderr is no terminal here)."""
+    flags = "--lr 1e30 --warmup_steps 0".split()
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(toy_dir, prose_file, tmp_path / "out", *flags))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "probe:" in err
+    assert re.search(r"\nerror: step \d: loss .*; lower --lr\n$", err), err[-300:]
 
 
 def test_bad_data_files(bad, tmp_path):
