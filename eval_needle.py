@@ -385,17 +385,14 @@ def resolve(args: argparse.Namespace) -> tuple[list[Candidate], dict[str, LlamaC
     check_ranges(args, at_least_1=("n",))
     args.lengths, args.depths = sorted(set(args.lengths)), sorted(set(args.depths))
     args.tasks = list(dict.fromkeys(args.tasks))
+    if args.model == RESULT and not Path(RESULT).exists():
+        raise ValueError(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
     args.model = local_folder(args.model)
     args.compare = list(dict.fromkeys(map(local_folder, args.compare)))
     if args.lengths[0] < 2:
         raise ValueError(f"--lengths {args.lengths[0]} must be at least 2 tokens")
     if outside := [d for d in args.depths if not 0 <= d <= 1]:
         raise ValueError(f"--depths {outside[0]:g} must be within 0..1")
-    if not Path(args.model).exists():
-        raise ValueError(
-            f"model folder {args.model} does not exist (--model; by default {RESULT}, which"
-            " train.py makes)"
-        )
     if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a file; a folder for the results is needed")
     if args.controls and not args.compare:

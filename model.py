@@ -131,14 +131,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
     T, S = q.shape[2], k.shape[2]
-    causal = T == S
-    # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0,
-    # not S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.
-    mask = None if causal or T == 1 else causal_lower_right(T, S)
+    if 1 < T < S and q.device.type == "cpu":  # where SDPA builds the (T, S) mask: twice as slow
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        a, lse_a = flash(q, k[:, :, : S - T], v[:, :, : S - T])  # the past, without a mask
+        b, lse_b = flash(q, k[:, :, S - T :], v[:, :, S - T :], is_causal=True)  # the T themselves
+        share = torch.sigmoid(lse_a - lse_b)[..., None]  # e^lse_a / (e^lse_a + e^lse_b), fp32
+        return (share * a + (1 - share) * b).to(q.dtype)
+    # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0, not
+    # S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.
+    mask = None if T in (1, S) else causal_lower_right(T, S)
     if q.is_cuda and q.dtype == torch.float32:  # the only kernel for fp32 there knows no groups
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     with sdpa_kernel(CUDA_BACKENDS, set_priority=True) if q.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=True)
 
 
 class Attention(nn.Module):

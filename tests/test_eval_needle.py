@@ -360,7 +360,7 @@ def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp
     [
         (
             "--model nowhere",
-            "nowhere does not exist (--model; by default out, which train.py makes)",
+            "model folder nowhere does not exist",
         ),
         ("--lengths 300 50", "--lengths 50 is too short"),
         ("--lengths 1 --tasks", "--lengths 1 must be at least 2 tokens"),
@@ -380,6 +380,13 @@ def test_bad_input_is_one_line(flags, match, toy_dir, prose_file, tmp_path, caps
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert stop.value.code == 2 and len(lines) == 1 and match in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_result_the_error_says_who_makes_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        eval_needle.main([])
+    assert "error: folder out, which train.py makes, does not exist" in capsys.readouterr().err
 
 
 # ---- the figure --------------------------------------------------------------------------------
