@@ -43,27 +43,42 @@ from model import (
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
 from support.cli import check_ranges, log, on_ctrl_c, progress, provenance, report_errors
-from support.figures import draw_heatmap
-from support.haystack import CITIES, fingerprint, load_haystack
+from support.figures import draw_curves, draw_heatmap
+from support.haystack import CITIES, fingerprint, load_haystack, read_template
 from support.hub import local_folder
-from support.results import Results
-from support.run_state import write_atomically
+from support.results import Results, print_table, summarise
+from support.run_state import base_of_run, write_atomically
 
 # ---- 1. Tasks ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Wording and number of the needles; the first one is the one that is asked for."""
+    """Wording, number and words of the needles. The first one stands at the depth of the cell and
+    is asked for; with ask_all the needles divide the depths among them, and each is asked for in
+    turn, after one prefill of the text."""
 
-    keys: int = 1
+    needles: int = 1
+    ask_all: bool = False
     intro: str = "Some special magic numbers are hidden in the text below. Remember them.\n\n"
     needle: str = "One of the special magic numbers for {key} is: {value}."
     question: str = "\n\nWhat is the special magic number for {key} that the text above mentions?"
     answer: str = " The special magic number for {key} is:"
+    keys: tuple[str, ...] = CITIES
+    values: tuple[str, ...] = ()  # none: numbers of seven digits
+
+    def depths(self, grid: list[float]) -> list[float]:
+        """Depths of the cells of one haystack: those of the grid, or the middle of each part."""
+        n = self.needles
+        return [(i + 0.5) / n for i in range(n)] if self.ask_all else grid
 
 
-TASKS = {"niah_single": Task(keys=1), "multikey": Task(keys=4)}
+TASKS = {
+    "niah_single": Task(),
+    "multikey": Task(needles=4),
+    # subtle: RULER asks for all of them at once; one at a time a tiny model can answer too
+    "multiquery": Task(needles=4, ask_all=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +122,21 @@ class Haystack:
         return self.ids.repeat(repeats)[begin : begin + tokens]
 
 
+def draw_values(task: Task, text: str, rng: random.Random) -> list[str]:
+    """A value for each needle, all different, none of which the haystack holds."""
+    if task.values:
+        free = [value for value in task.values if value not in text]
+        if len(free) < task.needles:
+            raise ValueError(f"the haystack holds all but {len(free)} of the needles' values")
+        return rng.sample(free, task.needles)
+    values: list[str] = []
+    while len(values) < task.needles:
+        value = str(rng.randint(1_000_000, 9_999_999))
+        if value not in text and value not in values:
+            values.append(value)
+    return values
+
+
 def make_sample(task: Task, haystack: Haystack, length: int, depth: float, row_seed: str) -> Sample:
     """Build one prompt of exactly `length` tokens, answer budget included. row_seed names (seed,
     task, length, repeat): all depths of a row share haystack, keys and values, so that they share
@@ -114,21 +144,20 @@ def make_sample(task: Task, haystack: Haystack, length: int, depth: float, row_s
 
     ValueError if the frame alone is longer than `length`."""
     tokenizer, rng = haystack.tokenizer, random.Random(row_seed)
-    keys = rng.sample(CITIES, task.keys)
-    values = []
-    while len(values) < task.keys:
-        value = str(rng.randint(1_000_000, 9_999_999))
-        if value not in haystack.text and value not in values:  # an answer never occurs elsewhere
-            values.append(value)
+    keys = rng.sample(task.keys, task.needles)
+    values = draw_values(task, haystack.text, rng)
+    asked = min(int(depth * task.needles), task.needles - 1) if task.ask_all else 0
     head = [tokenizer.bos_id] if tokenizer.adds_bos else []
     head += tokenizer.encode(task.intro)
-    tail = tokenizer.encode(task.question.format(key=keys[0]) + task.answer.format(key=keys[0]))
-    answer_tokens = len(tokenizer.encode(f" {values[0]}.")) + 8
+    tails = [tokenizer.encode((task.question + task.answer).format(key=key)) for key in keys]
+    tail = tails[asked]
+    answer_tokens = max(len(tokenizer.encode(f" {value}.")) for value in values) + 8
     texts = [task.needle.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
     # in running text " needle", at the beginning of a line "needle\n"
     needles = [(tokenizer.encode(" " + t), tokenizer.encode(t + "\n")) for t in texts]
     longest = sum(max(map(len, pair)) for pair in needles)
-    room = length - answer_tokens - len(head) - len(tail) - longest
+    # for the haystack; the same whichever key is asked for, so that the needles stay in place
+    room = length - answer_tokens - len(head) - len(max(tails, key=len)) - longest
     if room < 1:
         raise ValueError(
             f"--lengths {length} is too short: with its keys this prompt takes at least"
@@ -136,7 +165,11 @@ def make_sample(task: Task, haystack: Haystack, length: int, depth: float, row_s
         )
     hay = haystack.cut(length, rng)  # more than `room`: one form of a needle may be shorter
     ends = sentence_ends(hay[:room], tokenizer)
-    fractions = [depth] + [rng.random() for _ in needles[1:]]
+    fractions = [rng.random() for _ in needles]
+    if task.ask_all:
+        fractions = [(i + u) / task.needles for i, u in enumerate(fractions)]
+    else:
+        fractions[0] = depth
     # [E11] depth d of M haystack tokens: the last sentence end at or before token d * M
     places = [int(ends[ends <= fraction * room][-1]) for fraction in fractions]
 
@@ -150,7 +183,7 @@ def make_sample(task: Task, haystack: Haystack, length: int, depth: float, row_s
     parts += [hay[done : done + length - answer_tokens - len(tail) - used].tolist(), tail]
     ids = torch.tensor([i for part in parts for i in part])
     assert len(ids) + answer_tokens == length, "a prompt of the wrong length"
-    return Sample(ids, values[:1], places[0] / room, answer_tokens)
+    return Sample(ids, [values[asked]], places[asked] / room, answer_tokens)
 
 
 def score(expected: list[str], output: str) -> float:
@@ -210,6 +243,7 @@ class Candidate:
 
     label: str
     folder: str
+    config: LlamaConfig
     rope: tuple[float, int] | None = None  # (base, window)
 
     def load(self, args) -> Llama:
@@ -223,20 +257,26 @@ class Candidate:
         return fingerprint(self.folder) + (f"/rope{self.rope[0]:.6g}" if self.rope else "")
 
 
-def run_candidate(candidate: Candidate, haystack: Haystack, results: Results, args) -> list[dict]:
+def run_candidate(
+    candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, results: Results, args
+) -> list[dict]:
     """All cells of one candidate -> their rows; the model is loaded only if some cell is
     missing."""
     model, chosen = None, []
-    cells = [(t, n, r) for t in args.tasks for n in args.lengths for r in range(args.n)]
-    cells += [("loss", n, r) for n in args.lengths for r in range(args.n)] if args.ppl else []
+    names = [*tasks, "loss"] if args.ppl else [*tasks]
+    cells = [(t, n, r) for t in names for n in args.lengths for r in range(args.n)]
+    if candidate.folder != args.model:  # a model that is beyond its window is soon judged
+        window = candidate.config.max_position_embeddings
+        cells = [(t, n, r) for t, n, r in cells if n <= window or r < args.n_beyond]
     for task, length, repeat in progress(cells, candidate.label, unit="row"):
         row_seed = f"{args.seed}/{task}/{length}/{repeat}"
         shared = None
-        for depth in sorted(args.depths, reverse=True) if task != "loss" else [0.0]:
+        depths = tasks[task].depths(args.depths) if task != "loss" else [0.0]
+        for depth in sorted(depths, reverse=True):
             if task == "loss":
                 sample = Sample(haystack.cut(length, random.Random(row_seed)), [], 0.0, 0)
             else:
-                sample = make_sample(TASKS[task], haystack, length, depth, row_seed)
+                sample = make_sample(tasks[task], haystack, length, depth, row_seed)
             row = {
                 "model": candidate.label,
                 "identity": candidate.identity,
@@ -271,63 +311,7 @@ def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
     return row | {"seconds": round(time.monotonic() - started, 2)}
 
 
-# ---- 5. Tables ---------------------------------------------------------------------------------
-
-
-def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share. Unlike the textbook one it is right at 0 and 1 and for
-    small n.
-
-    >>> [round(x, 3) for x in wilson(10, 10)]
-    [0.722, 1.0]
-    """
-    p, z2 = successes / n, z * z
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def summarise(rows: list[dict], args) -> list[dict]:
-    """One entry per (model, task, length): n, mean score, 95 % interval (loss: mean only)."""
-    table = []
-    for model in dict.fromkeys(r["model"] for r in rows):
-        for task in dict.fromkeys(r["task"] for r in rows):
-            for length in args.lengths:
-                scores = [
-                    r["score"]
-                    for r in rows
-                    if (r["model"], r["task"], r["length"]) == (model, task, length)
-                ]
-                if not scores:
-                    continue
-                entry = {"model": model, "task": task, "length": length, "n": len(scores)}
-                entry["mean"] = round(sum(scores) / len(scores), 4)
-                if task != "loss":
-                    entry["interval_95"] = [round(x, 3) for x in wilson(sum(scores), len(scores))]
-                table.append(entry)
-    return table
-
-
-def print_table(table: list[dict], lengths: list[int]) -> None:
-    for task in dict.fromkeys(e["task"] for e in table):
-        unit = "nats per token" if task == "loss" else "found, 95 % interval"
-        print(f"\n{task} ({unit})\n{'':24}" + "".join(f"{n:>20,}" for n in lengths))
-        for model in dict.fromkeys(e["model"] for e in table):
-            line = f"{model[-23:]:24}"
-            for n in lengths:
-                e = next(
-                    e for e in table if (e["model"], e["task"], e["length"]) == (model, task, n)
-                )
-                if task == "loss":
-                    text = f"{e['mean']:.3f} (n={e['n']})"
-                else:
-                    low, high = e["interval_95"]
-                    text = f"{e['mean']:.0%} [{low:.0%},{high:.0%}] n={e['n']}"
-                line += f"{text:>20}"
-            print(line)
-
-
-# ---- 6. The command ----------------------------------------------------------------------------
+# ---- 5. The command ----------------------------------------------------------------------------
 
 RESULT = "out"  # where train.py puts its result
 NEW_BASE = " (new base)"  # ends the label of the control: old weights, new RoPE base
@@ -341,14 +325,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = p.add_argument
     add("--model", default=RESULT, metavar="DIR", help="Hugging Face folder to judge")
-    add("--compare", nargs="+", default=[], metavar="DIR", help="others beside it, e.g. the base")
+    add(
+        "--compare",
+        nargs="*",
+        metavar="DIR",
+        help="others beside it (None: base of train.py's run)",
+    )
     add("--controls", action="store_true", help="also the base under the new RoPE base")
-    add("--tasks", nargs="*", choices=sorted(TASKS), default=["niah_single"], help="may be none")
+    add("--tasks", nargs="*", choices=sorted(TASKS), help="may be none (None: niah_single)")
+    add("--template", metavar="FILE", help="wording of needles (None: --model's needle.json)")
+    add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
     depths = [0.0, 0.25, 0.5, 0.75, 1.0]
-    lengths = [2048, 8192, 16384]
-    add("--lengths", nargs="+", type=int, default=lengths, help="tokens, answer included")
     add("--depths", nargs="+", type=float, default=depths, help="0: start, 1: end")
-    add("--n", type=int, default=2, help="samples per length and depth")
+    add("--n", type=int, help="haystacks per length (None: 2, or what the template says)")
+    add("--n_beyond", type=int, help="of a compared model beyond its window (None: --n)")
     add("--ppl", action="store_true", help="also the loss per token on n haystack texts per length")
     add("--haystack", metavar="PATH", help="text or folder (None: data/essays, else Python docs)")
     add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
@@ -363,88 +353,107 @@ def main(argv: list[str] | None = None) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
         default = "bfloat16" if args.device == "cuda" else "float32"
         args.torch_dtype = getattr(torch, args.dtype or default)
-        candidates, configs = resolve(args)
+        candidates, tasks = resolve(args)
         text, source = load_haystack(args.haystack)
         haystack = Haystack(text, load_tokenizer(args.model))
         # refuse before anything is run; which keys come, and their tokens, depends on the length
-        for task, length, r in itertools.product(args.tasks, args.lengths, range(args.n)):
-            make_sample(TASKS[task], haystack, length, 0.0, f"{args.seed}/{task}/{length}/{r}")
+        for name, length, r in itertools.product(tasks, args.lengths, range(args.n)):
+            make_sample(tasks[name], haystack, length, 0.0, f"{args.seed}/{name}/{length}/{r}")
         out = Path(args.out or args.model)
-        out.mkdir(parents=True, exist_ok=True)
-        results = Results(out / "needle.jsonl")
+        results = Results(out)
         log(f"haystack: {source}, {len(haystack.ids):,} tokens, {len(haystack.starts):,} sentences")
         if len(haystack.ids) < args.lengths[-1]:
             log(f"warning: shorter than --lengths {args.lengths[-1]}, so it repeats (--haystack)")
         with on_ctrl_c(results.what_is_saved):
-            rows = [row for c in candidates for row in run_candidate(c, haystack, results, args)]
-        report(rows, configs, source, out, args, started)
+            rows = [
+                row for c in candidates for row in run_candidate(c, tasks, haystack, results, args)
+            ]
+        report(rows, candidates, source, out, args, started)
 
 
-def resolve(args: argparse.Namespace) -> tuple[list[Candidate], dict[str, LlamaConfig]]:
-    """Who is judged, and their configs by label. Writes nothing."""
-    check_ranges(args, at_least_1=("n",))
-    args.lengths, args.depths = sorted(set(args.lengths)), sorted(set(args.depths))
-    args.tasks = list(dict.fromkeys(args.tasks))
+def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
+    """Who is judged, and by which tasks. Writes nothing."""
     if args.model == RESULT and not Path(RESULT).exists():
         raise ValueError(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
     args.model = local_folder(args.model)
+    if args.compare is None:
+        args.compare = base_of_run(args.model)
     args.compare = list(dict.fromkeys(map(local_folder, args.compare)))
-    if args.lengths[0] < 2:
-        raise ValueError(f"--lengths {args.lengths[0]} must be at least 2 tokens")
-    if outside := [d for d in args.depths if not 0 <= d <= 1]:
-        raise ValueError(f"--depths {outside[0]:g} must be within 0..1")
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out} is a file; a folder for the results is needed")
     if args.controls and not args.compare:
         raise ValueError("--controls needs the base model: --compare DIR")
     if args.model in args.compare:
         raise ValueError(f"--compare {args.model} is --model itself")
-    # the base first, as in every table and figure; what is judged against the others last
-    candidates = [Candidate(folder, folder) for folder in (*args.compare, args.model)]
-    configs = {c.label: LlamaConfig.from_dir(c.folder) for c in candidates}
+    folders = (*args.compare, args.model)  # the base first, as in every table and figure
+    candidates = [Candidate(f, f, LlamaConfig.from_dir(f)) for f in folders]
+    tasks = resolve_grid(args, [c.config.max_position_embeddings for c in candidates])
     tokenizer = load_tokenizer(args.model)
-    for folder, config in configs.items():
-        if config.sliding_window is not None and config.sliding_window < args.lengths[-1]:
+    for c in candidates:
+        if c.config.sliding_window is not None and c.config.sliding_window < args.lengths[-1]:
             raise ValueError(
-                f"{folder}: sliding_window {config.sliding_window} is shorter than"
+                f"{c.folder}: sliding_window {c.config.sliding_window} is shorter than"
                 f" --lengths {args.lengths[-1]}"
             )
-        if tokenizer.vocab_size > config.vocab_size or tokenizer != load_tokenizer(folder):
+        if tokenizer.vocab_size > c.config.vocab_size or tokenizer != load_tokenizer(c.folder):
             raise ValueError(
-                f"{folder}: its tokenizer or vocabulary is not that of --model {args.model}"
+                f"{c.folder}: its tokenizer or vocabulary is not that of --model {args.model}"
             )
     if args.controls:
-        new = configs[args.model]
+        base, new = candidates[0], candidates[-1].config
         rope = (new.rope_theta, new.max_position_embeddings)
-        base = args.compare[0]
-        candidates.insert(1, Candidate(base + NEW_BASE, base, rope))
-        configs[base + NEW_BASE] = new
-    return candidates, {c.label: configs[c.label] for c in candidates}
+        candidates.insert(1, Candidate(base.folder + NEW_BASE, base.folder, base.config, rope))
+    return candidates, tasks
 
 
-def report(rows: list[dict], configs: dict, source: str, out: Path, args, started: float) -> None:
-    table = summarise(rows, args)
-    print_table(table, args.lengths)
+def resolve_grid(args, windows: list[int]) -> dict[str, Task]:
+    """Fill in lengths, depths, n and haystack -> the tasks by name. windows: of all candidates."""
+    template = args.template or Path(args.model) / "needle.json"
+    wording, defaults = {}, {}
+    if args.template or template.is_file():
+        wording, defaults = read_template(Path(template))
+    if args.tasks is None:
+        args.tasks = [defaults.get("task", "niah_single")]
+    tasks = {name: dataclasses.replace(TASKS[name], **wording) for name in args.tasks}
+    if (needles := defaults.get("needles")) and (name := defaults.get("task")) in tasks:
+        tasks[name] = dataclasses.replace(tasks[name], needles=needles)
+    args.haystack = args.haystack or defaults.get("haystack")
+    args.n = args.n or (defaults.get("n", 2) if args.n is None else args.n)
+    args.n_beyond = args.n_beyond or defaults.get("n_beyond", args.n)
+    new = max(windows)
+    args.lengths = sorted(set(args.lengths or [min(windows), new // 4, new // 2, new]))
+    args.depths = sorted(set(args.depths))
+    check_ranges(args, at_least_1=("n", "n_beyond"))
+    if args.lengths[0] < 2:
+        raise ValueError(f"--lengths {args.lengths[0]} must be at least 2 tokens")
+    if outside := [d for d in args.depths if not 0 <= d <= 1]:
+        raise ValueError(f"--depths {outside[0]:g} must be within 0..1")
+    return tasks
+
+
+def report(
+    rows: list[dict], candidates: list[Candidate], source: str, out: Path, args, started: float
+) -> None:
+    table = summarise(rows)
+    print_table(table)
     settings = {k: str(v) if k == "torch_dtype" else v for k, v in vars(args).items()}
-    measured = {"seconds_of_all_rows": round(sum(r["seconds"] for r in rows), 1)}
-    models = {
-        label: {"rope_theta": c.rope_theta, "window": c.max_position_embeddings}
-        for label, c in configs.items()
-    }
+    models = {}
+    for c in candidates:
+        theta, window = c.rope or (c.config.rope_theta, c.config.max_position_embeddings)
+        models[c.label] = {"rope_theta": theta, "window": window}
     summary = {
         "settings": settings,
         "haystack": source,
         "models": models,
         "table": table,
-        **measured,
+        "seconds_of_all_rows": round(sum(r["seconds"] for r in rows), 1),
         **provenance(started),
     }
     write_atomically(out / "needle_results.json", json.dumps(summary, indent=2) + "\n")
-    trained = {c: configs[c.removesuffix(NEW_BASE)].max_position_embeddings for c in configs}
+    trained = {c.label: c.config.max_position_embeddings for c in candidates}
     for task in args.tasks:
         name = "needle.png" if len(args.tasks) == 1 else f"needle_{task}.png"
         draw_heatmap(out / name, rows, task, trained, names={})
-        log(f"figure: {out / name}")
+        draw_curves(out / name.replace("needle", "curves", 1), rows, task)
+        log(f"figures: {out / name} and {name.replace('needle', 'curves', 1)}")
 
 
 if __name__ == "__main__":

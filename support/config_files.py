@@ -168,3 +168,18 @@ def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
     }
     out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
     return out
+
+
+def check_extendable(config, target_len: int, rope_base: float | None) -> None:
+    """ValueError where a longer window would not be seen, or its RoPE base cannot be computed."""
+    if config.sliding_window is not None and config.sliding_window < target_len:
+        raise ValueError(
+            f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"
+            f" {target_len}: attention would never see the window this run is to reach"
+        )
+    if rope_base is None and config.rope_scaling is not None:
+        raise ValueError(
+            f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), and the"
+            " paper's formula for the base assumes that it does not: give --rope_base; the"
+            f" scaling stays, its base now is {config.rope_theta:g}"
+        )

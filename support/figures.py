@@ -1,5 +1,6 @@
 """Figures, all with axes, units and n. matplotlib is imported only where something is drawn."""
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -52,6 +53,49 @@ def text_color(background: tuple) -> str:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background[:3]]
     luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
     return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
+
+
+def draw_curves(path: Path, rows: list[dict], task: str) -> None:
+    """Left: share found against the distance between needle and question. Right: loss against
+    position in the longest texts, where --ppl measured it. One line per model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    longest = max((r["length"] for r in rows if r["task"] == "loss"), default=0)
+    for label in dict.fromkeys(r["model"] for r in rows):
+        found: dict[int, list[float]] = {}  # power of sqrt(2) of the distance -> scores
+        losses: dict[int, list[float]] = {}  # 1,024 positions -> nats
+        for r in (r for r in rows if r["model"] == label):
+            if r["task"] == task:
+                distance = max(1.0, (1 - r["true_depth"]) * r["length"])
+                found.setdefault(round(2 * math.log2(distance)), []).append(r["score"])
+            if r["task"] == "loss" and r["length"] == longest:
+                for i, loss in enumerate(r["loss_by_1024"]):
+                    losses.setdefault(i, []).append(loss)
+        x = [2 ** (k / 2) for k in sorted(found)]
+        y = [sum(found[k]) / len(found[k]) for k in sorted(found)]
+        n = sum(map(len, found.values()))
+        left.plot(x, y, marker="o", markersize=3, label=f"{label}, n = {n} needles")
+        per = max(1, len(losses) // 64)  # at most 64 points
+        bins = [
+            [v for i in range(b, b + per) for v in losses.get(i, ())]
+            for b in range(0, len(losses), per)
+        ]
+        position = [(i + 0.5) * per for i in range(len(bins))]
+        if bins:
+            texts = len(losses[0])
+            mean = [sum(b) / len(b) for b in bins]
+            right.plot(position, mean, label=f"{label}, n = {texts} texts")
+    left.set(xscale="log", xlabel="tokens between needle and question", ylabel=f"{task}: found")
+    left.set_ylim(-0.03, 1.03)
+    left.legend(fontsize=8)
+    right.set(xlabel="position (units of 1,024 tokens)", ylabel="loss, nats per token")
+    if right.lines:
+        right.legend(fontsize=8)
+    else:
+        right.text(0.5, 0.5, "not measured (--ppl)", ha="center", transform=right.transAxes)
+    figure.savefig(path, dpi=130)
 
 
 # The methods for the legend, in drawing order: longrecipe comes last, on top.

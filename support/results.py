@@ -1,6 +1,8 @@
-"""Rows of an evaluation on disk: append-only JSONL that survives a kill."""
+"""Rows of an evaluation on disk, append-only JSONL that survives a kill; intervals and tables."""
 
 import json
+import math
+import random
 from pathlib import Path
 
 from support.run_state import write_atomically
@@ -11,7 +13,11 @@ KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
 class Results:
     """needle.jsonl: what an earlier, perhaps interrupted run measured is not measured again."""
 
-    def __init__(self, path: Path):
+    def __init__(self, folder: Path):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {folder} is a file; a folder for the results is needed")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "needle.jsonl"
         self.path, self.rows = path, {}
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         for i, line in enumerate(lines):
@@ -40,3 +46,80 @@ class Results:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return row
+
+
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share. Unlike the textbook one it is right at 0 and 1 and for
+    small n.
+
+    >>> [round(x, 3) for x in wilson(10, 10)]
+    [0.722, 1.0]
+    """
+    p, z2 = successes / n, z * z
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def resampled(clusters: list[list[float]], draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean score where the scores of a cluster (one haystack) stand or fall
+    together: whole clusters are drawn again, with replacement (percentile bootstrap).
+
+    >>> resampled([[1, 1, 0, 1], [1, 1, 0, 1]])  # clusters that agree
+    (0.75, 0.75)
+    """
+    rng, means = random.Random(0), []
+    for _ in range(draws):
+        scores = [score for c in rng.choices(clusters, k=len(clusters)) for score in c]
+        means.append(sum(scores) / len(scores))
+    means.sort()
+    return means[int(0.025 * draws)], means[int(0.975 * draws)]
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """One entry per (model, task, length): n, mean score, 95 % interval (loss: mean only).
+
+    multiquery asks several questions about one haystack, so there whole haystacks are drawn again
+    for the interval; one haystack alone, and every other task, gets Wilson's."""
+    table = []
+    groups: dict[tuple, dict[int, list[float]]] = {}
+    for r in rows:
+        haystacks = groups.setdefault((r["model"], r["task"], r["length"]), {})
+        haystacks.setdefault(r["repeat"], []).append(r["score"])
+    for (model, task, length), haystacks in groups.items():
+        scores = [score for group in haystacks.values() for score in group]
+        entry = {"model": model, "task": task, "length": length, "n": len(scores)}
+        entry["haystacks"] = len(haystacks)
+        entry["mean"] = round(sum(scores) / len(scores), 4)
+        if task != "loss":
+            together = task == "multiquery" and len(haystacks) > 1
+            interval = (
+                resampled(list(haystacks.values()))
+                if together
+                else wilson(sum(scores), len(scores))
+            )
+            entry["interval_95"] = [round(x, 3) for x in interval]
+        table.append(entry)
+    return table
+
+
+def print_table(table: list[dict]) -> None:
+    """Models down, lengths across, one block per task."""
+    lengths = sorted({e["length"] for e in table})
+    for task in dict.fromkeys(e["task"] for e in table):
+        unit = "nats per token" if task == "loss" else "found, 95 % interval"
+        print(f"\n{task} ({unit})\n{'':24}" + "".join(f"{n:>20,}" for n in lengths))
+        for model in dict.fromkeys(e["model"] for e in table):
+            line = f"{model[-23:]:24}"
+            for n in lengths:
+                cell = (model, task, n)
+                found = [e for e in table if (e["model"], e["task"], e["length"]) == cell]
+                if not found:
+                    text = "-"
+                elif task == "loss":
+                    text = f"{found[0]['mean']:.3f} (n={found[0]['n']})"
+                else:
+                    low, high = found[0]["interval_95"]
+                    text = f"{found[0]['mean']:.0%} [{low:.0%},{high:.0%}] n={found[0]['n']}"
+                line += f"{text:>20}"
+            print(line)

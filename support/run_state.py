@@ -17,14 +17,18 @@ NO_SETTINGS = ("resume", "out", "device")  # flags that say where and how, not w
 MAY_DIFFER = ("save_minutes", "keep_stages")  # settings that may be others after --resume
 
 
-def parse_or_resume(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The flags. With --resume, those that the command line does not give are the run's own."""
+def parse_or_resume(
+    p: argparse.ArgumentParser, argv: list[str] | None, toy: dict
+) -> argparse.Namespace:
+    """The flags. Those that the command line does not give are, with --resume, the run's own, and
+    without a --model the toy's."""
     args = p.parse_args(argv)
     if args.resume:
         before = RunFolder(args.out).settings()
         p.set_defaults(**{k: v for k, v in before.items() if k in vars(args)})
-        args = p.parse_args(argv)
-    return args
+    elif args.model is None:
+        p.set_defaults(**toy)
+    return p.parse_args(argv)
 
 
 class RunFolder:
@@ -124,6 +128,13 @@ class RunFolder:
         shutil.rmtree(folder)
         for name in (STATE, STATE + ".writing"):  # the latter from a save that was cut off
             (self.path / name).unlink(missing_ok=True)
+
+
+def base_of_run(folder: str | Path) -> list[str]:
+    """The model that train.py extended into this folder, or nothing where that cannot be told."""
+    run = Path(folder) / "run.json"
+    base = (read_json(run).get("settings") or {}).get("model") if run.is_file() else None
+    return [base] if isinstance(base, str) and Path(base).is_dir() else []
 
 
 def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:

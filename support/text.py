@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import sysconfig
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
@@ -12,33 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-SEPARATOR = "\n\n\n"
+from support.standard_library import (
+    SEPARATOR,
+    standard_library_text,
+    standard_library_topics,
+)
+
 CUT = re.compile(r"(?<=\w) (?=\w)")
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".npy", ".bin")
-
-
-def standard_library_topics() -> str:
-    """The chapters of the language reference that ship with Python, about 110k tokens of prose."""
-    from pydoc_data.topics import topics
-
-    return SEPARATOR.join(text for _, text in sorted(topics.items()))
-
-
-def standard_library_sources() -> list[str]:
-    """The Python sources of the standard library, tests and tables left out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = set("test tests idle_test site-packages dist-packages pydoc_data encodings".split())
-    files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
-    return [p.read_text(encoding="utf-8", errors="replace") for p in files]
-
-
-def standard_library_text() -> str:
-    """Every source of the standard library, each followed by a chapter of the language reference
-    (they come round again): long text that is on every machine."""
-    chapters = itertools.cycle(standard_library_topics().split(SEPARATOR))
-    return SEPARATOR.join(
-        part for source in standard_library_sources() for part in (source, next(chapters))
-    )
 
 
 def find_files(paths: list[str]) -> list[Path]:
@@ -199,3 +179,10 @@ class Corpus:
         offset = begin + int(torch.randint(max(size - tokens, 0) + 1, (1,), generator=generator))
         ids = self.parts[part][offset : min(offset + tokens, begin + size)]
         return torch.from_numpy(ids.astype(np.int64))
+
+    def look_at(self, sample: torch.Tensor) -> None:
+        """Called with the ids of every sample made; the toy corpus counts its questions."""
+
+    def remark(self) -> str:
+        """What to log about the samples since the last call, or nothing."""
+        return ""

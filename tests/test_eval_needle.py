@@ -11,10 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_needle
-from eval_needle import TASKS, Haystack, SharedPrefix, make_sample, score, text_loss, wilson
+from eval_needle import (
+    TASKS,
+    Haystack,
+    SharedPrefix,
+    common_prefix,
+    make_sample,
+    score,
+    text_loss,
+)
 from model import generate, load_pretrained, load_tokenizer
 from support.figures import draw_heatmap
 from support.haystack import CITIES, load_haystack
+from support.results import resampled, summarise, wilson
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +53,35 @@ def test_prompts_are_exact(haystack, task, length, depth, seed):
     assert len(sample.ids) + sample.answer_tokens == length
     text = haystack.tokenizer.decode(sample.ids.tolist())
     assert text.count(sample.expected[0]) == 1  # the answer stands in its needle and nowhere else
-    assert text.count("One of the special magic numbers for") == TASKS[task].keys
+    assert text.count("One of the special magic numbers for") == TASKS[task].needles
     at = text.index(f"is: {sample.expected[0]}.")
     key = text.rsplit("special magic number for ", 1)[1].removesuffix(" is:")
     assert text[:at].endswith(f" for {key} ")
-    assert sample.true_depth <= depth and sample.answer_tokens >= 7
+    assert sample.answer_tokens >= 7
+    if task == "multiquery":  # the needle of the part that holds `depth`
+        part = min(int(depth * 4), 3)
+        assert part / 4 - 0.02 < sample.true_depth < (part + 1) / 4 or length < 3000
+        return
+    assert sample.true_depth <= depth
     if depth == 0.0:
         assert sample.true_depth == 0.0
     if length > 3000:
         assert depth - sample.true_depth < 0.02
+
+
+def test_multiquery_asks_for_every_needle_after_the_same_text(haystack):
+    task = TASKS["multiquery"]
+    depths = task.depths([0.0, 1.0])
+    assert depths == [0.125, 0.375, 0.625, 0.875]
+    samples = [make_sample(task, haystack, 4000, d, "s") for d in depths]
+    assert len({s.expected[0] for s in samples}) == 4
+    assert [s.true_depth for s in samples] == sorted({s.true_depth for s in samples})
+    texts = [haystack.tokenizer.decode(s.ids.tolist()) for s in samples]
+    for text, sample in zip(texts, samples, strict=True):
+        asked = text.rsplit(" is:", 1)[0].rsplit(" for ", 1)[1]
+        assert f"numbers for {asked} is: {sample.expected[0]}." in text
+    shared = min(common_prefix(samples[0].ids, s.ids) for s in samples[1:])
+    assert shared > 3800  # one prefill for all four
 
 
 def test_needles_stand_between_sentences(real_haystack):
@@ -130,6 +159,19 @@ def test_wilson_by_hand():
     %."""
     assert [round(x, 3) for x in wilson(5, 10)] == [0.237, 0.763]
     assert [round(x, 3) for x in wilson(0, 10)] == [0.0, 0.278]
+
+
+def test_multiquery_interval_draws_whole_haystacks():
+    """Two haystacks, one all right and one all wrong: resampling gives 0, 1/2 or 1, while Wilson
+    on the 16 answers, taken for independent, would be far too sure."""
+    row = {"model": "m", "length": 100}
+    rows = [row | {"task": "multiquery", "repeat": r, "score": float(r)} for r in (0, 1)] * 8
+    assert summarise(rows)[0]["interval_95"] == [0.0, 1.0]
+    assert summarise(rows)[0]["haystacks"] == 2 and summarise(rows)[0]["n"] == 16
+    one = [r | {"repeat": 0} for r in rows]
+    assert summarise(one)[0]["interval_95"] == [round(x, 3) for x in wilson(8, 16)]
+    low, high = resampled([[1.0, 0.0]] * 50)
+    assert low == high == 0.5
 
 
 def test_text_loss_equals_the_plain_way(toy_dir):

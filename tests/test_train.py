@@ -15,6 +15,7 @@ import train
 from model import Llama, LlamaConfig, load_pretrained
 from support.budget import matmul_parameters, training_flops
 from support.optimizer import MasterAdamW
+from support.run_state import base_of_run
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 
@@ -442,11 +443,26 @@ def test_bad_flags(flags, match, bad):
     bad(match, *flags.split())
 
 
-def test_the_model_is_required(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main([])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--model DIR is required" in error and "smollm2.py" in error
+def test_without_a_model_the_toy_numbers_hold_and_with_one_the_papers():
+    toy, real = train.parse([]), train.parse(["--model", "x"])
+    for name, value in train.TOY.items():
+        assert getattr(toy, name) == value != getattr(real, name), name
+    assert (real.steps, real.batch_sequences, real.lr, real.target_len) == (104, 96, 5e-5, 131_072)
+    assert toy.target_len == 131_072 and train.parse(["--steps", "3"]).steps == 3
+
+
+def test_the_toy_runs_through_all_stages(tmp_path, capsys):
+    """Same code path, everything smaller; the log counts the questions that can be answered."""
+    train.main(
+        "--target_len 9216 --train_len 1024 --steps 2 --probe_steps 1 --analysis_samples 1"
+        f" --replay_steps 1 --replay_len 512 --out {tmp_path / 'out'}".split()
+    )
+    log = capsys.readouterr().err
+    assert "toy model; for a real one: --model DIR" in log
+    shares = [float(x) for x in re.findall(r"the pair was kept for ([\d.]+)%", log)]
+    assert len(shares) == 3 and shares[2] == 100.0  # the replay drops nothing
+    assert (tmp_path / "out" / "needle.json").is_file()
+    assert base_of_run(tmp_path / "out") == [train.TOY["model"]]
 
 
 def test_a_folder_that_holds_another_run_is_refused(finished, bad):
