@@ -1,6 +1,6 @@
 """Needle in a haystack: can the model find a sentence hidden far back in a long text?
 
-    python eval_needle.py --model out --compare models/smollm2 --lengths 2048 8192 16384
+    python eval_needle.py    # what train.py left in out/, beside the model it began with
 
 Sentences such as "One of the special magic numbers for Lima is: 4821906." are hidden in a long
 text; at the end the model is asked for one of them and continues greedily. A cell of the heat-map
@@ -364,10 +364,10 @@ def main(argv: list[str] | None = None) -> None:
         log(f"haystack: {source}, {len(haystack.ids):,} tokens, {len(haystack.starts):,} sentences")
         if len(haystack.ids) < args.lengths[-1]:
             log(f"warning: shorter than --lengths {args.lengths[-1]}, so it repeats (--haystack)")
+        rows = []
         with on_ctrl_c(results.what_is_saved):
-            rows = [
-                row for c in candidates for row in run_candidate(c, tasks, haystack, results, args)
-            ]
+            for candidate in candidates:
+                rows += run_candidate(candidate, tasks, haystack, results, args)
         report(rows, candidates, source, out, args, started)
 
 
@@ -406,15 +406,18 @@ def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
 
 def resolve_grid(args, windows: list[int]) -> dict[str, Task]:
     """Fill in lengths, depths, n and haystack -> the tasks by name. windows: of all candidates."""
-    template = args.template or Path(args.model) / "needle.json"
-    wording, defaults = {}, {}
-    if args.template or template.is_file():
-        wording, defaults = read_template(Path(template))
-    if args.tasks is None:
-        args.tasks = [defaults.get("task", "niah_single")]
+    template = Path(args.template or Path(args.model) / "needle.json")
+    wording, defaults = read_template(template) if args.template or template.is_file() else ({}, {})
+    task = defaults.get("task", "niah_single")
+    if task not in TASKS:
+        raise ValueError(f"{template}: task {task!r} is none of {', '.join(TASKS)}")
+    args.tasks = [task] if args.tasks is None else args.tasks
     tasks = {name: dataclasses.replace(TASKS[name], **wording) for name in args.tasks}
-    if (needles := defaults.get("needles")) and (name := defaults.get("task")) in tasks:
-        tasks[name] = dataclasses.replace(tasks[name], needles=needles)
+    if "needles" in defaults and task in tasks:
+        tasks[task] = dataclasses.replace(tasks[task], needles=defaults["needles"])
+    for name, t in tasks.items():
+        if len(t.keys) < t.needles:
+            raise ValueError(f"{name} has {t.needles} needles, but only {len(t.keys)} keys")
     args.haystack = args.haystack or defaults.get("haystack")
     args.n = args.n or (defaults.get("n", 2) if args.n is None else args.n)
     args.n_beyond = args.n_beyond or defaults.get("n_beyond", args.n)
@@ -434,13 +437,12 @@ def report(
 ) -> None:
     table = summarise(rows)
     print_table(table)
-    settings = {k: str(v) if k == "torch_dtype" else v for k, v in vars(args).items()}
-    models = {}
+    models, trained = {}, {c.label: c.config.max_position_embeddings for c in candidates}
     for c in candidates:
         theta, window = c.rope or (c.config.rope_theta, c.config.max_position_embeddings)
         models[c.label] = {"rope_theta": theta, "window": window}
     summary = {
-        "settings": settings,
+        "settings": vars(args) | {"torch_dtype": str(args.torch_dtype)},
         "haystack": source,
         "models": models,
         "table": table,
@@ -448,7 +450,6 @@ def report(
         **provenance(started),
     }
     write_atomically(out / "needle_results.json", json.dumps(summary, indent=2) + "\n")
-    trained = {c.label: c.config.max_position_embeddings for c in candidates}
     for task in args.tasks:
         name = "needle.png" if len(args.tasks) == 1 else f"needle_{task}.png"
         draw_heatmap(out / name, rows, task, trained, names={})

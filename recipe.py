@@ -7,7 +7,7 @@
     5. RoPE base        slower rotation for a longer window                           (NTK, paper 5)
     6. merge            average the tuned weights with the original ones              (paper 4.3)
 
-    python recipe.py --model models/smollm2    # explains one sample, in words and as a figure
+    python recipe.py    # explains one sample, in words and as a figure
 
 Everything here works on one sample of token ids (T,); nothing trains (train.py does) and nothing
 needs a GPU. Does NOT do: content jumps of the published PoSE (all methods get the same tokens),
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from model import Llama, load_tokenizer
 from support import checkpoint_files, config_files, figures
-from support.cli import report_errors
+from support.cli import check_ranges, report_errors
 from support.hub import local_folder
 from support.run_state import read_impactful
 from support.text import Corpus, load_reference, load_tokens
+from support.toy import TINY
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")
 STRATEGIES = ("impact", "digits", "random", "first")
@@ -424,7 +425,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = p.add_argument
-    add("--model", default="models/smollm2", metavar="DIR", help="its tokenizer is used")
+    add("--model", default=TINY, metavar="DIR", help="its tokenizer is used")
     add("--text", metavar="FILE", help="(None: Python's language reference)")
     add("--target_len", type=int, default=131_072, help="tokens")
     add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
@@ -433,8 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0)
     with report_errors():
         args = p.parse_args(argv)
-        if args.target_len < 2:
-            raise ValueError(f"--target_len {args.target_len} must be at least 2 tokens")
+        check_ranges(args, above_1=("target_len",), seed=("seed",))
         args.train_len = train_length(args.target_len) if args.train_len is None else args.train_len
         if not 2 <= args.train_len <= args.target_len:
             raise ValueError(

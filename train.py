@@ -25,10 +25,8 @@ Glossary: see model.py.
 import argparse
 import dataclasses
 import math
-import os
 import shutil
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,13 +49,14 @@ from support.hub import local_folder
 from support.optimizer import MasterAdamW
 from support.run_state import NO_SETTINGS, RunFolder, parse_or_resume, read_impactful
 from support.text import Corpus
+from support.toy import TINY
 
 # ---- 1. The command line: the paper's numbers are the defaults ---------------------------------
 
 # Without --model: the tiny model of this repository, and numbers that fit two CPU cores. The rest,
 # 8k -> 128k from samples of 39,424 tokens included, is the paper's.
 TOY = {
-    "model": os.path.relpath(Path(__file__).parent / "assets" / "tiny"),
+    "model": TINY,
     "steps": 16,
     "batch_sequences": 1,
     "lr": 1e-3,
@@ -377,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished():
             log(f"{args.out} holds this run, finished: nothing to do")
             return
-        corpus, replay_corpus = load_corpora(args, tokenizer, TOY["model"])
+        corpus, replay_corpus = load_corpora(args, tokenizer)
         stages = plan_stages(args)
         sample(stages[0], corpus, tokenizer, args, None, torch.Generator())  # fails early if at all
         impactful = None
@@ -405,9 +404,10 @@ def main(argv: list[str] | None = None) -> None:
             run_stages(trainer, extended, corpus, replay_corpus)
         run.write_settings(settings, status="done", **provenance(started))
         log(f"done in {(time.time() - started) / 60:.1f} minutes: {args.out}")
-        # the default grid reaches lengths that take a CPU long
-        small = f" --lengths {min(2048, args.target_len)} --n 1" if args.device == "cpu" else ""
-        log(f"next: python eval_needle.py --model {args.out} --compare {args.model}{small}")
+        judge = "python eval_needle.py" + ("" if args.out == "out" else f" --model {args.out}")
+        if args.device == "cpu" and args.model != TINY:  # the default grid takes a CPU long
+            judge += f" --lengths {min(2048, args.target_len)} --n 1"
+        log(f"next: {judge}")
 
 
 def plan_stages(args: argparse.Namespace) -> list[Stage]:

@@ -3,6 +3,7 @@ ETA, provenance."""
 
 import contextlib
 import math
+import os
 import platform
 import resource
 import shutil
@@ -26,6 +27,9 @@ def report_errors() -> Iterator[None]:
     and exit code 130; a bug keeps its traceback."""
     try:
         yield
+    except BrokenPipeError:  # the reader of our output has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError, SafetensorError) as error:
         last_line("error: " + " ".join(str(error).split()))
         raise SystemExit(2) from None

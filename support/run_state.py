@@ -139,6 +139,8 @@ def base_of_run(folder: str | Path) -> list[str]:
 
 def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
     """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
+    if not Path(path).is_file():
+        raise ValueError(f"--impactful {path} does not exist (an impactful.json of a run)")
     names = list(read_json(Path(path)))
     if not all(name.isdecimal() for name in names):
         raise ValueError(f"{path} is no impactful.json of a run (--impactful)")

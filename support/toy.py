@@ -4,14 +4,19 @@ A tiny model can learn to answer them on two CPU cores in minutes, so they show 
 test shows on a real model. Training has its own keys, values and wordings; the test's are in
 assets/tiny/needle.json. None of the words occurs in the Python standard library."""
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from support.standard_library import SEPARATOR, standard_library_sources
 from support.text import Corpus, Tokens
+
+# the embedded model: what the commands take where no --model is given
+TINY = os.path.relpath(Path(__file__).resolve().parent.parent / "assets" / "tiny")
 
 KEYS = """
 acacia alder amber anvil badger beaver birch bison blanket bronze butter candle canyon cavern
@@ -133,7 +138,7 @@ class ToyCorpus(Corpus):
     """A corpus whose windows have the toy task woven in: one pair and question in 512 tokens of
     the sample. Windows longer than the sample repeat each pair, so that selection can drop some."""
 
-    def __init__(self, tokens: Tokens, min_tokens: int, tokenizer, copies: int = 6):
+    def __init__(self, tokens: Tokens, min_tokens: int, tokenizer, copies: int = 9):
         super().__init__(tokens, min_tokens)
         self.sample_tokens, self.copies, self.weaver = min_tokens, copies, Weaver(tokenizer)
         self.tokenizer, self.known, self.questions = tokenizer, 0, 0

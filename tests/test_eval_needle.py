@@ -410,7 +410,10 @@ def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp
         ("--lengths 50", "--lengths 50 is too short"),
         ("--depths 0.5 1.5", "--depths 1.5 must be within 0..1"),
         ("--depths nan", "--depths nan must be within 0..1"),
-        ("--out README.md", "--out README.md is a file; a folder for the results is needed"),
+        (
+            "--out README.md --lengths 500",
+            "--out README.md is a file; a folder for the results is needed",
+        ),
         ("--n 0", "--n 0 must be at least 1"),
         ("--controls", "--controls needs the base model"),
     ],
@@ -429,6 +432,92 @@ def test_without_a_result_the_error_says_who_makes_it(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         eval_needle.main([])
     assert "error: folder out, which train.py makes, does not exist" in capsys.readouterr().err
+
+
+def write_template(tmp_path, **fields):
+    path = tmp_path / "needle.json"
+    path.write_text(json.dumps(fields))
+    return str(path)
+
+
+def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp_path):
+    fields = {
+        "needle": "The code of {key} is {value}!",
+        "question": "\nWhich code has {key}?",
+        "answer": " It is",
+        "intro": "",
+        "keys": ["Anna", "Bert"],
+        "values": ["zyx", "wvu"],
+        "task": "multiquery",
+        "needles": 2,
+        "n": 1,
+    }
+    eval_needle.main(
+        f"--model {toy_dir} --template {write_template(tmp_path, **fields)} --lengths 300"
+        f" --haystack {prose_file} --out {tmp_path / 'out'}".split()
+    )
+    rows = [json.loads(x) for x in (tmp_path / "out" / "needle.jsonl").read_text().splitlines()]
+    assert [r["depth"] for r in rows] == [0.75, 0.25] and {r["task"] for r in rows} == {
+        "multiquery"
+    }
+    assert {r["expected"][0] for r in rows} == {"zyx", "wvu"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"nedle": "x"}, "unknown field 'nedle'"),
+        ({"needle": "no braces"}, "needle must hold {key} and {value}"),
+        ({"needle": "{key} {value} {more}"}, "only {key} and {value} may be in braces"),
+        ({"needle": "{key} {value} {"}, "only {key} and {value} may be in braces"),
+        ({"question": "What?", "answer": ""}, "neither question nor answer holds {key}"),
+        ({"keys": "Anna"}, "keys is 'Anna', wanted: list"),
+        ({"keys": []}, "keys must be a list of words"),
+        ({"needles": 0}, "needles is 0, wanted: int"),
+        (
+            {"values": ["zyx"], "needles": 2, "task": "multiquery"},
+            "holds all but 1 of the needles'",
+        ),
+        ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "has 2 needles, but only 1 keys"),
+        ({"task": "sing"}, "task 'sing' is none of"),
+    ],
+)
+def test_a_bad_template_is_one_line(fields, match, toy_dir, prose_file, tmp_path, capsys):
+    argv = f"--model {toy_dir} --template {write_template(tmp_path, **fields)} --lengths 500"
+    with pytest.raises(SystemExit) as stop:
+        eval_needle.main(f"{argv} --haystack {prose_file} --out {tmp_path / 'out'}".split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and match in error.splitlines()[-1], error
+    assert not (tmp_path / "out").exists()
+
+
+def test_lengths_and_compare_come_from_the_run(toy_dir, prose_file, tmp_path):
+    """All defaults: the model that train.py began with beside its result, old window .. new; the
+    base gets --n_beyond haystacks past its window."""
+    from model import save_pretrained
+
+    model, window, base = load_pretrained(toy_dir), 256, str(tmp_path / "base")
+    for folder, length in ((base, window), (tmp_path / "out", 4 * window)):
+        model.config = model.config.with_rope(1e4, length)
+        save_pretrained(model, folder, tokenizer_from=toy_dir)
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"settings": {"model": base}}))
+    eval_needle.main(
+        f"--model {tmp_path / 'out'} --haystack {prose_file} --depths 0.5 --n 2"
+        " --n_beyond 1".split()
+    )
+    lines = (tmp_path / "out" / "needle.jsonl").read_text().splitlines()
+    rows, counts = [json.loads(line) for line in lines], {}
+    for r in rows:
+        counts[r["model"], r["length"]] = counts.get((r["model"], r["length"]), 0) + 1
+    result = str(tmp_path / "out")
+    assert counts == {
+        (base, window): 2,
+        (base, 2 * window): 1,
+        (base, 4 * window): 1,
+        (result, window): 2,
+        (result, 2 * window): 2,
+        (result, 4 * window): 2,
+    }
 
 
 # ---- the figure --------------------------------------------------------------------------------

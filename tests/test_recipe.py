@@ -570,11 +570,12 @@ def test_without_text_the_sample_is_prose(toy_dir, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ("--target_len 0", "--target_len 0 must be at least 2 tokens"),
-        ("--target_len -9", "--target_len -9 must be at least 2 tokens"),
+        ("--target_len 0", "--target_len 0 must be above 1"),
+        ("--target_len -9", "--target_len -9 must be above 1"),
         ("--train_len 1", "--train_len 1 must be between 2 and --target_len 131072"),
         ("--train_len 0", "--train_len 0 must be between"),
         ("--target_len 100 --train_len 101", "--train_len 101 must be .* --target_len 100"),
+        ("--seed -1", "--seed -1 must be within"),
         ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),
         ("--figure r.xyz", r"--figure r.xyz must end in one of \..*\.png"),
         ("--figure recipe", r"--figure recipe must end in one of \..*\.png"),

@@ -293,7 +293,7 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
     assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64" in err
     assert re.search(r"100%.*<00:00.*tok/s", err)  # the progress line has rate and ETA
-    hint = f"next: python eval_needle.py --model {tmp_path / 'a'} --compare {toy_dir}"
+    hint = f"next: python eval_needle.py --model {tmp_path / 'a'}"
     assert f"{hint} --lengths 512 --n 1\n" in err  # small, for a CPU
     argv = command(toy_dir, prose_file, tmp_path / "b", "--extended", str(finished))
     i = argv.index("--probe_steps")
@@ -435,6 +435,7 @@ def test_bad_model_folders(case, toy_dir, tmp_path, bad):
         ("--lr nan", "--lr nan must be positive"),
         ("--seed 99999999999999", "--seed 99999999999999 must be within"),
         ("--impactful pyproject.toml", "pyproject.toml is not valid JSON"),
+        ("--impactful nowhere.json", "--impactful nowhere.json does not exist"),
         ("--method none --train_len 64", "--method none never leaves the old window"),
         ("--resume", "nothing to resume"),
     ],
@@ -461,6 +462,7 @@ def test_the_toy_runs_through_all_stages(tmp_path, capsys):
     assert "toy model; for a real one: --model DIR" in log
     shares = [float(x) for x in re.findall(r"the pair was kept for ([\d.]+)%", log)]
     assert len(shares) == 3 and shares[2] == 100.0  # the replay drops nothing
+    assert f"next: python eval_needle.py --model {tmp_path / 'out'}\n" in log
     assert (tmp_path / "out" / "needle.json").is_file()
     assert base_of_run(tmp_path / "out") == [train.TOY["model"]]
 

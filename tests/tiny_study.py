@@ -1,30 +1,33 @@
-"""Which part of the recipe does what? The tiny model from 8,192 to 32,768 tokens, many times.
+"""Which part of the recipe does what? The tiny model from 8,192 tokens to a longer window, often.
 
-    python tests/tiny_study.py --seeds 0 1 2     # resumable: what is there is not run again
-    python tests/tiny_study.py --report          # only the table, from the JSON in assets/results
+    python tests/tiny_study.py --seeds 0 1 2         # to 32,768; resumable: what is there stays
+    python tests/tiny_study.py --target 131072 --steps 16 --seeds 0 --only longrecipe none pose rpes
+    python tests/tiny_study.py --report              # only the table, from the JSON in assets/
+    python tests/tiny_study.py --default             # README's first pair of commands, kept
 
-Every run sees the same number of tokens: 30 % of the target x STEPS, whatever its method and
-share. Judged on 8 haystacks x 8 questions at 32,768 and 4 x 8 at 8,192 (eval_needle.py).
+With the same seed every run sees the same number of tokens: 30 % of the target x steps, whatever
+its method and share; replay and merge included. Judged by eval_needle.py with 8 questions a
+haystack. The rows `untrained` are the tiny model under another RoPE base.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from model import load_pretrained, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
 from support.cli import log, provenance  # noqa: E402
 from support.results import resampled  # noqa: E402
 from support.run_state import write_atomically  # noqa: E402
 
-TARGET, STEPS = 32_768, 40
-RUNS = Path("runs/tiny_study")
-RESULT = Path("assets/results/tiny_study.json")
-TIMES_4 = "--rope_base 40000"  # theta x T / L, where the paper's formula gives x 14
+RUNS, RESULTS = Path("runs/tiny_study"), Path("assets/results")
+BASE, WINDOW, THETA = "assets/tiny", 8192, 10_000.0
 SETTINGS = {
     "longrecipe": "",
     "none": "--method none --impactful {impactful}",
@@ -34,29 +37,32 @@ SETTINGS = {
     "select random": "--select random",
     "select first": "--select first",
     "select digits": "--select digits",
-    "share 10 %": "--train_len 3328",
-    "share 60 %": "--train_len 19712",
+    "share 10 %": "--train_len {tenth}",
+    "share 60 %": "--train_len {more}",
     "prefix": "--prefix",
-    "longrecipe, base x 4": TIMES_4,
-    "none, base x 4": f"--method none --impactful {{impactful}} {TIMES_4}",
-    "pose, base x 4": f"--method pose {TIMES_4}",
-    "rpes, base x 4": f"--method rpes {TIMES_4}",
-    "full, base x 4": f"--method full {TIMES_4}",
-    "longrecipe, base x 1": "--rope_base 10000",
+    # theta x T / L, where the paper's formula gives x 14 at four times the window
+    "longrecipe, base x T/L": "--rope_base {linear}",
+    "none, base x T/L": "--method none --impactful {impactful} --rope_base {linear}",
+    "pose, base x T/L": "--method pose --rope_base {linear}",
+    "rpes, base x T/L": "--method rpes --rope_base {linear}",
+    "full, base x T/L": "--method full --rope_base {linear}",
+    "longrecipe, base x 1": "--rope_base {old}",
     "no replay": "--replay_steps 0",
     "no merge": "--merge_weight 1",
+    "untrained": None,
+    "untrained, base x T/L": None,
+    "untrained, base x 1": None,
 }
 
 
-def steps_for(flags: str) -> int:
-    """As many as make the same number of tokens."""
-    words = flags.split()
-    length = train_length(TARGET)
+def same_tokens(flags: str, target: int, steps: int) -> int:
+    """Number of steps that make as many tokens as `steps` of 30 % of the target."""
+    words, length = flags.split(), train_length(target)
     if "full" in words:
-        length = TARGET
+        length = target
     if "--train_len" in words:
         length = int(words[words.index("--train_len") + 1])
-    return max(2, round(STEPS * train_length(TARGET) / length))
+    return max(2, round(steps * train_length(target) / length))
 
 
 def run(command: str) -> None:
@@ -64,29 +70,39 @@ def run(command: str) -> None:
     subprocess.run([sys.executable, *command.split()], check=True, stderr=subprocess.DEVNULL)
 
 
-def judge(folder: str, out: Path, more: str = "") -> list[dict]:
-    for lengths, n in ((8192, 4), (TARGET, 8)):
-        run(
-            f"eval_needle.py --model {folder} --compare --template assets/tiny/needle.json"
-            f" --lengths {lengths} --n {n} --out {out} {more}"
-        )
-    rows = [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
-    return [{k: r[k] for k in ("model", "length", "repeat", "depth", "score")} for r in rows]
-
-
-def measure(name: str, seed: int) -> dict:
-    out = RUNS / f"{name.replace(' ', '_').replace(',', '').replace('%', '')}_{seed}"
-    impactful = RUNS / f"longrecipe_{seed}" / "impactful.json"
-    if not (out / "config.json").is_file():
-        flags = SETTINGS[name].format(impactful=impactful)
-        resume = "--resume" if (out / "run.json").is_file() else ""
-        run(
-            f"train.py --target_len {TARGET} --steps {steps_for(flags)} --seed {seed} {flags}"
-            f" --out {out} {resume}"
-        )
+def make_model(name: str, seed: int, args, out: Path) -> dict:
+    """Train (or only re-base) the model of one row into `out`; the flags and their cost."""
+    linear = THETA * args.target / WINDOW
+    if SETTINGS[name] is None:
+        bases = {"untrained": ntk_rope_base(THETA, 64, WINDOW, args.target)}
+        bases |= {"untrained, base x T/L": linear, "untrained, base x 1": THETA}
+        model = load_pretrained(BASE)
+        model.config = model.config.with_rope(bases[name], args.target)
+        save_pretrained(model, out, tokenizer_from=BASE)
+        return {"flags": f"--rope_base {bases[name]:.6g}", "seconds": 0}
+    flags = SETTINGS[name].format(
+        impactful=RUNS / str(args.target) / f"longrecipe_{seed}" / "impactful.json",
+        linear=linear,
+        old=THETA,
+        tenth=args.target // 1280 * 128,
+        more=2 * train_length(args.target),
+    )
+    flags += f" --steps {same_tokens(flags, args.target, args.steps)} --seed {seed}"
+    resume = "--resume" if (out / "run.json").is_file() else ""
+    run(f"train.py --target_len {args.target} {flags} --out {out} {resume}")
     record = json.loads((out / "run.json").read_text())
-    rows = judge(str(out), out)
-    return {"seconds": record["seconds"], "commit": record["commit"], "scores": by_length(rows)}
+    keep = ("seconds", "peak_GiB", "commit")
+    return {"flags": flags, **{k: record[k] for k in keep}}
+
+
+def measure(name: str, seed: int, args) -> dict:
+    plain = "".join(c if c.isalnum() else "_" for c in name)
+    out = RUNS / str(args.target) / f"{plain}_{seed}"
+    record = make_model(name, seed, args, out)
+    for length, n in ((WINDOW, args.n), (args.target, args.n)):
+        run(f"eval_needle.py --model {out} --compare --lengths {length} --n {n}")
+    rows = [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
+    return record | {"scores": by_length(rows)}
 
 
 def by_length(rows: list[dict]) -> dict:
@@ -97,40 +113,65 @@ def by_length(rows: list[dict]) -> dict:
     return {length: list(haystacks.values()) for length, haystacks in table.items()}
 
 
+def default_run() -> None:
+    """The two commands of README's first screen, and the loss by position beside them."""
+    out, kept = Path("runs/tiny_128k"), RESULTS / "tiny_128k"
+    if not (out / "config.json").is_file():
+        resume = "--resume" if (out / "run.json").is_file() else ""
+        run(f"train.py --target_len 131072 --out {out} {resume}")
+    kept.mkdir(parents=True, exist_ok=True)
+    run(f"eval_needle.py --model {out}")
+    for name in ("needle.png", "needle_results.json", "run.json", "metrics.jsonl"):
+        shutil.copyfile(out / name, kept / name)
+    shutil.copyfile(out / "impactful.json", kept / "impactful.json")
+    run(f"eval_needle.py --model {out} --ppl --n 1 --n_beyond 1 --lengths 8192 131072")
+    shutil.copyfile(out / "curves.png", kept / "curves.png")
+    shutil.copyfile(out / "needle_results.json", kept / "loss_results.json")
+    shutil.copyfile(out / "needle.jsonl", kept / "needle.jsonl")
+
+
 def report(found: dict) -> None:
     """Mean over seeds; the interval draws (seed, haystack) clusters again."""
-    print(f"{'':24}{'seeds':>6}{'8,192':>20}{'32,768':>20}")
-    for name in found["runs"]:
-        seeds = found["runs"][name]
-        line = f"{name:24}{len(seeds):>6}"
-        for length in ("8192", str(TARGET)):
+    lengths = [str(WINDOW), str(found["target"])]
+    print(f"{'':24}{'seeds':>6}{'minutes':>9}" + "".join(f"{int(n):>20,}" for n in lengths))
+    for name, seeds in found["runs"].items():
+        minutes = sum(one["seconds"] for one in seeds.values()) / len(seeds) / 60
+        line = f"{name:24}{len(seeds):>6}{minutes:>9.1f}"
+        for length in lengths:
             clusters = [c for one in seeds.values() for c in one["scores"][length]]
-            scores = [s for c in clusters for s in c]
+            scores = [score for c in clusters for score in c]
             low, high = resampled(clusters)
-            line += f"{sum(scores) / len(scores):>8.1%} [{low:.0%},{high:.0%}]".rjust(20)
+            line += f"{sum(scores) / len(scores):.1%} [{low:.0%},{high:.0%}]".rjust(20)
         print(line)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--target", type=int, default=32_768, help="window to reach, tokens")
+    p.add_argument("--steps", type=int, default=40, help="optimizer steps of 30 %% of the target")
+    p.add_argument("--n", type=int, default=8, help="haystacks per length")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--only", nargs="+", choices=SETTINGS, help="settings to run")
     p.add_argument("--report", action="store_true")
+    p.add_argument("--default", action="store_true", help="only train.py and eval_needle.py")
     args = p.parse_args()
     os.chdir(ROOT)
-    found = json.loads(RESULT.read_text()) if RESULT.is_file() else {"runs": {}}
-    if args.report:
-        report(found)
+    if args.default:
+        default_run()
         return
-    found |= {"target": TARGET, "steps": STEPS, "paper_base": ntk_rope_base(1e4, 64, 8192, TARGET)}
-    for seed in args.seeds:
-        for name in args.only or SETTINGS:
-            if str(seed) in found["runs"].setdefault(name, {}):
-                continue
-            found["runs"][name][str(seed)] = measure(name, seed)
-            keep = ("torch", "python", "hardware", "threads")
-            found |= {k: v for k, v in provenance(0).items() if k in keep}
-            write_atomically(RESULT, json.dumps(found) + "\n")
+    file = RESULTS / f"tiny_study_{args.target}.json"
+    found = json.loads(file.read_text()) if file.is_file() else {"runs": {}}
+    if not args.report:
+        found |= {"target": args.target, "steps": args.steps, "haystacks": args.n}
+        for seed in args.seeds:
+            for name in args.only or SETTINGS:
+                seeds = found["runs"].get(name, {})
+                if str(seed) in seeds or (SETTINGS[name] is None and seeds):
+                    continue
+                found["runs"][name] = seeds | {str(seed): measure(name, seed, args)}
+                keep = ("torch", "python", "hardware", "threads")
+                found |= {k: v for k, v in provenance(0).items() if k in keep}
+                write_atomically(file, json.dumps(found) + "\n")
     report(found)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from support.results import resampled  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results"
-RUN = RESULTS / "smollm2_16k"
+RUN, TINY = RESULTS / "smollm2_16k", RESULTS / "tiny_128k"
 
 
 def read(path: Path) -> dict | None:
@@ -54,6 +55,64 @@ def cell(table: list[dict], model: str, task: str, length: int) -> str:
     return "not run"
 
 
+def tiny() -> str:
+    found, run = (read(TINY / f) for f in ("needle_results.json", "run.json"))
+    if not found:
+        return "Not run yet: `python tests/tiny_study.py --default`."
+    lengths = sorted({e["length"] for e in found["table"]})
+    lines = [
+        "| 8 keys, 8 questions | " + " | ".join(f"{n:,}" for n in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    models = list(found["models"])
+    for label, name in zip(models, ("base, window 8,192", "**after train.py**"), strict=True):
+        cells = [cell(found["table"], label, "multiquery", n) for n in lengths]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    base, result = (
+        ", ".join(str(e["haystacks"]) for e in found["table"] if e["model"] == label)
+        for label in models
+    )
+    s = run["settings"]
+    lines += [
+        "",
+        f"`train.py`: {run['seconds'] / 60:.1f} minutes, peak {run['peak_GiB']:.1f} GiB"
+        f" ({s['steps']} samples of {s['train_len']:,} tokens, {s['replay_steps']} of"
+        f" {s['replay_len']:,} for the replay, {s['dtype']}); `eval_needle.py`:"
+        f" {found['seconds'] / 60:.1f} minutes; {run['threads']} cores of {run['hardware']}, commit"
+        f" {run['commit']}; [JSON](assets/results/tiny_128k). Haystacks per length:"
+        f" {base} (base), {result} (result);"
+        " 8 questions each, answered from one prefill; intervals draw whole haystacks again, a lone"
+        " haystack has Wilson's. Chance among the 8 values is 12.5 %.",
+    ]
+    return "\n".join(lines)
+
+
+def study(target: int) -> str:
+    found = read(RESULTS / f"tiny_study_{target}.json")
+    if not found:
+        return f"Not run yet: `python tests/tiny_study.py --target {target}`."
+    lines = [
+        f"| setting | seeds | at 8,192 | at {target:,} |",
+        "|---|---|---|---|",
+    ]
+    for name, seeds in found["runs"].items():
+        cells = []
+        for length in ("8192", str(target)):
+            clusters = [c for one in seeds.values() for c in one["scores"][length]]
+            scores = [score for c in clusters for score in c]
+            low, high = resampled(clusters)
+            cells.append(f"{sum(scores) / len(scores):.0%} ({low:.0%}-{high:.0%})")
+        lines.append(f"| {name} | {len(seeds)} | {cells[0]} | {cells[1]} |")
+    lines += [
+        "",
+        f"Share of questions answered: {found['haystacks']} haystacks x 8 questions per length and"
+        f" seed; {found['steps']} steps of 30 % of the target, or as many tokens; interval: whole"
+        f" haystacks drawn again. {found['threads']} cores of {found['hardware']},"
+        f" [JSON](assets/results/tiny_study_{target}.json).",
+    ]
+    return "\n".join(lines)
+
+
 def results() -> str:
     rows, stages = (
         read(RUN / "rows" / "needle_results.json"),
@@ -75,7 +134,7 @@ def results() -> str:
     n, texts = (
         next(e["n"] for e in rows["table"] if e["task"] == t) for t in ("niah_single", "loss")
     )
-    run, paper = read(RUN / "longrecipe" / "run.json"), train.parse([])
+    run, paper = read(RUN / "longrecipe" / "run.json"), train.parse(["--model", "any"])
     s = run["settings"]
     lines += [
         "",
@@ -145,7 +204,14 @@ def smallest() -> str:
     )
 
 
-REGIONS = {"results": results, "smallest": smallest, "cost": cost}
+REGIONS = {
+    "tiny": tiny,
+    "study 32768": lambda: study(32_768),
+    "study 131072": lambda: study(131_072),
+    "results": results,
+    "smallest": smallest,
+    "cost": cost,
+}
 
 
 def render(text: str) -> str:
