@@ -13,7 +13,7 @@ built from token ids and never encoded again as a whole; a BOS is put in front o
 the checkpoint's own tokenizer does so; needles go in at sentence ends found in the decoded text.
 
 Results, by default in the folder of --model: needle.jsonl (one line per sample; what is there is
-not run again), needle_results.json, needle.png.
+not run again), needle_results.json, needle.png, curves.png.
 Does NOT do: chat templates, sampling, teacher-forced scores.
 Glossary: see model.py.
 """
@@ -54,9 +54,8 @@ from support.run_state import base_of_run, write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Wording, number and words of the needles. The first one stands at the depth of the cell and
-    is asked for; with ask_all the needles divide the depths among them, and each is asked for in
-    turn, after one prefill of the text."""
+    """Wording, number and words of the needles. The first one stands at the cell's depth and is
+    asked for; with ask_all they divide the depths among them and each is asked for in turn."""
 
     needles: int = 1
     ask_all: bool = False
@@ -76,7 +75,7 @@ class Task:
 TASKS = {
     "niah_single": Task(),
     "multikey": Task(needles=4),
-    # subtle: RULER asks for all of them at once; one at a time a tiny model can answer too
+    # RULER asks for all of them at once; one at a time, from one prefill, a tiny model can answer
     "multiquery": Task(needles=4, ask_all=True),
 }
 

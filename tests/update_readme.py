@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from tiny_study import SETTINGS  # noqa: E402
+
 import train  # noqa: E402
 from support.results import resampled  # noqa: E402
 
@@ -95,8 +97,8 @@ def study(target: int) -> str:
         f"| setting | seeds | at 8,192 | at {target:,} |",
         "|---|---|---|---|",
     ]
-    for name, seeds in found["runs"].items():
-        cells = []
+    for name in (name for name in SETTINGS if name in found["runs"]):
+        seeds, cells = found["runs"][name], []
         for length in ("8192", str(target)):
             clusters = [c for one in seeds.values() for c in one["scores"][length]]
             scores = [score for c in clusters for score in c]
