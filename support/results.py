@@ -109,9 +109,7 @@ def print_table(table: list[dict]) -> None:
     for task in dict.fromkeys(e["task"] for e in table):
         unit = "nats per token" if task == "loss" else "found, 95 % interval"
         if task == "multiquery":
-            print(
-                "\nmultiquery: several needles in one text, each asked for in turn from one prefill;"
-            )
+            print("\nmultiquery: several needles in one text, asked for in turn from one prefill;")
             print("harder than one needle per text, as the others can be taken for it", end="")
         print(f"\n{task} ({unit})\n{'':24}" + "".join(f"{n:>20,}" for n in lengths))
         for model in dict.fromkeys(e["model"] for e in table):
