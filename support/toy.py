@@ -138,7 +138,7 @@ class ToyCorpus(Corpus):
     """A corpus whose windows have the toy task woven in: one pair and question in 512 tokens of
     the sample. Windows longer than the sample repeat each pair, so that selection can drop some."""
 
-    def __init__(self, tokens: Tokens, min_tokens: int, tokenizer, copies: int = 9):
+    def __init__(self, tokens: Tokens, min_tokens: int, tokenizer, copies: int = 5):
         super().__init__(tokens, min_tokens)
         self.sample_tokens, self.copies, self.weaver = min_tokens, copies, Weaver(tokenizer)
         self.tokenizer, self.known, self.questions = tokenizer, 0, 0
