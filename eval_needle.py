@@ -106,11 +106,10 @@ def sentence_ends(ids: Tensor, tokenizer) -> Tensor:
 
 
 class Haystack:
-    """The text as tokens, encoded once, with its sentence ends; it repeats when a sample needs
-    more."""
+    """A text as tokens, encoded once, with its sentence ends; it repeats where it is short."""
 
     def __init__(self, text: str, tokenizer):
-        self.text, self.tokenizer = text, tokenizer
+        self.text, self.tokenizer = text.lower(), tokenizer  # answers are compared in lower case
         self.ids = torch.tensor(tokenizer.encode(text))
         self.starts = sentence_ends(self.ids, tokenizer)
 
@@ -124,7 +123,7 @@ class Haystack:
 def draw_values(task: Task, text: str, rng: random.Random) -> list[str]:
     """A value for each needle, all different, none of which the haystack holds."""
     if task.values:
-        free = [value for value in task.values if value not in text]
+        free = [value for value in task.values if value.lower() not in text]
         if len(free) < task.needles:
             raise ValueError(f"the haystack holds all but {len(free)} of the needles' values")
         return rng.sample(free, task.needles)
@@ -324,22 +323,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = p.add_argument
     add("--model", default=RESULT, metavar="DIR", help="Hugging Face folder to judge")
-    add(
-        "--compare",
-        nargs="*",
-        metavar="DIR",
-        help="others beside it (None: base of train.py's run)",
-    )
+    add("--compare", nargs="*", metavar="DIR", help="others beside it (None: base of the run)")
     add("--controls", action="store_true", help="also the base under the new RoPE base")
-    add("--tasks", nargs="*", choices=sorted(TASKS), help="may be none (None: niah_single)")
+    add("--tasks", nargs="*", choices=sorted(TASKS), help="(None: template, or niah_single)")
     add("--template", metavar="FILE", help="wording of needles (None: --model's needle.json)")
     add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
     depths = [0.0, 0.25, 0.5, 0.75, 1.0]
     add("--depths", nargs="+", type=float, default=depths, help="0: start, 1: end")
     add("--n", type=int, help="haystacks per length (None: 2, or what the template says)")
-    add("--n_beyond", type=int, help="of a compared model beyond its window (None: --n)")
+    add("--n_beyond", type=int, help="beyond a compared model's window (None: template, --n)")
     add("--ppl", action="store_true", help="also the loss per token on n haystack texts per length")
-    add("--haystack", metavar="PATH", help="text or folder (None: data/essays, else Python docs)")
+    add("--haystack", metavar="PATH", help="text, folder (None: template, essays, Python docs)")
     add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
     add("--seed", type=int, default=0)
     add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
@@ -419,7 +413,8 @@ def resolve_grid(args, windows: list[int]) -> dict[str, Task]:
             raise ValueError(f"{name} has {t.needles} needles, but only {len(t.keys)} keys")
     args.haystack = args.haystack or defaults.get("haystack")
     args.n = args.n or (defaults.get("n", 2) if args.n is None else args.n)
-    args.n_beyond = args.n_beyond or defaults.get("n_beyond", args.n)
+    if args.n_beyond is None:
+        args.n_beyond = defaults.get("n_beyond", args.n)
     new = max(windows)
     args.lengths = sorted(set(args.lengths or [min(windows), new // 4, new // 2, new]))
     args.depths = sorted(set(args.depths))

@@ -65,6 +65,7 @@ TOY = {
     "analysis_samples": 2,
     "replay_steps": 8,
     "replay_lr": 2e-4,
+    "save_minutes": 2,
 }
 
 
@@ -390,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
             if extended.config.vocab_size != config.vocab_size:
                 raise ValueError(f"--extended {args.extended} has another vocabulary than --model")
 
-        log_device(args.device, CUDA_BACKENDS)
+        log_device(args.device, CUDA_BACKENDS, toy=args.model == TINY)
         read = f"{corpus.source}: {corpus.tokens:,} tokens"
         log(f"data: {read}, {corpus.too_short} documents too short")
         plan = [f"{s.name} {s.steps:,} x {args.batch_sequences} x {s.tokens:,}" for s in stages]

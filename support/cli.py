@@ -93,9 +93,11 @@ def log(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def log_device(device: str, backends) -> None:
+def log_device(device: str, backends, toy: bool) -> None:
     """backends: what attention may run on there, in order."""
-    if device == "cpu":
+    if device == "cpu" and toy:
+        log("no CUDA device: going on with the CPU, for which the toy's numbers are made")
+    elif device == "cpu":
         log("no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:")
         log("--steps, --replay_steps, --batch_sequences and --train_len make less of it")
     else:

@@ -1,6 +1,5 @@
 """Figures, all with axes, units and n. matplotlib is imported only where something is drawn."""
 
-import math
 import textwrap
 from pathlib import Path
 
@@ -56,45 +55,39 @@ def text_color(background: tuple) -> str:
 
 
 def draw_curves(path: Path, rows: list[dict], task: str) -> None:
-    """Left: share found against the distance between needle and question. Right: loss against
-    position in the longest texts, where --ppl measured it. One line per model."""
+    """In the longest texts, one line per model. Left: share found against the distance between
+    needle and question. Right, where --ppl measured it: loss against position."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    longest = max((r["length"] for r in rows if r["task"] == "loss"), default=0)
+    longest = max(r["length"] for r in rows)
+    measured = any(r["task"] == "loss" for r in rows)
+    figure = Figure(figsize=(10 if measured else 5.5, 4), layout="constrained")
+    left, *right = figure.subplots(1, 1 + measured, squeeze=False)[0]
     for label in dict.fromkeys(r["model"] for r in rows):
-        found: dict[int, list[float]] = {}  # power of sqrt(2) of the distance -> scores
-        losses: dict[int, list[float]] = {}  # 1,024 positions -> nats
-        for r in (r for r in rows if r["model"] == label):
-            if r["task"] == task:
-                distance = max(1.0, (1 - r["true_depth"]) * r["length"])
-                found.setdefault(round(2 * math.log2(distance)), []).append(r["score"])
-            if r["task"] == "loss" and r["length"] == longest:
-                for i, loss in enumerate(r["loss_by_1024"]):
-                    losses.setdefault(i, []).append(loss)
-        x = [2 ** (k / 2) for k in sorted(found)]
-        y = [sum(found[k]) / len(found[k]) for k in sorted(found)]
-        n = sum(map(len, found.values()))
-        left.plot(x, y, marker="o", markersize=3, label=f"{label}, n = {n} needles")
-        per = max(1, len(losses) // 64)  # at most 64 points
-        bins = [
-            [v for i in range(b, b + per) for v in losses.get(i, ())]
-            for b in range(0, len(losses), per)
-        ]
-        position = [(i + 0.5) * per for i in range(len(bins))]
-        if bins:
-            texts = len(losses[0])
-            mean = [sum(b) / len(b) for b in bins]
-            right.plot(position, mean, label=f"{label}, n = {texts} texts")
-    left.set(xscale="log", xlabel="tokens between needle and question", ylabel=f"{task}: found")
+        own = [r for r in rows if r["model"] == label and r["length"] == longest]
+        found: dict[int, list[float]] = {}  # sixteenth of the length -> scores
+        for r in (r for r in own if r["task"] == task):
+            found.setdefault(int(16 * (1 - r["true_depth"])), []).append(r["score"])
+        if found:
+            x = [(k + 0.5) / 16 * longest / 1024 for k in sorted(found)]
+            y = [sum(found[k]) / len(found[k]) for k in sorted(found)]
+            n = sum(map(len, found.values()))
+            left.plot(x, y, marker="o", markersize=3, label=f"{label}, n = {n} needles in all")
+        losses = [r["loss_by_1024"] for r in own if r["task"] == "loss"]
+        if losses:
+            per = -(-len(losses[0]) // 64)  # bins a point, for at most 64 points
+            mean = [sum(column) / len(column) for column in zip(*losses, strict=True)]
+            points = [mean[i : i + per] for i in range(0, len(mean), per)]
+            position = [(i + 0.5) * per for i in range(len(points))]
+            loss = [sum(p) / len(p) for p in points]
+            right[0].plot(position, loss, label=f"{label}, n = {len(losses)} texts")
+    left.set(xlabel="distance of the needle (units of 1,024 tokens)", ylabel=f"{task}: found")
+    left.set_title(f"texts of {longest:,} tokens", fontsize=9)
     left.set_ylim(-0.03, 1.03)
     left.legend(fontsize=8)
-    right.set(xlabel="position (units of 1,024 tokens)", ylabel="loss, nats per token")
-    if right.lines:
-        right.legend(fontsize=8)
-    else:
-        right.text(0.5, 0.5, "not measured (--ppl)", ha="center", transform=right.transAxes)
+    for axis in right:
+        axis.set(xlabel="position (units of 1,024 tokens)", ylabel="loss, nats per token")
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -59,10 +59,12 @@ def read_template(path: Path) -> tuple[dict, dict]:
         kind = (WORDING | DEFAULTS).get(name)
         if kind is None:
             raise ValueError(f"{path}: unknown field {name!r}; {', '.join(WORDING | DEFAULTS)}")
-        if not isinstance(value, kind) or (kind is int and not value >= 1):
+        if type(value) is not kind or (kind is int and value < 1):
             raise ValueError(f"{path}: {name} is {value!r}, wanted: {kind.__name__}")
         if kind is list and not (value and all(isinstance(x, str) and x for x in value)):
             raise ValueError(f"{path}: {name} must be a list of words")
+        if kind is list and len(set(value)) < len(value):
+            raise ValueError(f"{path}: {name} holds a word twice")
         try:
             value.format(key="", value="") if kind is str else None
         except (KeyError, IndexError, ValueError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from support.cli import on_ctrl_c
+from support.cli import log, on_ctrl_c
 from support.config_files import read_json
 
 STATE = "state.pt"
@@ -43,7 +43,10 @@ class RunFolder:
         """What write_settings wrote; ValueError if there is no run."""
         if not (self.path / "run.json").is_file():
             raise ValueError(f"nothing to resume: {self.path / 'run.json'} does not exist (--out)")
-        return read_json(self.path / "run.json").get("settings") or {}
+        settings = read_json(self.path / "run.json").get("settings")
+        if not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
+            raise ValueError(f"{self.path / 'run.json'} holds no settings of a run (--out)")
+        return settings
 
     def check(self, settings: dict, resume: bool) -> None:
         """ValueError if the folder holds something else, or a run with other settings. Writes
@@ -134,7 +137,10 @@ def base_of_run(folder: str | Path) -> list[str]:
     """The model that train.py extended into this folder, or nothing where that cannot be told."""
     run = Path(folder) / "run.json"
     base = (read_json(run).get("settings") or {}).get("model") if run.is_file() else None
-    return [base] if isinstance(base, str) and Path(base).is_dir() else []
+    if isinstance(base, str) and not Path(base).is_dir():
+        log(f"{base}, which the run began with, is no folder here; --compare DIR for another")
+        return []
+    return [base] if isinstance(base, str) else []
 
 
 def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:

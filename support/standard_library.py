@@ -8,7 +8,8 @@ SEPARATOR = "\n\n\n"
 
 
 def standard_library_topics() -> str:
-    """The chapters of the language reference that ship with Python, about 110k tokens of prose."""
+    """The chapters of the language reference that ship with Python: 110k to 165k tokens of prose,
+    depending on the tokenizer."""
     from pydoc_data.topics import topics
 
     return SEPARATOR.join(text for _, text in sorted(topics.items()))

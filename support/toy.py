@@ -1,8 +1,9 @@
 """The toy task: sentences that pair two words, woven into long text, and questions about them.
 
 A tiny model can learn to answer them on two CPU cores in minutes, so they show there what a needle
-test shows on a real model. Training has its own keys, values and wordings; the test's are in
-assets/tiny/needle.json. None of the words occurs in the Python standard library."""
+test shows on a real model. Keys and wordings of the test (assets/tiny/needle.json) are held out
+from every pair sentence of the training; the 64 values are the same. None of the words occurs in
+the Python standard library."""
 
 import os
 import re
@@ -122,7 +123,10 @@ class Weaver:
             first, second = torch.rand(2, generator=generator).sort().values.tolist()
             inserts += [(first, block, 0), (second, block, len(block) - 1)]
         inserts.sort(key=lambda insert: insert[0])
-        text = draw(tokens - sum(len(ids) for _, ids, _ in inserts))
+        room = tokens - sum(len(ids) for _, ids, _ in inserts)
+        if room < 0:
+            raise ValueError(f"{tokens} tokens are too few for the toy's pairs (--train_len)")
+        text = draw(room)
         out, role, done = [], [], 0
         for place, ids, known in inserts:
             here = int(place * len(text))
@@ -135,8 +139,9 @@ class Weaver:
 
 
 class ToyCorpus(Corpus):
-    """A corpus whose windows have the toy task woven in: one pair and question in 512 tokens of
-    the sample. Windows longer than the sample repeat each pair, so that selection can drop some."""
+    """A corpus whose windows have the toy task woven in: one pair and question per 128 tokens of
+    the sample, at most 88. Windows longer than the sample repeat each pair, so that selection can
+    drop some."""
 
     def __init__(self, tokens: Tokens, min_tokens: int, tokenizer, copies: int = 5):
         super().__init__(tokens, min_tokens)

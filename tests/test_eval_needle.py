@@ -167,6 +167,8 @@ def test_multiquery_interval_draws_whole_haystacks():
     row = {"model": "m", "length": 100}
     rows = [row | {"task": "multiquery", "repeat": r, "score": float(r)} for r in (0, 1)] * 8
     assert summarise(rows)[0]["interval_95"] == [0.0, 1.0]
+    agree = [r | {"score": 1.0} for r in rows]  # two haystacks that agree prove little
+    assert summarise(agree)[0]["interval_95"] == [round(x, 3) for x in wilson(16, 16)]
     assert summarise(rows)[0]["haystacks"] == 2 and summarise(rows)[0]["n"] == 16
     one = [r | {"repeat": 0} for r in rows]
     assert summarise(one)[0]["interval_95"] == [round(x, 3) for x in wilson(8, 16)]
@@ -473,6 +475,8 @@ def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp
         ({"question": "What?", "answer": ""}, "neither question nor answer holds {key}"),
         ({"keys": "Anna"}, "keys is 'Anna', wanted: list"),
         ({"keys": []}, "keys must be a list of words"),
+        ({"keys": ["Anna", "Anna"]}, "keys holds a word twice"),
+        ({"n": True}, "n is True, wanted: int"),
         ({"needles": 0}, "needles is 0, wanted: int"),
         (
             {"values": ["zyx"], "needles": 2, "task": "multiquery"},

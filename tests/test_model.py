@@ -290,6 +290,14 @@ def test_attention_equals_a_slow_loop(T, S):
     assert (attention(q, k, v) - slow).abs().max() < 1e-10
 
 
+def test_attention_over_a_past_has_gradients_where_they_are_asked_for():
+    """The fast path on CPU has none through its logsumexp, so it must not be taken then."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, 5, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(attention, (q, k, v))
+
+
 def test_chunked_prefill_and_generation_equal_the_uncached_forward(tmp_path):
     make_hf_llama().save_pretrained(tmp_path)
     model = load_pretrained(tmp_path)

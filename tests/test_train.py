@@ -444,6 +444,13 @@ def test_bad_flags(flags, match, bad):
     bad(match, *flags.split())
 
 
+def test_resume_from_a_folder_without_settings_is_one_line(tmp_path, bad):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+
+
 def test_without_a_model_the_toy_numbers_hold_and_with_one_the_papers():
     toy, real = train.parse([]), train.parse(["--model", "x"])
     for name, value in train.TOY.items():

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from model import load_pretrained, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
 from support.cli import log, provenance  # noqa: E402
-from support.results import resampled  # noqa: E402
+from support.results import clustered  # noqa: E402
 from support.run_state import write_atomically  # noqa: E402
 
 RUNS, RESULTS = Path("runs/tiny_study"), Path("assets/results")
@@ -120,7 +120,7 @@ def default_run() -> None:
         resume = "--resume" if (out / "run.json").is_file() else ""
         run(f"train.py --target_len 131072 --out {out} {resume}")
     kept.mkdir(parents=True, exist_ok=True)
-    run(f"eval_needle.py --model {out}")
+    run(f"eval_needle.py --model {out} --controls")
     for name in ("needle.png", "needle_results.json", "run.json", "metrics.jsonl"):
         shutil.copyfile(out / name, kept / name)
     shutil.copyfile(out / "impactful.json", kept / "impactful.json")
@@ -140,7 +140,7 @@ def report(found: dict) -> None:
         for length in lengths:
             clusters = [c for one in seeds.values() for c in one["scores"][length]]
             scores = [score for c in clusters for score in c]
-            low, high = resampled(clusters)
+            low, high = clustered(clusters)
             line += f"{sum(scores) / len(scores):.1%} [{low:.0%},{high:.0%}]".rjust(20)
         print(line)
 
