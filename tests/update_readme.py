@@ -88,6 +88,18 @@ def tiny() -> str:
         " 8 questions each, answered from one prefill; intervals draw whole haystacks again"
         " and are never narrower than Wilson's. Chance among the 8 values is 12.5 %.",
     ]
+    made, judged = (
+        read(ROOT / "assets/tiny/training.json"),
+        read(RESULTS / "tiny/needle_results.json"),
+    )
+    score = judged["table"][0]
+    lines += [
+        "",
+        "The tiny model was trained by this project from random weights"
+        f" (`python tests/make_tiny.py`, {made['training_seconds'] / 60:.0f} minutes on {made['threads']} cores):"
+        f" {score['mean']:.0%} of eight keys at {score['length']:,} tokens (n = {score['n']},"
+        " [JSON](assets/results/tiny/needle_results.json)).",
+    ]
     return "\n".join(lines)
 
 
