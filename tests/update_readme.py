@@ -81,7 +81,8 @@ def tiny() -> str:
         f"`train.py`: {run['seconds'] / 60:.1f} minutes, peak {run['peak_GiB']:.1f} GiB"
         f" ({s['steps']} samples of {s['train_len']:,} tokens, {s['replay_steps']} of"
         f" {s['replay_len']:,} for the replay, {s['dtype']}); `eval_needle.py`:"
-        f" {found['seconds_of_all_rows'] / 60:.1f} minutes, the sum of its rows;"
+        f" {found['seconds_of_all_rows'] / 60:.1f} minutes, the sum of its rows, while"
+        " other jobs shared the cores;"
         f" {run['threads']} cores of {run['hardware']}, commit {run['commit']};"
         " [JSON](assets/results/tiny_128k). Haystacks per length:"
         f" {base} (base and control), {result} (result);"
@@ -96,7 +97,8 @@ def tiny() -> str:
     lines += [
         "",
         "The tiny model was trained by this project from random weights"
-        f" (`python tests/make_tiny.py`, {made['training_seconds'] / 60:.0f} minutes on {made['threads']} cores):"
+        f" (`python tests/make_tiny.py`, {made['training_seconds'] / 60:.0f} minutes on"
+        f" {made['threads']} cores):"
         f" {score['mean']:.0%} of eight keys at {score['length']:,} tokens (n = {score['n']},"
         " [JSON](assets/results/tiny/needle_results.json)).",
     ]
@@ -123,7 +125,7 @@ def study(target: int) -> str:
         "",
         f"Share of questions answered: {found['haystacks']} haystacks x 8 questions per length and"
         f" seed; {found['steps']} steps of 30 % of the target, or as many tokens; interval: whole"
-        f" haystacks drawn again. {found['threads']} cores of {found['hardware']},"
+        f" haystacks drawn again. {found['threads']} core(s) of {found['hardware']},"
         f" [JSON](assets/results/tiny_study_{target}.json).",
     ]
     return "\n".join(lines)
