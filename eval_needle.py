@@ -244,6 +244,11 @@ class Candidate:
     config: LlamaConfig
     rope: tuple[float, int] | None = None  # (base, window)
 
+    @property
+    def window(self) -> int:
+        """Up to where this candidate is meant to work, tokens."""
+        return self.rope[1] if self.rope else self.config.max_position_embeddings
+
     def load(self, args) -> Llama:
         model = load_pretrained(self.folder, args.torch_dtype, args.device)
         if self.rope:
@@ -264,8 +269,7 @@ def run_candidate(
     names = [*tasks, "loss"] if args.ppl else [*tasks]
     cells = [(t, n, r) for t in names for n in args.lengths for r in range(args.n)]
     if candidate.folder != args.model:  # a model that is beyond its window is soon judged
-        window = candidate.config.max_position_embeddings
-        cells = [(t, n, r) for t, n, r in cells if n <= window or r < args.n_beyond]
+        cells = [(t, n, r) for t, n, r in cells if n <= candidate.window or r < args.n_beyond]
     for task, length, repeat in progress(cells, candidate.label, unit="row"):
         row_seed = f"{args.seed}/{task}/{length}/{repeat}"
         shared = None
@@ -412,7 +416,8 @@ def resolve_grid(args, windows: list[int]) -> dict[str, Task]:
         if len(t.keys) < t.needles:
             raise ValueError(f"{name} has {t.needles} needles, but only {len(t.keys)} keys")
     args.haystack = args.haystack or defaults.get("haystack")
-    args.n = args.n or (defaults.get("n", 2) if args.n is None else args.n)
+    if args.n is None:
+        args.n = defaults.get("n", 2)
     if args.n_beyond is None:
         args.n_beyond = defaults.get("n_beyond", args.n)
     new = max(windows)
@@ -433,8 +438,8 @@ def report(
     print_table(table)
     models, trained = {}, {c.label: c.config.max_position_embeddings for c in candidates}
     for c in candidates:
-        theta, window = c.rope or (c.config.rope_theta, c.config.max_position_embeddings)
-        models[c.label] = {"rope_theta": theta, "window": window}
+        theta = c.rope[0] if c.rope else c.config.rope_theta
+        models[c.label] = {"rope_theta": theta, "window": c.window}
     summary = {
         "settings": vars(args) | {"torch_dtype": str(args.torch_dtype)},
         "haystack": source,

@@ -296,7 +296,7 @@ class Trainer:
                 ids, positions = sample(
                     stage, corpus, self.tokenizer, self.args, self.impactful, generator
                 )
-                corpus.look_at(ids)
+                corpus.look_at(ids)  # the toy corpus counts its questions; others do nothing
                 batch.append((ids[None], positions[None], next_token_targets(ids[None])))
             loss = accumulate(self.model, batch, lambda: self.bar.update(stage.tokens))
             lr = learning_rate(stage, i, self.args.warmup_steps, first)

@@ -1,7 +1,5 @@
 """What a training run draws its samples from."""
 
-from pathlib import Path
-
 from support.cli import log
 from support.text import Corpus, load_tokens
 from support.toy import TINY, ToyCorpus, load_toy_text
@@ -11,8 +9,7 @@ def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
     """What the extension and the replay draw from; the toy model's task is woven into both."""
     remedy = "give longer texts with --{}, join them with --join, or lower --{}"
     remedies = remedy.format("data", "train_len"), remedy.format("replay_data", "replay_len")
-    toy = Path(args.model).resolve() == Path(TINY).resolve()
-    if toy and args.data is None and args.replay_data is None:
+    if args.model == TINY and args.data is None and args.replay_data is None:
         log("toy model; for a real one: --model DIR")
         tokens = load_toy_text(tokenizer)
         return tuple(ToyCorpus(tokens, n, tokenizer) for n in (args.train_len, args.replay_len))

@@ -21,14 +21,18 @@ def parse_or_resume(
     p: argparse.ArgumentParser, argv: list[str] | None, toy: dict
 ) -> argparse.Namespace:
     """The flags. Those that the command line does not give are, with --resume, the run's own, and
-    without a --model the toy's."""
+    for the toy model (no --model, or its folder however written) the toy's."""
     args = p.parse_args(argv)
+    is_toy = args.model is None or Path(args.model).resolve() == Path(toy["model"]).resolve()
     if args.resume:
         before = RunFolder(args.out).settings()
         p.set_defaults(**{k: v for k, v in before.items() if k in vars(args)})
-    elif args.model is None:
+    elif is_toy:
         p.set_defaults(**toy)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if is_toy and not args.resume:
+        args.model = toy["model"]
+    return args
 
 
 class RunFolder:

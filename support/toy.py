@@ -163,10 +163,11 @@ class ToyCorpus(Corpus):
         self.known, self.questions = self.known + known, self.questions + questions
 
     def remark(self) -> str:
-        share = self.known / max(1, self.questions)
-        text = f"the pair was kept for {share:.1%} of the {self.questions} questions kept"
+        known, questions = self.known, self.questions
         self.known = self.questions = 0
-        return text
+        if questions == 0:
+            return ""
+        return f"the pair was kept for {known / questions:.1%} of the {questions} questions kept"
 
 
 def load_toy_text(tokenizer) -> Tokens:

@@ -4,7 +4,8 @@
 
 What it learns: to predict Python source, and to answer for a pair of words that stands up to 8,192
 tokens back. A tiny model does not find that by itself, so its lessons grow:
-    copy      random pieces, a block of them twice: copying ("induction") forms within ~600 steps
+    copy      random pieces, a block of them twice: copying ("induction") forms
+    text      Python source alone, with such blocks
     128       text with word pairs and questions, plain positions
     256..2048 the same, longer, with the positions spread over all 8,192 (recipe.py's own trick):
               matching must move to the slow RoPE pairs, the only ones that do not care how far
@@ -39,8 +40,8 @@ CONFIG = LlamaConfig(
     head_dim=64,
     max_position_embeddings=8192,
     rope_theta=10_000.0,
-    # subtle: tied, because copying from random pieces then forms in 400 steps instead of never:
-    # "what I read is what I say" is the identity
+    # subtle: tied, because "what I read is what I say" is then the identity: copying forms within
+    # some 600 steps, by which untied weights have not begun (LOG.md)
     tie_word_embeddings=True,
     raw={"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
 )

@@ -444,11 +444,11 @@ def test_bad_flags(flags, match, bad):
     bad(match, *flags.split())
 
 
-def test_resume_from_a_folder_without_settings_is_one_line(tmp_path, bad):
+def test_resume_from_a_folder_without_settings_is_one_line(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "--out", str(tmp_path)])
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and "run.json holds no settings of a run" in capsys.readouterr().err
 
 
 def test_without_a_model_the_toy_numbers_hold_and_with_one_the_papers():
@@ -457,18 +457,21 @@ def test_without_a_model_the_toy_numbers_hold_and_with_one_the_papers():
         assert getattr(toy, name) == value != getattr(real, name), name
     assert (real.steps, real.batch_sequences, real.lr, real.target_len) == (104, 96, 5e-5, 131_072)
     assert toy.target_len == 131_072 and train.parse(["--steps", "3"]).steps == 3
+    same = train.parse(["--model", f"./{train.TINY}/"])  # its folder, written in another way
+    assert vars(same) == vars(toy)
 
 
 def test_the_toy_runs_through_all_stages(tmp_path, capsys):
     """Same code path, everything smaller; the log counts the questions that can be answered."""
     train.main(
-        "--target_len 9216 --train_len 1024 --steps 2 --probe_steps 1 --analysis_samples 1"
+        "--target_len 9216 --train_len 2048 --steps 3 --probe_steps 1 --analysis_samples 1"
         f" --replay_steps 1 --replay_len 512 --out {tmp_path / 'out'}".split()
     )
     log = capsys.readouterr().err
     assert "toy model; for a real one: --model DIR" in log
-    shares = [float(x) for x in re.findall(r"the pair was kept for ([\d.]+)%", log)]
-    assert len(shares) == 3 and shares[2] == 100.0  # the replay drops nothing
+    shares = dict(re.findall(r"(\w+): the pair was kept for ([\d.]+)% of the [1-9]", log))
+    assert set(shares) == {"probe", "extend", "replay"}
+    assert shares["replay"] == "100.0"  # it drops nothing
     assert f"next: python eval_needle.py --model {tmp_path / 'out'}\n" in log
     assert (tmp_path / "out" / "needle.json").is_file()
     assert base_of_run(tmp_path / "out") == [train.TOY["model"]]

@@ -131,7 +131,7 @@ def default_run() -> None:
 
 
 def report(found: dict) -> None:
-    """Mean over seeds; the interval draws (seed, haystack) clusters again."""
+    """Mean over seeds; the interval draws whole haystacks again (results.clustered)."""
     lengths = [str(WINDOW), str(found["target"])]
     print(f"{'':24}{'seeds':>6}{'minutes':>9}" + "".join(f"{int(n):>20,}" for n in lengths))
     for name, seeds in found["runs"].items():
