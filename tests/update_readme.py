@@ -70,7 +70,7 @@ def tiny() -> str:
     for label, name in zip(models, names, strict=True):
         cells = [cell(found["table"], label, "multiquery", n) for n in lengths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    base, _, result = (
+    base, control, result = (
         ", ".join(str(e["haystacks"]) for e in found["table"] if e["model"] == label)
         for label in models
     )
@@ -80,11 +80,11 @@ def tiny() -> str:
         f"`train.py`: {run['seconds'] / 60:.1f} minutes, peak {run['peak_GiB']:.1f} GiB"
         f" ({s['steps']} samples of {s['train_len']:,} tokens, {s['replay_steps']} of"
         f" {s['replay_len']:,} for the replay, {s['dtype']}); `eval_needle.py`:"
-        f" {found['seconds_of_all_rows'] / 60:.1f} minutes, the sum of its rows, while"
-        " other jobs shared the cores;"
+        f" {found['seconds_of_all_rows'] / 60:.1f} minutes, the sum of its rows, the control"
+        " (`--controls`) included;"
         f" {run['threads']} cores of {run['hardware']}, commit {run['commit']};"
         " [JSON](assets/results/tiny_128k). Haystacks per length:"
-        f" {base} (base and control), {result} (result);"
+        f" {base} (base), {control} (control), {result} (result);"
         " 8 questions each, answered from one prefill; intervals draw whole haystacks again"
         " and are never narrower than Wilson's. Chance among the 8 values is 12.5 %.",
     ]
