@@ -77,7 +77,8 @@ def tiny() -> str:
     s = run["settings"]
     lines += [
         "",
-        f"`train.py`: {run['seconds'] / 60:.1f} minutes, peak {run['peak_GiB']:.1f} GiB"
+        f"`train.py`: {run['seconds'] / 60:.1f} minutes with tests running beside,"
+        f" peak {run['peak_GiB']:.1f} GiB"
         f" ({s['steps']} samples of {s['train_len']:,} tokens, {s['replay_steps']} of"
         f" {s['replay_len']:,} for the replay, {s['dtype']}); `eval_needle.py`:"
         f" {found['seconds_of_all_rows'] / 60:.1f} minutes, the sum of its rows, the control"
