@@ -6,11 +6,12 @@ Sentences such as "One of the special magic numbers for Lima is: 4821906." are h
 text; at the end the model is asked for one of them and continues greedily. A cell of the heat-map
 is (length, depth). The structure (task text, haystack, question, beginning of the answer; share
 of the expected answers found, case-insensitive) is that of RULER (Hsieh et al., 2404.06654), the
-grid that of gkamradt's test; the wording is ours.
+grid that of gkamradt's test; the wording is ours, and --template takes another one.
 
 What is exact here: prompt and answer budget together are `length` tokens, asserted; the prompt is
 built from token ids and never encoded again as a whole; a BOS is put in front once, and only if
-the checkpoint's own tokenizer does so; needles go in at sentence ends found in the decoded text.
+the checkpoint's own tokenizer does so; needles go in at sentence ends found in the decoded text;
+their keys and values stand nowhere else in the haystack, asserted.
 
 Results, by default in the folder of --model: needle.jsonl (one line per sample; what is there is
 not run again), needle_results.json, needle.png, curves.png.
@@ -19,11 +20,10 @@ Glossary: see model.py.
 """
 
 import argparse
+import bisect
 import dataclasses
 import functools
 import hashlib
-import itertools
-import json
 import math
 import random
 import time
@@ -40,68 +40,48 @@ from model import (
     linear_cross_entropy,
     load_pretrained,
     load_tokenizer,
+    prefill,
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
-from support.cli import check_ranges, log, on_ctrl_c, progress, provenance, report_errors
-from support.figures import draw_curves, draw_heatmap
-from support.haystack import CITIES, fingerprint, load_haystack, read_template
+from support.cli import log, on_ctrl_c, report_errors
+from support.eval_cost import WorkBar, announce, prompt_flops
+from support.haystack import NOISE, draw_needles, draw_words, load_haystack
 from support.hub import local_folder
-from support.results import Results, print_table, summarise
-from support.run_state import base_of_run, write_atomically
+from support.judged import check_models, fingerprint
+from support.report import write_report
+from support.results import Results, setup_of
+from support.run_state import base_of_run
+from support.tasks import TASKS, Task
+from support.templates import resolve_grid, resolve_tasks
 
-# ---- 1. Tasks ----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """Wording, number and words of the needles. The first one stands at the cell's depth and is
-    asked for; with ask_all they divide the depths among them and each is asked for in turn."""
-
-    needles: int = 1
-    ask_all: bool = False
-    intro: str = "Some special magic numbers are hidden in the text below. Remember them.\n\n"
-    needle: str = "One of the special magic numbers for {key} is: {value}."
-    question: str = "\n\nWhat is the special magic number for {key} that the text above mentions?"
-    answer: str = " The special magic number for {key} is:"
-    keys: tuple[str, ...] = CITIES
-    values: tuple[str, ...] = ()  # none: numbers of seven digits
-
-    def depths(self, grid: list[float]) -> list[float]:
-        """Depths of the cells of one haystack: those of the grid, or the middle of each part."""
-        n = self.needles
-        return [(i + 0.5) / n for i in range(n)] if self.ask_all else grid
-
-
-TASKS = {
-    "niah_single": Task(),
-    "multikey": Task(needles=4),
-    # RULER asks for all of them at once; one at a time, from one prefill, a tiny model can answer
-    "multiquery": Task(needles=4, ask_all=True),
-}
+# ---- 1. Prompts, in token space (what is hidden and asked: support/tasks.py) -------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt. ids (length - answer budget,), the expected answers, and where the needle
-    really is."""
+    """One prompt: ids (length - answer budget,), the expected answers, and where the needle that
+    is asked for (of several: the first) and all needles really are, as shares of the haystack."""
 
     ids: Tensor
     expected: list[str]
     true_depth: float
+    true_depths: list[float]
     answer_tokens: int
 
 
-# ---- 2. Prompts, in token space ----------------------------------------------------------------
-
-
-def sentence_ends(ids: Tensor, tokenizer) -> Tensor:
-    """Places in ids (T,) where a needle may go: 0, and after each sentence; increasing, below T.
+def sentence_ends(ids: Tensor, tokenizer, lines: bool = False) -> Tensor:
+    """Places in ids (T,) where a needle may go: 0, and after each sentence (or each line);
+    increasing, below T.
 
     A line break inside a sentence (hard-wrapped text) is a segment border for training, but no
     place here."""
     starts = split_segments(ids, tokenizer)
     before = [tokenizer.decode(ids[max(0, s - 8) : s].tolist()) for s in starts[1:].tolist()]
-    ended = [text.rstrip().rstrip(CLOSERS).endswith(tuple(STOPS + WIDE_STOPS)) for text in before]
+    stops = tuple(STOPS + WIDE_STOPS)
+    if lines:
+        ended = [text.endswith("\n") for text in before]
+    else:
+        ended = [text.rstrip().rstrip(CLOSERS).endswith(stops) for text in before]
     return starts[torch.tensor([True, *ended])]
 
 
@@ -120,68 +100,102 @@ class Haystack:
         return self.ids.repeat(repeats)[begin : begin + tokens]
 
 
-def draw_values(task: Task, text: str, rng: random.Random) -> list[str]:
-    """A value for each needle, all different, none of which the haystack holds."""
-    if task.values:
-        free = [value for value in task.values if value.lower() not in text]
-        if len(free) < task.needles:
-            raise ValueError(f"the haystack holds all but {len(free)} of the needles' values")
-        return rng.sample(free, task.needles)
-    values: list[str] = []
-    while len(values) < task.needles:
-        value = str(rng.randint(1_000_000, 9_999_999))
-        if value not in text and value not in values:
-            values.append(value)
-    return values
+@functools.lru_cache(maxsize=1)
+def noise_haystack(tokenizer) -> Haystack:
+    return Haystack(NOISE, tokenizer)
 
 
-def make_sample(task: Task, haystack: Haystack, length: int, depth: float, row_seed: str) -> Sample:
-    """Build one prompt of exactly `length` tokens, answer budget included. row_seed names (seed,
-    task, length, repeat): all depths of a row share haystack, keys and values, so that they share
-    their beginning too.
+def draw(task: Task, haystack: Haystack, length: int, rng) -> tuple[list[str], list[str], Tensor]:
+    """(keys, values, haystack (length,)): neither keys nor values stand in that haystack."""
+    tokenizer, wanted = haystack.tokenizer, 1 if task.one_key else task.needles
+    if task.haystack == "needles":
+        keys, values, ids = draw_needles(task, wanted, length, tokenizer, rng)
+        hay = torch.tensor(ids)
+    else:
+        haystack = noise_haystack(tokenizer) if task.haystack == "noise" else haystack
+        keys = draw_words(task.keys, wanted, rng)
+        values = draw_words(task.values, task.needles, rng, haystack.text)
+        hay = haystack.cut(length, rng)
+    text = tokenizer.decode(hay.tolist()).lower()
+    if any(key.lower() in text for key in keys):
+        keys = draw_words(task.keys, wanted, rng, text)
+    assert not any(word.lower() in text for word in keys + values), "the haystack holds a needle"
+    return keys, values, hay
 
-    ValueError if the frame alone is longer than `length`."""
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the prompts of one (task, length, repeat) share: all but the depth, and who is asked."""
+
+    head: list[int]  # BOS and task text
+    hay: Tensor  # haystack (length,)
+    ends: list[int]  # places in it where a needle may go
+    room: int  # haystack tokens that are in every prompt of the row
+    needles: list[tuple[list[int], list[int]]]  # as running text and on a line of its own
+    fractions: list[float]  # where each needle shall stand
+    tails: list[list[int]]  # question and beginning of the answer, for each that is asked
+    expected: list[list[str]]
+    answer_tokens: int
+
+
+@functools.lru_cache(maxsize=128)
+def make_row(task: Task, haystack: Haystack, length: int, row_seed: str) -> Row:
     tokenizer, rng = haystack.tokenizer, random.Random(row_seed)
-    keys = rng.sample(task.keys, task.needles)
-    values = draw_values(task, haystack.text, rng)
-    asked = min(int(depth * task.needles), task.needles - 1) if task.ask_all else 0
-    head = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    head += tokenizer.encode(task.intro)
-    tails = [tokenizer.encode((task.question + task.answer).format(key=key)) for key in keys]
-    tail = tails[asked]
-    answer_tokens = max(len(tokenizer.encode(f" {value}.")) for value in values) + 8
-    texts = [task.needle.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
+    keys, values, hay = draw(task, haystack, length, rng)
+    encode = tokenizer.encode
+    head = ([tokenizer.bos_id] if tokenizer.adds_bos else []) + encode(task.intro)
+    named = keys * task.needles if task.one_key else keys
     # in running text " needle", at the beginning of a line "needle\n"
-    needles = [(tokenizer.encode(" " + t), tokenizer.encode(t + "\n")) for t in texts]
-    longest = sum(max(map(len, pair)) for pair in needles)
+    texts = [task.needle.format(key=k, value=v) for k, v in zip(named, values, strict=True)]
+    needles = [(encode(" " + text), encode(text + "\n")) for text in texts]
+    asked, expected = {"first": keys[:1], "each": keys}.get(task.ask), [[v] for v in values]
+    if task.ask == "all":  # "Lima, Oslo, and Rome"
+        asked = [", ".join(keys[:-1]) + ", and " * (len(keys) > 1) + keys[-1]]
+        expected = [values]
+    tails = [encode((task.question + task.answer).format(key=k, value="")) for k in asked]
+    spoken = [len(encode(f" {value}.")) for value in values]
+    answer_tokens = 8 + (sum(spoken) + 6 * len(spoken) if task.ask == "all" else max(spoken))
+    answer_tokens = task.answer_tokens or answer_tokens
     # for the haystack; the same whichever key is asked for, so that the needles stay in place
-    room = length - answer_tokens - len(head) - len(max(tails, key=len)) - longest
-    if room < 1:
+    rest = answer_tokens + len(head) + max(map(len, tails)) + sum(max(map(len, n)) for n in needles)
+    if (room := length - rest) < 1:
         raise ValueError(
             f"--lengths {length} is too short: with its keys this prompt takes at least"
-            f" {length - room + 1} tokens"
+            f" {rest + 1} tokens"
         )
-    hay = haystack.cut(length, rng)  # more than `room`: one form of a needle may be shorter
-    ends = sentence_ends(hay[:room], tokenizer)
+    ends = sentence_ends(hay[:room], tokenizer, lines=task.haystack == "needles").tolist()
     fractions = [rng.random() for _ in needles]
-    if task.ask_all:
+    if task.ask == "each":
         fractions = [(i + u) / task.needles for i, u in enumerate(fractions)]
-    else:
-        fractions[0] = depth
-    # [E11] depth d of M haystack tokens: the last sentence end at or before token d * M
-    places = [int(ends[ends <= fraction * room][-1]) for fraction in fractions]
+    return Row(head, hay, ends, room, needles, fractions, tails, expected, answer_tokens)
 
-    parts, done = [head], 0
-    for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
-        before = tokenizer.decode(hay[max(0, place - 4) : place].tolist())
+
+def make_sample(
+    task: Task, haystack: Haystack, length: int, depth: float, row_seed: str, removed: bool = False
+) -> Sample:
+    """Build one prompt of exactly `length` tokens, answer budget included. row_seed names (seed,
+    task, length, repeat): all depths of a row share haystack, keys and values, so that they share
+    their beginning too. removed: without its needles, a control.
+
+    ValueError if the frame alone is longer than `length`."""
+    row, decode = make_row(task, haystack, length, row_seed), haystack.tokenizer.decode
+    asked = min(int(depth * task.needles), task.needles - 1) if task.ask == "each" else 0
+    fractions = row.fractions if task.ask == "each" else [depth, *row.fractions[1:]]
+    # [E11] depth d of M haystack tokens: the last sentence end at or before token d * M
+    places = [row.ends[bisect.bisect_right(row.ends, d * row.room) - 1] for d in fractions]
+    parts, done = [row.head], 0
+    for place, needle in sorted(zip(places, row.needles, strict=True), key=lambda pair: pair[0]):
+        before = decode(row.hay[max(0, place - 4) : place].tolist())
         own_line = place == 0 or before[-1:].isspace()
-        parts += [hay[done:place].tolist(), needle[own_line]]
-        done = place
-    used = sum(map(len, parts))
-    parts += [hay[done : done + length - answer_tokens - len(tail) - used].tolist(), tail]
+        if not removed:
+            parts += [row.hay[done:place].tolist(), needle[own_line]]
+            done = place
+    tail, room = row.tails[asked], length - row.answer_tokens - sum(map(len, parts))
+    parts += [row.hay[done : done + room - len(tail)].tolist(), tail]
     ids = torch.tensor([i for part in parts for i in part])
-    assert len(ids) + answer_tokens == length, "a prompt of the wrong length"
-    return Sample(ids, [values[asked]], places[asked] / room, answer_tokens)
+    assert len(ids) + row.answer_tokens == length, "a prompt of the wrong length"
+    depths = [round(place / row.room, 4) for place in places]
+    return Sample(ids, row.expected[asked], depths[asked], depths, row.answer_tokens)
 
 
 def score(expected: list[str], output: str) -> float:
@@ -189,7 +203,7 @@ def score(expected: list[str], output: str) -> float:
     return sum(answer.lower() in output.lower() for answer in expected) / len(expected)
 
 
-# ---- 3. Running a row: its depths share the prefill of their common beginning ------------------
+# ---- 2. Running a row: its depths share the prefill of their common beginning ------------------
 
 
 def common_prefix(a: Tensor, b: Tensor) -> int:
@@ -232,17 +246,19 @@ def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[f
     return losses
 
 
-# ---- 4. The grid -------------------------------------------------------------------------------
+# ---- 3. The grid -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A row of the result: weights from a folder, under their own RoPE base or another one."""
+    """A row of the result: weights from a folder, under their own RoPE base or another one; or the
+    control that gets the prompts without their needles."""
 
     label: str
     folder: str
     config: LlamaConfig
     rope: tuple[float, int] | None = None  # (base, window)
+    removed: bool = False
 
     @property
     def window(self) -> int:
@@ -257,47 +273,71 @@ class Candidate:
 
     @functools.cached_property
     def identity(self) -> str:
-        return fingerprint(self.folder) + (f"/rope{self.rope[0]:.6g}" if self.rope else "")
+        rope = f"/rope{self.rope[0]:.6g}" if self.rope else ""
+        return fingerprint(self.folder) + rope + ("/removed" if self.removed else "")
 
 
-def run_candidate(
-    candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, results: Results, args
-) -> list[dict]:
-    """All cells of one candidate -> their rows; the model is loaded only if some cell is
-    missing."""
-    model, chosen = None, []
-    names = [*tasks, "loss"] if args.ppl else [*tasks]
+def sample_of(row: dict, tasks: dict[str, Task], haystack: Haystack, removed: bool) -> Sample:
+    name, length = row["task"], row["length"]
+    row_seed = f"{row['seed']}/{name}/{length}/{row['repeat']}"
+    if name == "loss":
+        return Sample(haystack.cut(length, random.Random(row_seed)), [], 0.0, [], 0)
+    return make_sample(tasks[name], haystack, length, row["depth"], row_seed, removed)
+
+
+def plan(
+    candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, setups: dict, args
+) -> list[tuple[dict, float]]:
+    """All cells of one candidate, deepest needle first: (row without its output, FLOPs).
+
+    ValueError for what some cell would refuse, before anything is run."""
+    names = [*args.tasks, "loss"] if args.ppl and not candidate.removed else args.tasks
     cells = [(t, n, r) for t in names for n in args.lengths for r in range(args.n)]
     if candidate.folder != args.model:  # a model that is beyond its window is soon judged
         cells = [(t, n, r) for t, n, r in cells if n <= candidate.window or r < args.n_beyond]
-    for task, length, repeat in progress(cells, candidate.label, unit="row"):
-        row_seed = f"{args.seed}/{task}/{length}/{repeat}"
-        shared = None
-        depths = tasks[task].depths(args.depths) if task != "loss" else [0.0]
+    rows, before = [], torch.empty(0, dtype=torch.int64)
+    for name, length, repeat in cells:
+        depths = [0.0] if name == "loss" else tasks[name].depths(args.depths)
+        if candidate.removed:
+            depths = depths[:1]  # nothing stands at any depth
         for depth in sorted(depths, reverse=True):
-            if task == "loss":
-                sample = Sample(haystack.cut(length, random.Random(row_seed)), [], 0.0, 0)
-            else:
-                sample = make_sample(tasks[task], haystack, length, depth, row_seed)
             row = {
                 "model": candidate.label,
                 "identity": candidate.identity,
-                "task": task,
+                "task": name,
                 "length": length,
                 "depth": depth,
-                "true_depth": round(sample.true_depth, 4),
                 "repeat": repeat,
                 "seed": args.seed,
                 "dtype": str(args.torch_dtype),
-                "prompt": hashlib.sha256(sample.ids.numpy().tobytes()).hexdigest()[:12],
-                "expected": sample.expected,
+                "setup": setups[name],
             }
-            if (known := results.find(row)) is None:
-                model = model or candidate.load(args)
-                shared = shared or SharedPrefix(model)
-                known = results.add(measure(row, sample, shared, haystack.tokenizer))
-            chosen.append(known | {"model": candidate.label})
-    return chosen
+            sample = sample_of(row, tasks, haystack, candidate.removed)
+            row["true_depth"], row["true_depths"] = sample.true_depth, sample.true_depths
+            row["prompt"] = hashlib.sha256(sample.ids.numpy().tobytes()).hexdigest()[:12]
+            row["expected"] = sample.expected
+            kept = common_prefix(before, sample.ids)
+            work = prompt_flops(candidate.config, kept, len(sample.ids), sample.answer_tokens)
+            rows.append((row, work))
+            before = sample.ids
+    return rows
+
+
+def run_candidate(
+    candidate: Candidate, planned: list, tasks, haystack: Haystack, results: Results, bar, args
+) -> list[dict]:
+    """The rows of one candidate; the model is loaded only if some row is missing."""
+    shared, rows = None, []
+    for row, work in planned:
+        if (known := results.find(row)) is None:
+            if shared is None:
+                shared = SharedPrefix(candidate.load(args))
+                bar.tell_time(candidate, functools.partial(prefill, shared.model))
+            sample = sample_of(row, tasks, haystack, candidate.removed)
+            known = results.add(measure(row, sample, shared, haystack.tokenizer))
+            bar.done(candidate.label, work)
+        rows.append(known | {"model": candidate.label})
+    return rows
 
 
 def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
@@ -313,10 +353,11 @@ def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
     return row | {"seconds": round(time.monotonic() - started, 2)}
 
 
-# ---- 5. The command ----------------------------------------------------------------------------
+# ---- 4. The command ----------------------------------------------------------------------------
 
 RESULT = "out"  # where train.py puts its result
 NEW_BASE = " (new base)"  # ends the label of the control: old weights, new RoPE base
+NO_NEEDLE = " (needle removed)"  # another control: must score 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -328,12 +369,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--model", default=RESULT, metavar="DIR", help="Hugging Face folder to judge")
     add("--compare", nargs="*", metavar="DIR", help="others beside it (None: base of the run)")
-    add("--controls", action="store_true", help="also the base under the new RoPE base")
-    add("--tasks", nargs="*", choices=sorted(TASKS), help="(None: template, or niah_single)")
-    add("--template", metavar="FILE", help="wording of needles (None: --model's needle.json)")
+    controls = "also without the needles, and the base under the new RoPE base"
+    add("--controls", action="store_true", help=controls)
+    add("--tasks", nargs="*", choices=TASKS, help="(None: template's, or niah_single)")
+    add("--template", metavar="FILE", help="wording, JSON (None: --model's needle.json, if any)")
     add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
-    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
-    add("--depths", nargs="+", type=float, default=depths, help="0: start, 1: end")
+    depths = "of the needle, 0: start, 1: end (None: 0 0.25 0.5 0.75 1)"
+    add("--depths", nargs="+", type=float, help=depths)
     add("--n", type=int, help="haystacks per length (None: 2, or what the template says)")
     add("--n_beyond", type=int, help="beyond a compared model's window (None: template, --n)")
     add("--ppl", action="store_true", help="also the loss per token on n haystack texts per length")
@@ -353,107 +395,48 @@ def main(argv: list[str] | None = None) -> None:
         candidates, tasks = resolve(args)
         text, source = load_haystack(args.haystack)
         haystack = Haystack(text, load_tokenizer(args.model))
-        # refuse before anything is run; which keys come, and their tokens, depends on the length
-        for name, length, r in itertools.product(tasks, args.lengths, range(args.n)):
-            make_sample(tasks[name], haystack, length, 0.0, f"{args.seed}/{name}/{length}/{r}")
+        setups = {
+            name: setup_of(task, haystack.text) for name, task in (tasks | {"loss": None}).items()
+        }
+        planned = [plan(c, tasks, haystack, setups, args) for c in candidates]
         out = Path(args.out or args.model)
         results = Results(out)
-        log(f"haystack: {source}, {len(haystack.ids):,} tokens, {len(haystack.starts):,} sentences")
-        if len(haystack.ids) < args.lengths[-1]:
-            log(f"warning: shorter than --lengths {args.lengths[-1]}, so it repeats (--haystack)")
-        rows = []
+        missing = [cell for cells in planned for cell in cells if results.find(cell[0]) is None]
+        announce(source, haystack, candidates, [row for row, _ in missing], args)
+        bar, rows = WorkBar(sum(work for _, work in missing)), []
         with on_ctrl_c(results.what_is_saved):
-            for candidate in candidates:
-                rows += run_candidate(candidate, tasks, haystack, results, args)
-        report(rows, candidates, source, out, args, started)
+            for candidate, cells in zip(candidates, planned, strict=True):
+                rows += run_candidate(candidate, cells, tasks, haystack, results, bar, args)
+        bar.close()
+        rows = results.of_setup(rows, setups, [(c.identity, c.label) for c in candidates], args)
+        write_report(rows, candidates, tasks, source, out, args, started)
 
 
 def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
-    """Who is judged, and by which tasks. Writes nothing."""
+    """Who is judged, and all tasks by name. Writes nothing."""
     if args.model == RESULT and not Path(RESULT).exists():
         raise ValueError(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
     args.model = local_folder(args.model)
     if args.compare is None:
         args.compare = base_of_run(args.model)
     args.compare = list(dict.fromkeys(map(local_folder, args.compare)))
-    if args.controls and not args.compare:
-        raise ValueError("--controls needs the base model: --compare DIR")
     if args.model in args.compare:
         raise ValueError(f"--compare {args.model} is --model itself")
     folders = (*args.compare, args.model)  # the base first, as in every table and figure
     candidates = [Candidate(f, f, LlamaConfig.from_dir(f)) for f in folders]
-    tasks = resolve_grid(args, [c.config.max_position_embeddings for c in candidates])
-    tokenizer = load_tokenizer(args.model)
-    for c in candidates:
-        if c.config.sliding_window is not None and c.config.sliding_window < args.lengths[-1]:
-            raise ValueError(
-                f"{c.folder}: sliding_window {c.config.sliding_window} is shorter than"
-                f" --lengths {args.lengths[-1]}"
-            )
-        if tokenizer.vocab_size > c.config.vocab_size or tokenizer != load_tokenizer(c.folder):
-            raise ValueError(
-                f"{c.folder}: its tokenizer or vocabulary is not that of --model {args.model}"
-            )
+    tasks, fields = resolve_tasks(args, TASKS)
+    resolve_grid(args, fields, tasks, [c.config.max_position_embeddings for c in candidates])
+    check_models({c.folder: c.config for c in candidates}, args.lengths[-1])
     if args.controls:
-        base, new = candidates[0], candidates[-1].config
-        rope = (new.rope_theta, new.max_position_embeddings)
-        candidates.insert(1, Candidate(base.folder + NEW_BASE, base.folder, base.config, rope))
+        base, result = candidates[0], candidates[-1]
+        rope = (result.config.rope_theta, result.config.max_position_embeddings)
+        if base is result:
+            log("--controls: without --compare DIR only the one without needles")
+        else:
+            candidates.insert(1, Candidate(base.folder + NEW_BASE, base.folder, base.config, rope))
+        label = result.folder + NO_NEEDLE
+        candidates.append(Candidate(label, result.folder, result.config, removed=True))
     return candidates, tasks
-
-
-def resolve_grid(args, windows: list[int]) -> dict[str, Task]:
-    """Fill in lengths, depths, n and haystack -> the tasks by name. windows: of all candidates."""
-    template = Path(args.template or Path(args.model) / "needle.json")
-    wording, defaults = read_template(template) if args.template or template.is_file() else ({}, {})
-    task = defaults.get("task", "niah_single")
-    if task not in TASKS:
-        raise ValueError(f"{template}: task {task!r} is none of {', '.join(TASKS)}")
-    args.tasks = [task] if args.tasks is None else args.tasks
-    tasks = {name: dataclasses.replace(TASKS[name], **wording) for name in args.tasks}
-    if "needles" in defaults and task in tasks:
-        tasks[task] = dataclasses.replace(tasks[task], needles=defaults["needles"])
-    for name, t in tasks.items():
-        if len(t.keys) < t.needles:
-            raise ValueError(f"{name} has {t.needles} needles, but only {len(t.keys)} keys")
-    args.haystack = args.haystack or defaults.get("haystack")
-    if args.n is None:
-        args.n = defaults.get("n", 2)
-    if args.n_beyond is None:
-        args.n_beyond = defaults.get("n_beyond", args.n)
-    new = max(windows)
-    args.lengths = sorted(set(args.lengths or [min(windows), new // 4, new // 2, new]))
-    args.depths = sorted(set(args.depths))
-    check_ranges(args, at_least_1=("n", "n_beyond"))
-    if args.lengths[0] < 2:
-        raise ValueError(f"--lengths {args.lengths[0]} must be at least 2 tokens")
-    if outside := [d for d in args.depths if not 0 <= d <= 1]:
-        raise ValueError(f"--depths {outside[0]:g} must be within 0..1")
-    return tasks
-
-
-def report(
-    rows: list[dict], candidates: list[Candidate], source: str, out: Path, args, started: float
-) -> None:
-    table = summarise(rows)
-    print_table(table)
-    models, trained = {}, {c.label: c.config.max_position_embeddings for c in candidates}
-    for c in candidates:
-        theta = c.rope[0] if c.rope else c.config.rope_theta
-        models[c.label] = {"rope_theta": theta, "window": c.window}
-    summary = {
-        "settings": vars(args) | {"torch_dtype": str(args.torch_dtype)},
-        "haystack": source,
-        "models": models,
-        "table": table,
-        "seconds_of_all_rows": round(sum(r["seconds"] for r in rows), 1),
-        **provenance(started),
-    }
-    write_atomically(out / "needle_results.json", json.dumps(summary, indent=2) + "\n")
-    for task in args.tasks:
-        name = "needle.png" if len(args.tasks) == 1 else f"needle_{task}.png"
-        draw_heatmap(out / name, rows, task, trained, names={})
-        draw_curves(out / name.replace("needle", "curves", 1), rows, task)
-        log(f"figures: {out / name} and {name.replace('needle', 'curves', 1)}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import textwrap
 from pathlib import Path
 
 
-def draw_heatmap(path: Path, rows: list[dict], task: str, windows: dict, names: dict) -> None:
+def draw_heatmap(
+    path: Path, rows: list[dict], task: str, windows: dict, names: dict, parts: int = 0
+) -> None:
     """One panel per model of windows (label -> trained window in tokens), in that order, from its
-    rows of needle.jsonl. names: label -> title, where the label itself is none."""
+    rows of needle.jsonl. names: label -> title, where the label itself is none. parts: the needle
+    stands anywhere in its part of so many; 0: at the depth itself."""
     from matplotlib.figure import Figure
 
     rows = [r for r in rows if r["task"] == task]
@@ -33,12 +36,17 @@ def draw_heatmap(path: Path, rows: list[dict], task: str, windows: dict, names: 
             axis.axvline(inside - 0.5, color="black", linestyle="--")
             caption = "context length, tokens; dashed line: end of the trained window"
         axis.set_xticks(range(len(lengths)), [f"{n / 1024:.3g}k" for n in lengths], fontsize=8)
-        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+        ends = [(d - 0.5 / parts, d + 0.5 / parts) for d in depths] if parts else ()
+        labels = [f"{a:.0%} to {b:.0%}" for a, b in ends] or [
+            f"{round(100 * d, 1):g}%" for d in depths
+        ]
+        axis.set_yticks(range(len(depths)), labels)
         title = textwrap.fill(names.get(label, label), int(14 * width / 1.6))
         each = "-".join(map(str, sorted({len(found) for found in scores.values()})))
         axis.set_title(f"{title}\ntrained to {window / 1024:.3g}k, n = {each} per cell", fontsize=8)
     figure.supxlabel(caption, fontsize=9)
-    axes[0].set_ylabel("depth of the needle")
+    where = "part of the text with the needle asked for" if parts else "depth of the (first) needle"
+    axes[0].set_ylabel(where)
     figure.colorbar(image, ax=axes, label=f"{task}: share of answers found")
     figure.savefig(path, dpi=130)
 
@@ -67,7 +75,10 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
         own = [r for r in rows if r["model"] == label and r["length"] == longest]
         found: dict[int, list[float]] = {}  # sixteenth of the length -> scores
         for r in (r for r in own if r["task"] == task):
-            found.setdefault(int(16 * (1 - r["true_depth"])), []).append(r["score"])
+            depths = r["true_depths"] if len(r["expected"]) > 1 else [r["true_depth"]]
+            for depth, answer in zip(depths, r["expected"], strict=True):
+                hit = answer.lower() in r["output"].lower()
+                found.setdefault(int(16 * (1 - depth)), []).append(hit)
         if found:
             x = [(k + 0.5) / 16 * longest / 1024 for k in sorted(found)]
             y = [sum(found[k]) / len(found[k]) for k in sorted(found)]

@@ -1,10 +1,11 @@
-"""What the needle evaluation draws from: haystack text, words for keys, templates; and who was
-judged."""
+"""What the needle evaluation draws from: haystack text, words for keys and values."""
 
-import hashlib
+import itertools
+import random
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
-from support.config_files import read_json
 from support.standard_library import SEPARATOR, standard_library_topics
 from support.text import find_files, read_texts
 
@@ -26,6 +27,9 @@ Vancouver Venice Vienna Warsaw
 """.split()
 )
 
+# a haystack that says nothing; it repeats
+NOISE = "The lamp is lit. The road is long. The rain is cold. On we walk. Uphill and down again.\n"
+
 
 def load_haystack(path: str | None) -> tuple[str, str]:
     """(text, where it came from): files or a folder, else the essays if fetched, else Python's
@@ -39,58 +43,63 @@ def load_haystack(path: str | None) -> tuple[str, str]:
     return text, source
 
 
-WORDING = {
-    "intro": str,
-    "needle": str,
-    "question": str,
-    "answer": str,
-    "keys": list,
-    "values": list,
-}
-DEFAULTS = {"task": str, "needles": int, "n": int, "n_beyond": int, "haystack": str}
+def draw_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str = "") -> list[str]:
+    """n different ones of `words`, or n "numbers" (seven digits) or "uuids"; none stands in `text`,
+    which is in lower case, nor within another one (a score is a search: "cat" is in "catfish").
+
+    ValueError if the text leaves too few."""
+    if isinstance(words, str):
+        found: dict[str, None] = {}  # a set that keeps its order
+        while len(found) < n:
+            if words == "numbers":
+                word = str(rng.randint(1_000_000, 9_999_999))
+            else:
+                word = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+            if word not in text:
+                found[word] = None
+        return list(found)
+    free = [word for word in words if word.lower() not in text]
+    if len(free) < n:
+        raise ValueError(f"the haystack holds all but {len(free)} of the needles' {n} words")
+    return rng.sample(free, n)
 
 
-def read_template(path: Path) -> tuple[dict, dict]:
-    """A template file, JSON -> (wording of the needles, defaults of the command for this model).
+def draw_many(words: Sequence[str] | str, n: int, rng: random.Random) -> list[str]:
+    """n different keys for a haystack of needles; where `words` are too few, several joined.
 
-    ValueError names a field that is unknown, of the wrong type, or lacks {key} or {value}."""
-    fields = read_json(path)
-    for name, value in fields.items():
-        kind = (WORDING | DEFAULTS).get(name)
-        if kind is None:
-            raise ValueError(f"{path}: unknown field {name!r}; {', '.join(WORDING | DEFAULTS)}")
-        if type(value) is not kind or (kind is int and value < 1):
-            raise ValueError(f"{path}: {name} is {value!r}, wanted: {kind.__name__}")
-        if kind is list and not (value and all(isinstance(x, str) and x for x in value)):
-            raise ValueError(f"{path}: {name} must be a list of words")
-        if kind is list and len(set(value)) < len(value):
-            raise ValueError(f"{path}: {name} holds a word twice")
-        try:
-            value.format(key="", value="") if kind is str else None
-        except (KeyError, IndexError, ValueError):
-            raise ValueError(
-                f"{path}: {name}: only {{key}} and {{value}} may be in braces"
-            ) from None
-    needle, asking = fields.get("needle"), fields.get("question", "") + fields.get("answer", "")
-    if needle is not None and not ("{key}" in needle and "{value}" in needle):
-        raise ValueError(f"{path}: needle must hold {{key}} and {{value}}")
-    if {"question", "answer"} <= set(fields) and "{key}" not in asking:
-        raise ValueError(f"{path}: neither question nor answer holds {{key}}")
-    return (
-        {k: fields[k] for k in WORDING if k in fields},
-        {k: fields[k] for k in DEFAULTS if k in fields},
-    )
+    >>> draw_many(["a", "b"], 3, random.Random(0))
+    ['b-b-a', 'a-b-a', 'b-a-a']
+    """
+    if isinstance(words, str):
+        return draw_words(words, n, rng)
+    k = next(k for k in itertools.count(1) if len(words) ** k >= 2 * n)
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found["-".join(rng.choices(words, k=k))] = None
+    return list(found)
 
 
-def fingerprint(folder: str | Path) -> str:
-    """Tells one checkpoint from another at the same path: a hash over config.json and parts of
-    the weights."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")) + [Path(folder) / "config.json"]:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as stream:
-            for begin in range(0, size, max(1, size // 64)):
-                stream.seek(begin)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()[:12]
+def lines_like(needle: str, keys: list[str], values: Sequence[str] | str, rng, answers) -> str:
+    """A text of needles only, one a line, for `keys`; no line holds one of `answers`."""
+    if isinstance(values, str):
+        drawn = draw_words(values, len(keys), rng)
+    else:
+        free = [value for value in values if value not in answers]
+        if not free:
+            raise ValueError("a haystack of needles takes more values than those of the needles")
+        drawn = rng.choices(free, k=len(keys))
+    lines = [needle.format(key=k, value=v) for k, v in zip(keys, drawn, strict=True)]
+    low = [answer.lower() for answer in answers]
+    return "".join(x + "\n" for x in lines if not any(answer in x.lower() for answer in low))
+
+
+def draw_needles(task, n_keys: int, tokens: int, tokenizer, rng) -> tuple[list, list, list[int]]:
+    """(keys, values, ids (tokens,) of a haystack that consists of needles with other ones)."""
+    values, lines = draw_words(task.values, task.needles, rng), 16
+    while True:
+        keys = draw_many(task.keys, n_keys + lines, rng)
+        others, answers = keys[n_keys:], keys[:n_keys] + values
+        ids = tokenizer.encode(lines_like(task.needle, others, task.values, rng, answers))
+        if len(ids) >= tokens:
+            return keys[:n_keys], values, ids[:tokens]
+        lines = 16 + int(1.2 * lines * tokens / max(1, len(ids)))

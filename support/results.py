@@ -1,11 +1,14 @@
-"""Rows of an evaluation on disk, append-only JSONL that survives a kill; intervals and tables."""
+"""Rows of an evaluation on disk, append-only JSONL that survives a kill; means and intervals."""
 
+import hashlib
 import json
 import math
 import random
 from pathlib import Path
 
+from support.cli import log
 from support.run_state import write_atomically
+from support.tasks import NIAH_M
 
 KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
 
@@ -47,6 +50,35 @@ class Results:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return row
 
+    def of_setup(self, rows: list[dict], setups: dict[str, str], judged: list, args) -> list[dict]:
+        """`rows` and what earlier runs measured of the same models in the same way (wording,
+        haystack, seed, dtype), so that a small run does not hide a larger one before it. judged:
+        (identity, label) of each model; setups: task -> setup_of."""
+        found = {(self.key(row), row["model"]): row for row in rows}
+        others = 0
+        for row in self.rows.values():
+            labels = [label for identity, label in judged if identity == row["identity"]]
+            same = row.get("setup") == setups.get(row["task"]) and row["seed"] == args.seed
+            for label in labels if same and row["dtype"] == str(args.torch_dtype) else ():
+                found.setdefault((self.key(row), label), row | {"model": label})
+            others += not any((self.key(row), label) in found for label in labels)
+        if len(found) > len(rows):
+            log(f"{len(found) - len(rows)} rows of earlier runs in {self.path} are counted too")
+        if others:
+            log(f"{others} rows there are of other models or settings, and not counted")
+        order = [label for _, label in judged], list(setups)
+        place = {k: i for names in order for i, k in enumerate(names)}
+        return sorted(
+            found.values(), key=lambda r: (place[r["model"]], place[r["task"]], r["length"])
+        )
+
+
+def setup_of(task, text: str) -> str:
+    """Tells one way of testing from another, whatever lengths, depths and repeats. task None: the
+    loss on the text."""
+    text = text if task is None or task.haystack == "text" else ""
+    return hashlib.sha256(f"{task}{text}".encode(errors="replace")).hexdigest()[:12]
+
 
 def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % interval of a share. Unlike the textbook one it is right at 0 and 1 and for
@@ -61,74 +93,58 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def resampled(clusters: list[list[float]], draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean score where the scores of a cluster (one haystack) stand or fall
+def mean_of(*groups: list[list[float]]) -> float:
+    """Mean over the groups (tasks) of the mean score of each; a group is a list of clusters."""
+    means = [sum(map(sum, clusters)) / sum(map(len, clusters)) for clusters in groups]
+    return sum(means) / len(means)
+
+
+def resampled(*groups: list[list[float]], draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of mean_of(*groups) where the scores of a cluster (one haystack) stand or fall
     together: whole clusters are drawn again, with replacement (percentile bootstrap).
 
     >>> resampled([[1, 1, 0, 1], [1, 1, 0, 1]])  # clusters that agree
     (0.75, 0.75)
     """
-    rng, means = random.Random(0), []
-    for _ in range(draws):
-        scores = [score for c in rng.choices(clusters, k=len(clusters)) for score in c]
-        means.append(sum(scores) / len(scores))
-    means.sort()
+    rng = random.Random(0)
+    means = sorted(mean_of(*(rng.choices(g, k=len(g)) for g in groups)) for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws)]
 
 
-def clustered(clusters: list[list[float]]) -> tuple[float, float]:
+def clustered(*groups: list[list[float]]) -> tuple[float, float]:
     """The wider at each end of `resampled` and Wilson's interval: clustering can only add doubt."""
-    scores = [score for c in clusters for score in c]
-    pairs = zip(resampled(clusters), wilson(sum(scores), len(scores)), strict=True)
-    (low, low_w), (high, high_w) = pairs
-    return min(low, low_w), max(high, high_w)
+    n = sum(len(cluster) for clusters in groups for cluster in clusters)
+    low, high = wilson(mean_of(*groups) * n, n)
+    if n == sum(map(len, groups)):  # a score a haystack: they are independent
+        return low, high
+    return min(low, (again := resampled(*groups))[0]), max(high, again[1])
 
 
-def summarise(rows: list[dict]) -> list[dict]:
-    """One entry per (model, task, length): n, mean score, 95 % interval (loss: mean only).
+def entry_of(*groups: list[list[float]], loss: bool = False) -> dict:
+    """n, number of haystacks, mean and, but for a loss, the 95 % interval."""
+    n = sum(len(cluster) for clusters in groups for cluster in clusters)
+    entry = {"n": n, "haystacks": sum(map(len, groups)), "mean": round(mean_of(*groups), 4)}
+    return entry if loss else entry | {"interval_95": [round(x, 3) for x in clustered(*groups)]}
 
-    multiquery asks several questions about one haystack, so there whole haystacks are drawn again
-    for the interval, which is then never narrower than Wilson's (few haystacks that agree prove
-    little); every other task gets Wilson's, although its depths share a haystack too."""
-    table = []
-    groups: dict[tuple, dict[int, list[float]]] = {}
+
+def summarise(rows: list[dict], by: tuple[str, ...] = ("model", "task", "length")) -> list[dict]:
+    """One entry per group of rows: n, haystacks, mean score, 95 % interval (loss: mean only).
+
+    The depths (or questions) of a haystack share its text and answer: whole haystacks are drawn
+    again for the interval, which is never narrower than Wilson's (few haystacks that agree prove
+    little). Where multikey, multivalue and multiquery are there, so is NIAH(M), their mean."""
+    found: dict[tuple, dict[tuple, list[float]]] = {}
     for r in rows:
-        haystacks = groups.setdefault((r["model"], r["task"], r["length"]), {})
-        haystacks.setdefault(r["repeat"], []).append(r["score"])
-    for (model, task, length), haystacks in groups.items():
-        scores = [score for group in haystacks.values() for score in group]
-        entry = {"model": model, "task": task, "length": length, "n": len(scores)}
-        entry["haystacks"] = len(haystacks)
-        entry["mean"] = round(sum(scores) / len(scores), 4)
-        if task != "loss":
-            low, high = wilson(sum(scores), len(scores))
-            if task == "multiquery":
-                low, high = clustered(list(haystacks.values()))
-            entry["interval_95"] = [round(low, 3), round(high, 3)]
-        table.append(entry)
+        haystacks = found.setdefault(tuple(r[k] for k in by), {})
+        haystacks.setdefault((r["length"], r["repeat"]), []).append(r["score"])
+    groups = {key: list(haystacks.values()) for key, haystacks in found.items()}
+    table = [
+        dict(zip(by, key, strict=True)) | entry_of(g, loss="loss" in key)
+        for key, g in groups.items()
+    ]
+    for entry in table.copy():
+        same = [tuple((entry | {"task": t})[k] for k in by) for t in NIAH_M]
+        if entry["task"] == NIAH_M[-1] and all(key in groups for key in same):
+            named = {k: entry[k] for k in by} | {"task": "NIAH(M)"}
+            table.append(named | entry_of(*(groups[key] for key in same)))
     return table
-
-
-def print_table(table: list[dict]) -> None:
-    """Models down, lengths across, one block per task."""
-    lengths = sorted({e["length"] for e in table})
-    for task in dict.fromkeys(e["task"] for e in table):
-        unit = "nats per token" if task == "loss" else "found, 95 % interval"
-        if task == "multiquery":
-            print("\nmultiquery: several needles in one text, asked for in turn from one prefill;")
-            print("harder than one needle per text, as the others can be taken for it", end="")
-        print(f"\n{task} ({unit})\n{'':24}" + "".join(f"{n:>24,}" for n in lengths))
-        for model in dict.fromkeys(e["model"] for e in table):
-            line = f"{model[-23:]:24}"
-            for n in lengths:
-                cell = (model, task, n)
-                found = [e for e in table if (e["model"], e["task"], e["length"]) == cell]
-                if not found:
-                    text = "-"
-                elif task == "loss":
-                    text = f"{found[0]['mean']:.3f} (n={found[0]['n']})"
-                else:
-                    low, high = found[0]["interval_95"]
-                    text = f"{found[0]['mean']:.0%} [{low:.0%},{high:.0%}] n={found[0]['n']}"
-                line += f"{text:>24}"
-            print(line)

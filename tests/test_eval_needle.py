@@ -1,12 +1,15 @@
 """eval_needle.py: exact prompts, scores by hand, shared prefixes, results that survive a kill."""
 
+import dataclasses
+import hashlib
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import PROSE
+from conftest import PROSE, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +23,12 @@ from eval_needle import (
     score,
     text_loss,
 )
-from model import generate, load_pretrained, load_tokenizer
+from model import LlamaConfig, generate, load_pretrained, load_tokenizer
+from support.eval_cost import forward_flops, kv_cache_bytes
 from support.figures import draw_heatmap
 from support.haystack import CITIES, load_haystack
 from support.results import resampled, summarise, wilson
+from support.run_state import base_of_run
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +47,36 @@ def real_haystack(smollm2_dir, essays_dir):
 
 @given(
     st.sampled_from(sorted(TASKS)),
-    st.integers(500, 30_000),
+    st.integers(700, 30_000),
     st.sampled_from([0.0, 0.333, 0.5, 1.0]),
     st.integers(0, 9),
 )
 @settings(max_examples=60, deadline=None)
-def test_prompts_are_exact(haystack, task, length, depth, seed):
-    """[E11] Prompt and answer budget are `length` tokens; also where the haystack has to repeat."""
-    sample = make_sample(TASKS[task], haystack, length, depth, f"{seed}")
+def test_prompts_are_exact(haystack, name, length, depth, seed):
+    """[E11] Prompt and answer budget are `length` tokens; also where the haystack has to repeat.
+    Keys and values stand in their needles and nowhere else."""
+    task = TASKS[name]
+    sample = make_sample(task, haystack, length, depth, f"{seed}")
     assert len(sample.ids) + sample.answer_tokens == length
     text = haystack.tokenizer.decode(sample.ids.tolist())
-    assert text.count(sample.expected[0]) == 1  # the answer stands in its needle and nowhere else
-    assert text.count("One of the special magic numbers for") == TASKS[task].needles
-    at = text.index(f"is: {sample.expected[0]}.")
-    key = text.rsplit("special magic number for ", 1)[1].removesuffix(" is:")
-    assert text[:at].endswith(f" for {key} ")
-    assert sample.answer_tokens >= 7
-    if task == "multiquery":  # the needle of the part that holds `depth`
-        part = min(int(depth * 4), 3)
-        assert part / 4 - 0.02 < sample.true_depth < (part + 1) / 4 or length < 3000
+    head, _, question = text.rpartition("\n\nWhat")
+    assert head and len(sample.true_depths) == task.needles
+    before, after = task.needle.split("{key} is: {value}")[0], "."
+    for answer in sample.expected:
+        if name == "passkey":
+            assert f"The pass key is {answer}. Remember it: {answer} is the pass key." in head
+            assert text.count(answer) == 2
+            continue
+        assert text.count(answer) == 1
+        at = head.index(f" is: {answer}{after}")
+        key = head[:at].rsplit(" for ", 1)[1]
+        assert head[:at].endswith(before + key) and key in question
+        assert head.count(key) == (4 if task.one_key else 1)
+    needles = head.count(task.needle.split("{")[0])
+    assert needles > 5 if name == "multikey_hard" else needles == task.needles
+    if task.ask == "each":  # the needle of the part that holds `depth`
+        part, n = min(int(depth * task.needles), task.needles - 1), task.needles
+        assert part / n - 0.02 < sample.true_depth < (part + 1) / n or length < 3000
         return
     assert sample.true_depth <= depth
     if depth == 0.0:
@@ -69,8 +85,8 @@ def test_prompts_are_exact(haystack, task, length, depth, seed):
         assert depth - sample.true_depth < 0.02
 
 
-def test_multiquery_asks_for_every_needle_after_the_same_text(haystack):
-    task = TASKS["multiquery"]
+def test_each_needle_is_asked_for_after_the_same_text(haystack):
+    task = dataclasses.replace(TASKS["needles_8"], needles=4)
     depths = task.depths([0.0, 1.0])
     assert depths == [0.125, 0.375, 0.625, 0.875]
     samples = [make_sample(task, haystack, 4000, d, "s") for d in depths]
@@ -82,6 +98,66 @@ def test_multiquery_asks_for_every_needle_after_the_same_text(haystack):
         assert f"numbers for {asked} is: {sample.expected[0]}." in text
     shared = min(common_prefix(samples[0].ids, s.ids) for s in samples[1:])
     assert shared > 3800  # one prefill for all four
+
+
+def test_several_keys_are_asked_for_in_one_question(haystack):
+    texts = {}
+    for name in ("multiquery", "multivalue"):
+        sample = make_sample(TASKS[name], haystack, 2000, 0.5, "s")
+        assert len(set(sample.expected)) == 4 and len(sample.true_depths) == 4
+        texts[name] = haystack.tokenizer.decode(sample.ids.tolist()).rsplit("\n\n", 1)[1]
+    assert re.search(r"numbers for (\w+ ?\w+, ){3}and \w+ are:$", texts["multiquery"])
+    assert re.search(r"numbers for \w+ are:$", texts["multivalue"])
+
+
+def test_a_key_that_the_haystack_holds_is_drawn_again(toy_dir):
+    task = dataclasses.replace(TASKS["niah_single"], keys=("Ada", "Bob", "Zoe"))
+    stack = Haystack(PROSE, load_tokenizer(toy_dir))
+    for seed in range(6):  # Ada and Bob are in the story
+        ids = make_sample(task, stack, 900, 0.5, f"{seed}").ids.tolist()
+        assert stack.tokenizer.decode(ids).endswith("number for Zoe is:")
+    none_left = dataclasses.replace(task, keys=("Ada", "Bob"))
+    with pytest.raises(ValueError, match="the haystack holds all but 0 of the needles' 1 words"):
+        make_sample(none_left, stack, 900, 0.5, "0")
+
+
+def test_a_removed_needle_leaves_only_haystack(haystack):
+    for name, task in TASKS.items():
+        with_it, without = (
+            make_sample(task, haystack, 1500, 0.5, "s", removed) for removed in (False, True)
+        )
+        text = haystack.tokenizer.decode(without.ids.tolist())
+        assert len(without.ids) == len(with_it.ids) and without.expected == with_it.expected
+        assert not any(answer in text for answer in without.expected), name
+
+
+@pytest.mark.parametrize("case", ["digits merged", "one short essay", "not ASCII", "uuids"])
+def test_cases_nobody_tuned_for(case, toy_dir, tmp_path):
+    """Tokenizers that merge digits, a haystack that repeats hundreds of times, another script,
+    other words: prompts stay exact, and the needle is in the text once, after a sentence."""
+    text, task = PROSE, TASKS["niah_single"]
+    if case == "one short essay":
+        text = "One essay. It is short, and it is all there is."
+    if case == "not ASCII":
+        text = "雪の日は静かです。春になれば花が咲く！ Très bien, «ça va». Ñandú 🐦 ok? Да. " * 40
+    if case == "uuids":
+        task = dataclasses.replace(task, keys="uuids", values="uuids")
+    folder = toy_dir
+    if case == "digits merged":
+        numbers = " ".join(f"is: {random.Random(i).randint(10**6, 10**7 - 1)}." for i in range(999))
+        write_tokenizer(tmp_path, PROSE + numbers, 900, digits=False)
+        folder = tmp_path
+    stack = Haystack(text, load_tokenizer(folder))
+    for length, depth in ((701, 0.0), (997, 0.333), (1403, 1.0)):
+        sample = make_sample(task, stack, length, depth, f"{length}")
+        assert len(sample.ids) + sample.answer_tokens == length
+        prompt = stack.tokenizer.decode(sample.ids.tolist())
+        before, _, after = prompt.partition(f" is: {sample.expected[0]}.")
+        assert after and sample.expected[0] not in before + after
+        hay = before.rsplit("One of the", 1)[0].rstrip()
+        assert hay[-1] in ".!?。！？»" and 0 <= depth - sample.true_depth < 0.15
+    if case == "digits merged":
+        assert len(stack.tokenizer.encode(" 4821906")) < 7
 
 
 def test_needles_stand_between_sentences(real_haystack):
@@ -118,8 +194,6 @@ def test_a_row_shares_everything_but_the_depth(haystack):
 
 
 def test_a_bos_comes_once_and_only_if_the_tokenizer_adds_one(haystack, toy_dir, tmp_path):
-    from conftest import write_tokenizer
-
     write_tokenizer(tmp_path, PROSE, 400, add_bos_token=True)
     with_bos = Haystack(PROSE, load_tokenizer(tmp_path))
     for stack, expected in ((haystack, 0), (with_bos, 1)):
@@ -192,11 +266,12 @@ def test_text_loss_equals_the_plain_way(toy_dir):
 # ---- running -----------------------------------------------------------------------------------
 
 
-def test_shared_prefixes_change_no_answer(toy_dir, haystack):
+@pytest.mark.parametrize("name", TASKS)
+def test_shared_prefixes_change_no_answer(toy_dir, haystack, name):
     """Deep to shallow through one cache gives what each prompt alone gives, and prefills less."""
     model = load_pretrained(toy_dir)
-    depths = (1.0, 0.75, 0.5)
-    samples = [make_sample(TASKS["niah_single"], haystack, 1500, d, "0") for d in depths]
+    depths = (0.9, 0.6, 0.3) if TASKS[name].ask == "each" else (1.0, 0.75, 0.5)
+    samples = [make_sample(TASKS[name], haystack, 1500, d, "0") for d in depths]
     shared, prefilled = SharedPrefix(model), 0
     original = model.hidden
 
@@ -262,8 +337,6 @@ def test_cells_already_there_are_not_run_again(toy_dir, prose_file, tmp_path, mo
 
 def test_compare_and_controls(toy_dir, prose_file, tmp_path):
     """The control row has the base's weights under the result's RoPE base: another model."""
-    import shutil
-
     from model import save_pretrained
 
     other = load_pretrained(toy_dir)
@@ -297,8 +370,6 @@ def test_what_some_row_would_refuse_is_refused_before_the_first(
     toy_dir, prose_file, tmp_path, capsys
 ):
     """A sliding window shorter than the longest prompt; a length that only some keys fit into."""
-    import shutil
-
     folder = tmp_path / "mistral"
     shutil.copytree(toy_dir, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -382,10 +453,6 @@ def test_the_default_haystack_is_found_from_any_folder(essays_dir, tmp_path, mon
 
 
 def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp_path, capsys):
-    import shutil
-
-    from conftest import write_tokenizer
-
     shutil.copytree(toy_dir, tmp_path / "other")
     write_tokenizer(tmp_path / "other", PROSE[:700], 300)
     with pytest.raises(SystemExit):
@@ -417,7 +484,6 @@ def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp
             "--out README.md is a file; a folder for the results is needed",
         ),
         ("--n 0", "--n 0 must be at least 1"),
-        ("--controls", "--controls needs the base model"),
     ],
 )
 def test_bad_input_is_one_line(flags, match, toy_dir, prose_file, tmp_path, capsys):
@@ -451,6 +517,7 @@ def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp
         "keys": ["Anna", "Bert"],
         "values": ["zyx", "wvu"],
         "task": "multiquery",
+        "ask": "each",
         "needles": 2,
         "n": 1,
     }
@@ -601,3 +668,178 @@ def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, real_haystack):
         )
         found += score(sample.expected, output)
     assert found == 3
+
+
+# ---- what a run says, keeps and refuses --------------------------------------------------------
+
+
+def results_of(out) -> dict:
+    return json.loads((out / "needle_results.json").read_text())
+
+
+def test_a_small_run_later_hides_nothing_of_a_larger_one(toy_dir, prose_file, tmp_path, capsys):
+    """One folder, three runs: the rows of the same setup stay in table and figure; another seed is
+    another setup, and said to be there."""
+    where = {"toy_dir": toy_dir, "prose_file": prose_file, "out": tmp_path}
+    run(**where)
+    table = results_of(tmp_path)["table"]
+    run("--lengths", "350", "--n", "1", "--depths", "0.333", **where)
+    later = results_of(tmp_path)
+    assert [e for e in later["table"] if e["length"] != 350] == table
+    assert {(e["length"], e["depth"]) for e in later["cells"]} == {
+        *((n, d) for n in (300, 400) for d in (0.0, 1.0)),
+        (350, 0.333),
+    }
+    assert later["overall"][0]["n"] == 9 and len(later["overall"]) == 1
+    run("--tasks", "passkey", **where)
+    assert {e["task"] for e in results_of(tmp_path)["table"]} == {"passkey", "niah_single"}
+    assert (tmp_path / "needle_passkey.png").is_file()
+    capsys.readouterr()
+    run("--seed", "5", "--lengths", "300", **where)
+    assert [e["n"] for e in results_of(tmp_path)["table"]] == [4]
+    assert "17 rows there are of other models or settings" in capsys.readouterr().err
+
+
+def test_the_control_without_needles_gets_the_same_texts(toy_dir, prose_file, tmp_path, capsys):
+    rows = run("--controls", "--n", "1", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    removed = [r for r in rows if r["model"] == f"{toy_dir} (needle removed)"]
+    assert [r["score"] for r in removed] == [0.0, 0.0] and len(rows) == 4 + 2
+    assert (
+        "--controls: without --compare DIR only the one without needles" in capsys.readouterr().err
+    )
+    means = {e["model"]: e["mean"] for e in results_of(tmp_path)["table"]}
+    assert means[f"{toy_dir} (needle removed)"] == 0.0
+    assert list(results_of(tmp_path)["models"]) == [str(toy_dir)]  # it is no model
+
+
+def test_niah_m_is_the_mean_of_its_three_tasks():
+    row = {"model": "m", "length": 9}
+    scores = {"multikey": (1.0, 1.0), "multivalue": (0.5, 0.0), "multiquery": (0.25, 0.25)}
+    rows = [
+        row | {"task": task, "repeat": i, "score": s}
+        for task, pair in scores.items()
+        for i, s in enumerate(pair)
+    ]
+    entry = summarise(rows)[-1]
+    assert entry["task"] == "NIAH(M)" and entry["mean"] == 0.5 and entry["n"] == 6
+    assert not any(e["task"] == "NIAH(M)" for e in summarise(rows[:4]))
+
+
+def test_depths_of_one_haystack_are_no_independent_samples():
+    """Two haystacks x 5 depths, one all found and one not: as unsure as two samples are."""
+    row = {"model": "m", "task": "niah_single", "length": 9}
+    rows = [row | {"repeat": r, "depth": d, "score": float(r)} for r in (0, 1) for d in range(5)]
+    assert summarise(rows)[0]["interval_95"] == [0.0, 1.0]
+    assert wilson(5, 10)[0] > 0.2
+    cells = summarise(rows, ("model", "task", "length", "depth"))
+    assert [c["interval_95"] for c in cells] == [[round(x, 3) for x in wilson(1, 2)]] * 5
+
+
+def test_several_tasks_print_niah_m_cache_and_what_is_ignored(
+    toy_dir, prose_file, tmp_path, capsys
+):
+    tasks = "--tasks multikey multivalue multiquery needles_8 --lengths 800 --n 1".split()
+    rows = run(*tasks, toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert {r["depth"] for r in rows if r["task"] == "needles_8"} == {
+        (i + 0.5) / 8 for i in range(8)
+    }
+    said = capsys.readouterr()
+    assert "NIAH(M) (found" in said.out and "the mean of multikey, multivalue" in said.out
+    # 2 x 2 layers x 2 heads x 12 x 800 tokens x 4 bytes
+    assert "key-value cache at 800 tokens: 0.00 GiB (float32)" in said.err
+    assert "to do: 14 prompts of 11,200 tokens together" in said.err
+    assert "--depths is not for needles_8: the needles divide the text among them" in said.err
+    assert "a short prompt is read at" in said.err
+
+
+def test_the_cache_of_an_8b_at_128k_is_16_gib():
+    config = LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128, 131_072)
+    assert kv_cache_bytes(config, 131_072, torch.bfloat16) == 16 * 2**30
+    # 4,096 tokens, each with all those before it: twice 4,096 x weights, attention by hand
+    weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+    pairs = 4096 * 4096 / 2
+    assert forward_flops(config, 0, 4096) == 2 * 4096 * weights + 32 * 4 * 4096 * pairs
+    halves = forward_flops(config, 0, 1000) + forward_flops(config, 1000, 4096)
+    assert halves == forward_flops(config, 0, 4096)
+
+
+def test_a_template_can_be_a_whole_ruler_task(toy_dir, prose_file, tmp_path):
+    """Task text, several needles in words of its own, one question for all, the answer's beginning
+    and RULER's fixed budget of 128 tokens: the prompt around the haystack is theirs, literally."""
+    fields = {
+        "task": "multiquery",
+        "intro": "Some codes are hidden within the following text. Memorize them.\n",
+        "needle": "A code for {key} is: {value}.",
+        "question": "\nWhat are all the codes for {key}?",
+        "answer": " The codes for {key} are",
+        "keys": ["red fox", "blue owl", "old elk"],
+        "needles": 3,
+        "values": "uuids",
+        "answer_tokens": 128,
+        "haystack": "noise",
+        "n": 1,
+    }
+    flags = f"--template {write_template(tmp_path, **fields)} --lengths 900 --depths 0.333"
+    eval_needle.main(f"--model {toy_dir} {flags} --haystack {prose_file} --out {tmp_path}".split())
+    row = json.loads((tmp_path / "needle.jsonl").read_text())
+    assert len(row["expected"]) == 3 and len(set(row["expected"])) == 3
+    assert all(
+        re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", v) for v in row["expected"]
+    )
+    assert row["depth"] == 0.333 and len(row["true_depths"]) == 3
+    own = {"keys": tuple(fields["keys"])}
+    for name in ("intro", "needle", "question", "answer", "needles", "values", "answer_tokens"):
+        own[name] = fields[name]
+    task = dataclasses.replace(TASKS["multiquery"], haystack="noise", **own)
+    stack = Haystack(PROSE, load_tokenizer(toy_dir))
+    ids = make_sample(task, stack, 900, 0.333, "0/multiquery/900/0").ids
+    assert hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12] == row["prompt"]
+    text = stack.tokenizer.decode(ids.tolist())
+    assert len(ids) == 900 - 128 and text.startswith(fields["intro"])
+    assert text.count("The lamp is lit.") > 4 and "says that" not in text  # noise, not the prose
+    keys = re.search(r"\nWhat are all the codes for (.+)\? The codes for (.+) are$", text)
+    first, second, last = keys[1].replace("and ", "").split(", ")
+    assert keys[1] == keys[2] == f"{first}, {second}, and {last}"
+    for key, value in zip((first, second, last), row["expected"], strict=True):
+        assert text.count(f"A code for {key} is: {value}.") == 1
+
+
+def test_what_a_template_says_for_its_own_task_is_not_lost_in_silence(
+    toy_dir, prose_file, tmp_path, capsys
+):
+    path = write_template(tmp_path, task="multiquery", needles=2)
+    flags = f"--template {path} --tasks multikey --lengths 500 --n 1"
+    run(*flags.split(), toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert "needles of its task multiquery are not for --tasks multikey" in capsys.readouterr().err
+    path = write_template(tmp_path, needles=2)  # of no task: of every one
+    rows = run(*flags.split(), toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert {len(r["true_depths"]) for r in rows} == {2, 4}
+    assert "not for --tasks" not in capsys.readouterr().err
+
+
+def test_the_base_of_a_run_is_found_from_another_folder(toy_dir, tmp_path, monkeypatch, capsys):
+    """run.json names the base as train.py was told it: relative to where it ran."""
+    (tmp_path / "work" / "models").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(toy_dir, tmp_path / "work" / "models" / "base")
+    shutil.copytree(toy_dir, tmp_path / "work" / "out")
+    settings = json.dumps({"settings": {"model": "models/base"}})
+    (tmp_path / "work" / "out" / "run.json").write_text(settings)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert base_of_run("../work/out") == [str(tmp_path / "work" / "models" / "base")]
+    shutil.rmtree(tmp_path / "work" / "models")
+    assert base_of_run("../work/out") == [] and "is no folder here" in capsys.readouterr().err
+
+
+def test_one_essay_one_haystack_one_depth(toy_dir, tmp_path, capsys):
+    """A folder with one short essay, --n 1, a depth and a length that are multiples of nothing."""
+    (tmp_path / "essays").mkdir()
+    (tmp_path / "essays" / "only.txt").write_text("Ein Aufsatz über Öl. Er ist kurz! Schluß.\n")
+    flags = "--n 1 --lengths 613 --depths 0.333 --tasks niah_single multikey_hard passkey"
+    eval_needle.main(
+        f"--model {toy_dir} --haystack {tmp_path / 'essays'} {flags} --out {tmp_path}".split()
+    )
+    rows = [json.loads(line) for line in (tmp_path / "needle.jsonl").read_text().splitlines()]
+    assert [(r["length"], r["depth"]) for r in rows] == [(613, 0.333)] * 3
+    assert all(0.2 < r["true_depth"] <= 0.333 for r in rows)
+    assert "so it repeats" in capsys.readouterr().err

@@ -122,8 +122,9 @@ def test_the_tiny_model_is_small_and_reads_keys_it_never_had(tokenizer):
     assert LlamaConfig.from_dir(TINY).max_position_embeddings == 8192
     model = load_pretrained(TINY)
     task = TASKS["multiquery"]
-    fields = {k: v for k, v in toy.NEEDLE.items() if hasattr(task, k)}
-    task = type(task)(**{"needles": 8, "ask_all": True} | fields)
+    fields = {k: v for k, v in toy.NEEDLE.items() if k in vars(task) and k != "haystack"}
+    words = {k: tuple(fields[k]) for k in ("keys", "values")}
+    task = type(task)(**fields | words)
     haystack = Haystack(standard_library_topics()[:100_000], tokenizer)
     right = 0
     for repeat in range(4):
