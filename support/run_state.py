@@ -138,17 +138,13 @@ class RunFolder:
 
 
 def base_of_run(folder: str | Path) -> list[str]:
-    """The model that train.py extended into this folder, or nothing where that cannot be told. A
-    relative path is meant from where train.py ran: here, or a folder above the run's own."""
+    """The model that train.py extended into this folder, or nothing where that cannot be told."""
     run = Path(folder) / "run.json"
     base = (read_json(run).get("settings") or {}).get("model") if run.is_file() else None
-    if not isinstance(base, str):
+    if isinstance(base, str) and not Path(base).is_dir():
+        log(f"{base}, which the run began with, is no folder here; --compare DIR for another")
         return []
-    for start in (Path(), *Path(folder).resolve().parents):
-        if (start / base).is_dir():
-            return [str(start / base)]
-    log(f"{base}, which the run began with, is no folder here; --compare DIR for another")
-    return []
+    return [base] if isinstance(base, str) else []
 
 
 def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:

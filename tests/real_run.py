@@ -1,7 +1,7 @@
 """The real run behind README's first table: SmolLM2-135M from its window of 8,192 to 16,384 tokens.
 
     python tests/real_run.py                 # hours on 2 cores; killed and restarted it goes on
-    python tests/real_run.py --redraw        # only README's figure, from the rows in assets/
+    python tests/real_run.py --redraw        # only figure and intervals, from the rows in assets/
     python tests/real_run.py --smallest      # README's first commands: time, memory and disk
 
 Trains longrecipe first, then the control `--method none` on the same tokens, judges the rows on
@@ -25,6 +25,8 @@ from update_readme import plain_name, table_order
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support.figures import draw_heatmap  # noqa: E402
+from support.results import summarise  # noqa: E402
+from support.run_state import write_atomically  # noqa: E402
 
 RUNS = Path("runs/smollm2_16k")  # relative, so that no JSON names a machine's folders
 RESULTS = Path("assets/results/smollm2_16k")
@@ -78,9 +80,15 @@ def panels(models: dict) -> tuple[dict, dict]:
 
 
 def redraw() -> None:
+    """Figure and intervals from the rows in assets/."""
     rows = [json.loads(line) for line in (RESULTS / "needle.jsonl").read_text().splitlines()]
-    models = json.loads((RESULTS / "rows" / "needle_results.json").read_text())["models"]
-    names, windows = panels(models)
+    file = RESULTS / "rows" / "needle_results.json"
+    found = json.loads(file.read_text())
+    needles = [r for r in rows if r["task"] == "niah_single" and r["model"] in found["models"]]
+    losses = [e for e in found["table"] if e["task"] == "loss"]
+    found["table"] = summarise(needles) + losses
+    write_atomically(file, json.dumps(found, indent=2) + "\n")
+    names, windows = panels(found["models"])
     draw_heatmap(RESULTS / "rows" / "needle.png", rows, "niah_single", windows, names)
 
 
@@ -130,7 +138,7 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--dtype", default="bfloat16", help="float32 on CPUs without bf16 instructions")
     p.add_argument(
-        "--redraw", action="store_true", help="only the figure, from the rows in assets/"
+        "--redraw", action="store_true", help="figure and intervals, from the rows in assets/"
     )
     p.add_argument("--smallest", action="store_true", help="only README's first commands, measured")
     args = p.parse_args(argv)

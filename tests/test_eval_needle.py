@@ -28,7 +28,6 @@ from support.eval_cost import forward_flops, kv_cache_bytes
 from support.figures import draw_heatmap
 from support.haystack import CITIES, load_haystack
 from support.results import resampled, summarise, wilson
-from support.run_state import base_of_run
 
 
 @pytest.fixture(scope="module")
@@ -815,20 +814,6 @@ def test_what_a_template_says_for_its_own_task_is_not_lost_in_silence(
     rows = run(*flags.split(), toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
     assert {len(r["true_depths"]) for r in rows} == {2, 4}
     assert "not for --tasks" not in capsys.readouterr().err
-
-
-def test_the_base_of_a_run_is_found_from_another_folder(toy_dir, tmp_path, monkeypatch, capsys):
-    """run.json names the base as train.py was told it: relative to where it ran."""
-    (tmp_path / "work" / "models").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    shutil.copytree(toy_dir, tmp_path / "work" / "models" / "base")
-    shutil.copytree(toy_dir, tmp_path / "work" / "out")
-    settings = json.dumps({"settings": {"model": "models/base"}})
-    (tmp_path / "work" / "out" / "run.json").write_text(settings)
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert base_of_run("../work/out") == [str(tmp_path / "work" / "models" / "base")]
-    shutil.rmtree(tmp_path / "work" / "models")
-    assert base_of_run("../work/out") == [] and "is no folder here" in capsys.readouterr().err
 
 
 def test_one_essay_one_haystack_one_depth(toy_dir, tmp_path, capsys):

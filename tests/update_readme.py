@@ -159,9 +159,9 @@ def results() -> str:
         "",
         f"Share of needles found: n = {n} per cell, {rows['settings']['n']} haystacks x"
         f" {len(rows['settings']['depths'])} depths from essays that no training has seen. The"
-        " depths of a haystack share its text and answer, so the Wilson 95 % interval, which takes"
-        f" them for independent, is too narrow. Loss: nats per token, n = {texts} texts of the same"
-        " essays, no interval.",
+        " depths of a haystack share its text and answer, so the 95 % interval draws whole"
+        f" haystacks again, and is never narrower than Wilson's. Loss: nats per token, n = {texts}"
+        " texts of the same essays, no interval.",
         "",
         f"Training: {s['steps']} samples of {s['train_len']:,} tokens for the extension and"
         f" {s['replay_steps']} for the replay, {run['seconds'] / 60:.0f} minutes in {s['dtype']} on"
@@ -206,6 +206,23 @@ def cost() -> str:
     return "\n".join(lines)
 
 
+def judge() -> str:
+    found = read(RESULTS / "eval_cost.json")
+    if not found:
+        return "Against `transformers.generate`: not measured yet (`python tests/bench_eval.py`)."
+    seconds, peak, s = found["seconds_of_all_rows"], found["peak_GiB_of"], found["settings"]
+    return (
+        f"Against `transformers.generate` on the same {found['answers']} prompts"
+        f" ({len(s['lengths'])} lengths to {max(s['lengths']):,} x {len(s['depths'])} depths,"
+        f" {s['model']}, {found['dtype']}), in turns: {seconds['ours']:.0f} seconds and"
+        f" {peak['ours']:.1f} GiB against {seconds['transformers']:.0f} and"
+        f" {peak['transformers']:.1f}, ratio {found['ratio']:.2f},"
+        f" {found['answers_equal']} of {found['answers']} answers equal; {found['threads']} cores"
+        f" of {found['hardware']}, commit {found['commit']},"
+        " [JSON](assets/results/eval_cost.json), `python tests/bench_eval.py`."
+    )
+
+
 def smallest() -> str:
     found = read(RESULTS / "smallest_run.json")
     if not found:
@@ -230,6 +247,7 @@ REGIONS = {
     "results": results,
     "smallest": smallest,
     "cost": cost,
+    "eval": judge,
 }
 
 
