@@ -45,7 +45,7 @@ from model import (
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
 from support.cli import log, on_ctrl_c, report_errors
 from support.eval_cost import WorkBar, announce, prompt_flops
-from support.haystack import NOISE, draw_needles, draw_words, load_haystack
+from support.haystack import NOISE, draw_needles, draw_words, load_haystack, stands_in
 from support.hub import local_folder
 from support.judged import check_models, fingerprint
 from support.report import write_report
@@ -117,9 +117,11 @@ def draw(task: Task, haystack: Haystack, length: int, rng) -> tuple[list[str], l
         values = draw_words(task.values, task.needles, rng, haystack.text)
         hay = haystack.cut(length, rng)
     text = tokenizer.decode(hay.tolist()).lower()
-    if any(key.lower() in text for key in keys):
-        keys = draw_words(task.keys, wanted, rng, text)
-    assert not any(word.lower() in text for word in keys + values), "the haystack holds a needle"
+    if any(stands_in(key, text) for key in keys):
+        free = [key for key in task.keys if not stands_in(key, text)]
+        keys = draw_words(free, wanted, rng)
+    found = [key for key in keys if stands_in(key, text)] + [v for v in values if v.lower() in text]
+    assert not found, f"the haystack holds {found}"
     return keys, values, hay
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,18 @@ def load_haystack(path: str | None) -> tuple[str, str]:
     if not text.strip():
         raise ValueError(f"haystack {source} holds no text (--haystack)")
     return text, source
+
+
+def stands_in(key: str, text: str) -> bool:
+    """Is the key a word of the text, which is in lower case?
+
+    >>> stands_in("Pear", "a pear."), stands_in("Pear", "it appears")
+    (True, False)
+    """
+    key = key.lower()
+    if key not in text:
+        return False
+    return re.search(rf"(?<![a-z0-9]){re.escape(key)}(?![a-z0-9])", text) is not None
 
 
 def draw_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str = "") -> list[str]:
