@@ -42,12 +42,13 @@ from model import (
     load_tokenizer,
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
-from support.cli import check_ranges, log, on_ctrl_c, progress, provenance, report_errors
+from support.atomic import write_atomically
+from support.cli import check_ranges, log, progress, provenance, report_errors
 from support.figures import draw_curves, draw_heatmap
 from support.haystack import CITIES, fingerprint, load_haystack, read_template
 from support.hub import local_folder
 from support.results import Results, print_table, summarise
-from support.run_state import base_of_run, write_atomically
+from support.run_settings import base_of_run
 
 # ---- 1. Tasks ----------------------------------------------------------------------------------
 
@@ -362,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(haystack.ids) < args.lengths[-1]:
             log(f"warning: shorter than --lengths {args.lengths[-1]}, so it repeats (--haystack)")
         rows = []
-        with on_ctrl_c(results.what_is_saved):
+        with results.writing():
             for candidate in candidates:
                 rows += run_candidate(candidate, tasks, haystack, results, args)
         report(rows, candidates, source, out, args, started)
@@ -436,10 +437,9 @@ def report(
 ) -> None:
     table = summarise(rows)
     print_table(table)
-    models, trained = {}, {c.label: c.config.max_position_embeddings for c in candidates}
-    for c in candidates:
-        theta = c.rope[0] if c.rope else c.config.rope_theta
-        models[c.label] = {"rope_theta": theta, "window": c.window}
+    trained = {c.label: c.config.max_position_embeddings for c in candidates}
+    thetas = {c.label: c.rope[0] if c.rope else c.config.rope_theta for c in candidates}
+    models = {c.label: {"rope_theta": thetas[c.label], "window": c.window} for c in candidates}
     summary = {
         "settings": vars(args) | {"torch_dtype": str(args.torch_dtype)},
         "haystack": source,

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from model import Llama, load_tokenizer
-from support import checkpoint_files, config_files, figures
+from support import atomic, checkpoint_files, config_files, figures
 from support.cli import check_ranges, report_errors
 from support.hub import local_folder
-from support.run_state import read_impactful
+from support.run_settings import read_impactful
 from support.text import Corpus, load_reference, load_tokens
 from support.toy import TINY
 
@@ -367,7 +367,7 @@ def merge(
             # [E10] theta = (1 - w) * theta_original + w * theta_tuned
             yield name, ((1 - weight) * a.float() + weight * b.float()).to(b.dtype)
 
-    with checkpoint_files.write_folder(out_dir) as folder:
+    with atomic.write_folder(out_dir) as folder:
         (folder / "config.json").write_bytes((tuned_dir / "config.json").read_bytes())
         checkpoint_files.write_tensors(folder, averaged())
         checkpoint_files.copy_tokenizer(tuned_dir, folder)

@@ -61,6 +61,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path / 'tokenizer.json'} is damaged: {error!r}") from error
 
 
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """ValueError if the model's vocabulary lacks some of the tokenizer's ids."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
+            f" {vocab_size}: they do not belong together"
+        )
+
+
 def from_bpe(model: dict, pattern: str, normalizer, special: dict, settings: dict) -> Tokenizer:
     alphabet, added = byte_alphabet(), set(special.values())
     to_id = {

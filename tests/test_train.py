@@ -15,7 +15,7 @@ import train
 from model import Llama, LlamaConfig, load_pretrained
 from support.budget import matmul_parameters, training_flops
 from support.optimizer import MasterAdamW
-from support.run_state import base_of_run
+from support.run_settings import base_of_run
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 
@@ -197,16 +197,16 @@ def stop_after(steps: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_resume_goes_on_from_the_last_save(
+def test_ctrl_c_saves_and_resume_goes_on(
     stop_at, finished, toy_dir, prose_file, tmp_path, monkeypatch, capsys
 ):
-    """Ctrl-C in the probe, the extension or the replay says how to go on. That command, without
-    the flags of the run, gives the same weights and the same metrics."""
+    """Ctrl-C in the probe, the extension or the replay saves and says how to go on. That command,
+    without the flags of the run, gives the same weights and the same metrics."""
     out = tmp_path / "out"
     original = train.accumulate
     stop_after(stop_at, monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        train.main(command(toy_dir, prose_file, out, "--save_minutes", "0"))
+        train.main(command(toy_dir, prose_file, out))
     assert stop.value.code == 130
     last = capsys.readouterr().err.splitlines()[-1]
     told, argv = last.split("; to go on: python train.py ")
@@ -222,8 +222,8 @@ def test_resume_goes_on_from_the_last_save(
         assert all(a[k] == b[k] for k in same)
 
 
-def test_ctrl_c_before_the_first_save_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
-    stop_after(1, monkeypatch)
+def test_ctrl_c_before_the_first_step_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
+    stop_after(0, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         train.main(command(toy_dir, prose_file, tmp_path / "out"))
     last = capsys.readouterr().err.splitlines()[-1]
@@ -478,7 +478,7 @@ def test_the_toy_runs_through_all_stages(tmp_path, capsys):
 
 
 def test_a_folder_that_holds_another_run_is_refused(finished, bad):
-    bad("is not empty: another --out, or --resume", out=finished)
+    bad("holds a finished run: another --out, or --resume", out=finished)
     bad("--resume with another --lr", "--resume", "--lr", "1e-9", out=finished)
 
 
@@ -498,7 +498,7 @@ def test_nothing_is_drawn_below_the_error_line(toy_dir, prose_file, tmp_path, ca
         train.main(command(toy_dir, prose_file, tmp_path / "out", *flags))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "probe:" in err
-    assert re.search(r"\nerror: step \d: loss .*; lower --lr\n$", err), err[-300:]
+    assert re.search(r"\nerror: steps \d to \d had no finite loss .*\n$", err), err[-300:]
 
 
 def test_bad_data_files(bad, tmp_path):
