@@ -52,7 +52,8 @@ def report_errors() -> Iterator[None]:
 def is_out_of_memory(error: Exception) -> bool:
     """torch has a class of its own for CUDA only."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
+    said = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
+    return known or any(words in str(error) for words in said)
 
 
 def last_line(message: str, error: BaseException) -> None:

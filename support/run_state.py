@@ -120,11 +120,11 @@ class RunFolder:
             (self.path / METRICS).unlink(missing_ok=True)
             return None
         # mapped, not read: the masters of an 8B would not fit into memory a second time
-        options = {"map_location": "cpu", "weights_only": True, "mmap": True}
+        path = self.path / STATE
         try:
-            state = torch.load(self.path / STATE, **options)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{self.path / STATE} is damaged: {error}") from error
+            raise ValueError(f"{path} is damaged: {error}") from error
         metrics = self.path / METRICS
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         kept = lines[: state["step"]]

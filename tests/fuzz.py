@@ -1,5 +1,6 @@
 """Seeded damage to the files of a model folder: for test_faults.py."""
 
+import base64
 import copy
 import json
 import random
@@ -91,3 +92,8 @@ def damage_safetensors(data: bytes, rng: random.Random) -> bytes:
         return data[: rng.randrange(len(data))]
     header = damage_json(header.decode(), rng)
     return len(header).to_bytes(8, "little") + header + rest
+
+
+def base64_line(token: bytes, rank: int) -> bytes:
+    """A line of tokenizer.model in tiktoken's format."""
+    return base64.b64encode(token) + b" %d\n" % rank
