@@ -48,7 +48,7 @@ from support.figures import draw_curves, draw_heatmap
 from support.haystack import CITIES, fingerprint, load_haystack, read_template
 from support.hub import local_folder
 from support.results import Results, print_table, summarise
-from support.run_settings import base_of_run
+from support.run_settings import Parser, base_of_run
 
 # ---- 1. Tasks ----------------------------------------------------------------------------------
 
@@ -321,11 +321,7 @@ NEW_BASE = " (new base)"  # ends the label of the control: old weights, new RoPE
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="eval_needle.py",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("eval_needle.py", __doc__)
     add = p.add_argument
     add("--model", default=RESULT, metavar="DIR", help="Hugging Face folder to judge")
     add("--compare", nargs="*", metavar="DIR", help="others beside it (None: base of the run)")

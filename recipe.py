@@ -15,7 +15,6 @@ parts of speech (the paper groups impactful types by them; we keep the types the
 types other than `default`. Glossary: see model.py.
 """
 
-import argparse
 import functools
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from model import Llama, load_tokenizer
 from support import atomic, checkpoint_files, config_files, figures
 from support.cli import check_ranges, report_errors
 from support.hub import local_folder
-from support.run_settings import read_impactful
+from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
 from support.toy import TINY
 
@@ -419,11 +418,7 @@ def explain_positions(starts: Tensor, old_window: int | None, args, generator) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(
-        prog="recipe.py",
-        description="What LongRecipe does to one text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("recipe.py", "What LongRecipe does to one text.")
     add = p.add_argument
     add("--model", default=TINY, metavar="DIR", help="its tokenizer is used")
     add("--text", metavar="FILE", help="(None: Python's language reference)")

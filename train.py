@@ -48,7 +48,7 @@ from support.config_files import check_extendable
 from support.corpora import load_corpora
 from support.hub import local_folder
 from support.optimizer import MasterAdamW
-from support.run_settings import NO_SETTINGS, parse_or_resume, read_impactful
+from support.run_settings import NO_SETTINGS, Parser, parse_or_resume, read_impactful
 from support.run_state import RunFolder
 from support.stop import unbroken
 from support.text import Corpus
@@ -73,11 +73,7 @@ TOY = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("train.py", __doc__)
     add = p.add_argument_group("model").add_argument
     add("--model", metavar="DIR", help="folder or hub org/name (None: the toy, assets/tiny)")
     add("--target_len", type=int, default=131_072, help="window to reach, tokens")

@@ -77,8 +77,8 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 def only_writer(folder: Path) -> Iterator[None]:
     """ValueError if another process is inside this for the same folder. The kernel lets go of the
     lock when a process ends, however it ends: a .lock that a kill left behind locks nothing."""
+    made, lock = not folder.exists(), folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / LOCK
     with open(lock, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +92,8 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def check_unlocked(folder: Path) -> None:

@@ -19,7 +19,6 @@ class Results:
     def __init__(self, folder: Path):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {folder} is a file; a folder for the results is needed")
-        folder.mkdir(parents=True, exist_ok=True)
         check_unlocked(folder)  # another one's half-written line is not ours to mend
         path = folder / "needle.jsonl"
         self.path, self.rows = path, {}

@@ -15,6 +15,17 @@ MAY_DIFFER = ("save_minutes", "keep_stages")  # settings that may be others afte
 PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings that are paths
 
 
+class Parser(argparse.ArgumentParser):
+    """--help shows the defaults; what is refused goes through report_errors as any other error."""
+
+    def __init__(self, prog: str, doc: str):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(prog=prog, description=doc.split("\n")[0], formatter_class=formatter)
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (--help)")
+
+
 def parse_or_resume(
     p: argparse.ArgumentParser, argv: list[str] | None, toy: dict
 ) -> argparse.Namespace:
