@@ -82,8 +82,9 @@ def assert_same(out: Path, whole: Path) -> None:
 # ---- kill -9 -----------------------------------------------------------------------------------
 
 
-def kill_somewhere(place, argv, log, seconds: float, rng: random.Random) -> None:
-    """At a random time; at a random file operation; or while a state is being written."""
+def kill_somewhere(place, argv, log, seconds: float, rng: random.Random) -> bool:
+    """At a random time; at a random file operation; or while a state is being written. False: the
+    run was over before."""
     kind = rng.choice(("time", "operation", "writing"))
     event = ("/", rng.randint(1, 250), signal.SIGKILL) if kind == "operation" else None
     if event:
@@ -100,16 +101,21 @@ def kill_somewhere(place, argv, log, seconds: float, rng: random.Random) -> None
     if child.is_alive() and kind != "operation":
         children.kill(child)
     child.join()
+    return child.exitcode == -signal.SIGKILL
 
 
 def killed_and_resumed(seed: int, place, uninterrupted, kills: int) -> None:
     rng, out, log = random.Random(seed), place / f"killed{seed}", place / f"killed{seed}.log"
     whole, seconds = uninterrupted
     argv = flags(out.name)
-    for _ in range(kills):
-        kill_somewhere(place, argv, log, seconds, rng)
-        if (out / "run.json").is_file():
-            argv = ["--resume", "--out", out.name]
+    while kills:
+        if kill_somewhere(place, argv, log, seconds, rng):
+            kills -= 1
+        else:  # over before the kill: from the start once more
+            assert_same(out, whole)
+            shutil.rmtree(out)
+        resumable = (out / "run.json").is_file()
+        argv = ["--resume", "--out", out.name] if resumable else flags(out.name)
     code, said = finish(place, argv, log)
     assert code == 0, said
     assert_same(out, whole)
