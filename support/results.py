@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.atomic import check_unlocked, only_writer, write_atomically
-from support.cli import telling
+from support.cli import log, telling
 
 KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
 
@@ -45,8 +45,11 @@ class Results:
     def writing(self) -> Iterator[None]:
         """Around the measuring, alone in the folder; whatever stops it, the last line says what is
         kept."""
+        before = len(self.rows)
         with only_writer(self.path.parent), telling(self.what_is_saved):
             yield
+        if len(self.rows) == before:
+            log("every row was measured before: nothing was run")
 
     def what_is_saved(self) -> str:
         return f"the rows written are kept in {self.path}; the same command goes on from there"
