@@ -43,14 +43,14 @@ from model import (
     prefill,
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
-from support.cli import log, on_ctrl_c, report_errors
+from support.cli import log, report_errors
 from support.eval_cost import WorkBar, announce, prompt_flops
 from support.haystack import NOISE, draw_needles, draw_words, load_haystack, stands_in
 from support.hub import local_folder
 from support.judged import check_models, fingerprint
 from support.report import write_report
 from support.results import Results, setup_of
-from support.run_state import base_of_run
+from support.run_settings import Parser, base_of_run
 from support.tasks import TASKS, Task
 from support.templates import resolve_grid, resolve_tasks
 
@@ -363,11 +363,7 @@ NO_NEEDLE = " (needle removed)"  # another control: must score 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="eval_needle.py",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("eval_needle.py", __doc__)
     add = p.add_argument
     add("--model", default=RESULT, metavar="DIR", help="Hugging Face folder to judge")
     add("--compare", nargs="*", metavar="DIR", help="others beside it (None: base of the run)")
@@ -406,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
         missing = [cell for cells in planned for cell in cells if results.find(cell[0]) is None]
         announce(source, haystack, candidates, [row for row, _ in missing], args)
         bar, rows = WorkBar(sum(work for _, work in missing)), []
-        with on_ctrl_c(results.what_is_saved):
+        with results.writing():
             for candidate, cells in zip(candidates, planned, strict=True):
                 rows += run_candidate(candidate, cells, tasks, haystack, results, bar, args)
         bar.close()

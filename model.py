@@ -42,7 +42,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from support import checkpoint_files, config_files
+from support import atomic, checkpoint_files, config_files
 from support.rope_scaling import scale_frequencies
 from support.tokenizer import load_tokenizer  # noqa: F401  (part of the public face)
 
@@ -453,7 +453,7 @@ def save_pretrained(model: Llama, path: str | Path, tokenizer_from: str | Path |
     """Write a folder that transformers opens unedited: config.json, safetensors, and the tokenizer
     files of `tokenizer_from`. Written beside `path`, then renamed."""
     config = config_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
-    with checkpoint_files.write_folder(path) as folder:
+    with atomic.write_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         checkpoint_files.write_tensors(folder, model.named_parameters())
         if tokenizer_from is not None:

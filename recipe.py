@@ -15,7 +15,6 @@ parts of speech (the paper groups impactful types by them; we keep the types the
 types other than `default`. Glossary: see model.py.
 """
 
-import argparse
 import functools
 from pathlib import Path
 
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor
 
 from model import Llama, load_tokenizer
-from support import checkpoint_files, config_files, figures
+from support import atomic, checkpoint_files, config_files, figures
 from support.cli import check_ranges, report_errors
 from support.hub import local_folder
-from support.run_state import read_impactful
+from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
 from support.toy import TINY
 
@@ -367,7 +366,7 @@ def merge(
             # [E10] theta = (1 - w) * theta_original + w * theta_tuned
             yield name, ((1 - weight) * a.float() + weight * b.float()).to(b.dtype)
 
-    with checkpoint_files.write_folder(out_dir) as folder:
+    with atomic.write_folder(out_dir) as folder:
         (folder / "config.json").write_bytes((tuned_dir / "config.json").read_bytes())
         checkpoint_files.write_tensors(folder, averaged())
         checkpoint_files.copy_tokenizer(tuned_dir, folder)
@@ -419,11 +418,7 @@ def explain_positions(starts: Tensor, old_window: int | None, args, generator) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(
-        prog="recipe.py",
-        description="What LongRecipe does to one text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("recipe.py", "What LongRecipe does to one text.")
     add = p.add_argument
     add("--model", default=TINY, metavar="DIR", help="its tokenizer is used")
     add("--text", metavar="FILE", help="(None: Python's language reference)")

@@ -48,8 +48,11 @@ from support.config_files import check_extendable
 from support.corpora import load_corpora
 from support.hub import local_folder
 from support.optimizer import MasterAdamW
-from support.run_state import NO_SETTINGS, RunFolder, parse_or_resume, read_impactful
+from support.run_settings import NO_SETTINGS, Parser, parse_or_resume, read_impactful
+from support.run_state import RunFolder
+from support.stop import unbroken
 from support.text import Corpus
+from support.tokenizer import check_fits
 from support.toy import TINY
 
 # ---- 1. The command line: the paper's numbers are the defaults ---------------------------------
@@ -70,11 +73,7 @@ TOY = {
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    p = Parser("train.py", __doc__)
     add = p.add_argument_group("model").add_argument
     add("--model", metavar="DIR", help="folder or hub org/name (None: the toy, assets/tiny)")
     add("--target_len", type=int, default=131_072, help="window to reach, tokens")
@@ -269,16 +268,16 @@ class Trainer:
         self.step = 0  # optimizer steps done, over all stages
         self.impactful: Tensor | None = None
         self.last_save = time.monotonic()
-        total = sum(s.steps * s.tokens for s in stages) * args.batch_sequences
-        self.bar = progress(None, "train", total=total, unit="tok", unit_scale=True)
+        self.tokens = [s.tokens * args.batch_sequences for s in stages for _ in range(s.steps)]
+        self.bar = progress(None, "train", total=sum(self.tokens), unit="tok", unit_scale=True)
 
     def load_state(self, state: dict) -> None:
         self.step, self.impactful = state["step"], state["impactful"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.bar.update(state["tokens"])
+        self.bar.update(sum(self.tokens[: self.step]))
 
     def save(self) -> None:
-        state = {"step": self.step, "impactful": self.impactful, "tokens": int(self.bar.n)}
+        state = {"step": self.step, "impactful": self.impactful}
         self.run.save(state | {"optimizer": self.optimizer.state_dict()})
         self.last_save = time.monotonic()
 
@@ -300,13 +299,15 @@ class Trainer:
                 batch.append((ids[None], positions[None], next_token_targets(ids[None])))
             loss = accumulate(self.model, batch, lambda: self.bar.update(stage.tokens))
             lr = learning_rate(stage, i, self.args.warmup_steps, first)
-            norm = self.optimizer.step(lr, self.args.clip)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise ValueError(f"step {self.step}: loss {loss}, gradient norm {norm}; lower --lr")
-            self.step += 1
-            self.report(stage, loss, lr, norm, time.monotonic() - started)
-            if time.monotonic() - self.last_save > 60 * self.args.save_minutes:
+            with unbroken():  # Ctrl-C waits: weights, step and metrics move together
+                norm = self.optimizer.step(lr, self.args.clip, usable=math.isfinite(loss))
+                self.step += 1
+                self.report(stage, loss, lr, norm, time.monotonic() - started)
+            gives_up = self.run.too_many_skips()  # no finite loss or gradient: see RunFolder
+            if gives_up or time.monotonic() - self.last_save > 60 * self.args.save_minutes:
                 self.save()
+            if gives_up:
+                self.run.give_up(batch, self.step)
         if remark := corpus.remark():
             log(f"{stage.name}: {remark}")
 
@@ -367,11 +368,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.time()
         config = resolve(args)
         tokenizer = load_tokenizer(args.model)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
-                f" {config.vocab_size}: they do not belong together"
-            )
+        check_fits(tokenizer, config.vocab_size)
         settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
         run = RunFolder(args.out)
         run.check(settings, args.resume)
@@ -397,14 +394,13 @@ def main(argv: list[str] | None = None) -> None:
         plan = [f"{s.name} {s.steps:,} x {args.batch_sequences} x {s.tokens:,}" for s in stages]
         log(f"plan, steps x samples x tokens: {', '.join(plan)}")
         log("settings: " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))
-        run.write_settings(settings, status="running")
         model.config = config.with_rope(args.rope_base, args.target_len)
         model.activation_checkpointing = True
         trainer = Trainer(model, stages, tokenizer, args, run)
         trainer.impactful = impactful
-        with run.resumable():
+        with run.running(settings, args.resume, trainer):
             run_stages(trainer, extended, corpus, replay_corpus)
-        run.write_settings(settings, status="done", **provenance(started))
+            run.write_settings(settings, status="done", **provenance(started))
         log(f"done in {(time.time() - started) / 60:.1f} minutes: {args.out}")
         judge = "python eval_needle.py" + ("" if args.out == "out" else f" --model {args.out}")
         if args.device == "cpu" and args.model != TINY:  # the default grid takes a CPU long
@@ -449,9 +445,9 @@ def run_stages(trainer: Trainer, extended: Llama, corpus: Corpus, replay_corpus:
     save_pretrained(model, run.path / "replayed", tokenizer_from=args.model)
 
     recipe.merge(args.model, run.path / "replayed", run.path / "merged", args.merge_weight)
-    run.publish(run.path / "merged")
     if not args.keep_stages:
         shutil.rmtree(run.path / "replayed")
+    run.publish(run.path / "merged")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Hugging Face folders: safetensors (single or sharded), tokenizer files, atomic writing.
+"""Hugging Face folders: safetensors (single or sharded), tokenizer files.
 
 Tensors are streamed: at any time one source tensor is held beside the model that is being filled.
 """
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -68,8 +67,37 @@ def open_safetensors(path: Path) -> Iterator:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
+def not_finite(value, name: str = "") -> Iterator[str]:
+    """The names of the tensors in `value` (a tensor, or dicts and lists of them) that hold a NaN or
+    an infinity.
+
+    >>> list(not_finite({"a": torch.ones(2), "b": [torch.tensor([1.0, torch.nan])]}))
+    ['b.0']
+    """
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from not_finite(inner, f"{name}.{key}" if name else str(key))
+    elif hasattr(value, "__tensor_flatten__"):  # a subclass, say 8-bit states: what it is made of
+        for attribute in value.__tensor_flatten__()[0]:
+            yield from not_finite(getattr(value, attribute), name)
+    elif isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+        # NaN goes through both; unlike isfinite, no second tensor, and 20 times faster on a CPU
+        low, high = torch.aminmax(value.float() if value.element_size() == 1 else value)
+        if not (low.isfinite() and high.isfinite()):
+            yield name
+
+
+def finite(file, name: str, path: Path) -> torch.Tensor:
+    """A tensor of an open safetensors file."""
+    tensor = file.get_tensor(name)
+    if any(not_finite(tensor, name)):
+        raise ValueError(f"{path}: tensor {name} holds NaN or infinity: a failed training?")
+    return tensor
+
+
 def iter_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) one by one, file by file."""
+    """(name, tensor) one by one, file by file. ValueError for one that is not finite."""
     files = tensor_files(Path(path))
     for file_path in sorted(set(files.values())):
         with open_safetensors(file_path) as file:
@@ -77,7 +105,7 @@ def iter_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in sorted(n for n, f in files.items() if f == file_path):
                 if name not in inside:
                     raise ValueError(f"{file_path} lacks tensor {name}, which the index promises")
-                yield name, file.get_tensor(name)
+                yield name, finite(file, name, file_path)
 
 
 def iter_pairs(
@@ -89,7 +117,7 @@ def iter_pairs(
         if name not in files:
             raise ValueError(f"{first} lacks tensor {name}, which {second} has")
         with open_safetensors(files[name]) as file:
-            a = file.get_tensor(name)
+            a = finite(file, name, files[name])
         if a.shape != b.shape:
             raise ValueError(f"{name}: {tuple(a.shape)} in {first}, {tuple(b.shape)} in {second}")
         yield name, (a, b)
@@ -170,31 +198,3 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, folder / name)
-
-
-# ---- atomic folders ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def write_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; if the body succeeds, it takes the place of `path`."""
-    path = Path(path)
-    beside, old = path.with_name(path.name + ".writing"), path.with_name(path.name + ".old")
-    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and (not (path / "config.json").is_file() or (path / "run.json").exists()):
-        raise ValueError(f"{path} is not empty and no plain model folder: not replacing it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists() and not path.exists():  # killed between the two renames below
-        os.replace(old, path)
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    if path.exists():
-        os.replace(path, old)
-    os.replace(beside, path)
-    shutil.rmtree(old, ignore_errors=True)

@@ -18,40 +18,61 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from support.stop import Terminated, signals_raise
+
 BARS = weakref.WeakSet()  # every progress bar of this process that may still be drawn
 
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """The boundary of main(): bad input becomes one `error:` line and exit code 2, Ctrl-C one line
-    and exit code 130; a bug keeps its traceback."""
+    """The boundary of main(): bad input, a full disk or too little memory becomes one `error:` line
+    and exit code 2, Ctrl-C one line and exit code 130, SIGTERM one and 143; a bug keeps its
+    traceback."""
     try:
-        yield
+        with signals_raise():
+            yield
     except BrokenPipeError:  # the reader of our output has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (ValueError, OSError, SafetensorError) as error:
-        last_line("error: " + " ".join(str(error).split()))
+        last_line(f"error: {error}", error)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).split("DefaultCPUAllocator: ")[-1].splitlines()
+        last_line(f"error: out of memory: {' '.join(reason)}", error)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        last_line("; ".join(("interrupted", *stop.args)))
-        raise SystemExit(130) from None
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        last_line(word, stop)
+        raise SystemExit(code) from None
 
 
-def last_line(message: str) -> None:
-    """Close the bars first: one that is open is drawn again, below the message."""
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for CUDA only."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    said = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
+    return known or any(words in str(error) for words in said)
+
+
+def last_line(message: str, error: BaseException) -> None:
+    """The message and the notes of the error. The bars are closed first: one that is open is drawn
+    again, below the message."""
     for bar in list(BARS):
         bar.close()
-    log(message)
+    notes = getattr(error, "__notes__", [])
+    log("; ".join(" ".join(part.split()) for part in (message, *notes)))
 
 
 @contextlib.contextmanager
-def on_ctrl_c(what_is_saved: Callable[[], str]) -> Iterator[None]:
-    """Ctrl-C inside: the line that report_errors prints says what is saved and how to go on."""
+def telling(what_is_saved: Callable[[], str]) -> Iterator[None]:
+    """Whatever ends the body early: the last line also says what is saved and how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(what_is_saved()) from None
+    except BaseException as error:
+        error.add_note(what_is_saved())
+        raise
 
 
 def check_ranges(
@@ -110,7 +131,9 @@ def provenance(started: float) -> dict:
     root = Path(__file__).resolve().parent.parent
     commit = None
     if shutil.which("git"):
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        # nothing is written, not even the index that `git describe` would refresh
+        options = ["--no-optional-locks", "-C", str(root)]
+        command = ["git", *options, "describe", "--always", "--dirty"]
         git = subprocess.run(command, check=False, capture_output=True, text=True)
         commit = git.stdout.strip() or None
     cuda = torch.cuda.is_available()

@@ -9,7 +9,7 @@ import torch
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
@@ -36,11 +36,19 @@ ROPE_FIELDS = {
 }
 
 
+LIMITS = {"num_hidden_layers": 1000, "max_position_embeddings": 2**31}  # others 2**24: see below
+
+
 def positive(raw: dict, name: str, kind: type | tuple = int) -> float:
-    value = raw.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < float("inf"):
+    """A field that must be a positive number, and one that a model can have: a config.json of a few
+    bytes must not make us lay out 10^9 layers."""
+    value, limit = raw.get(name), LIMITS.get(name, 2**24) if kind is int else 1e15
+    if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= limit:
         noun = "integer" if kind is int else "number"
-        raise ValueError(f"config.json: {name} must be a positive {noun}, found {value!r}")
+        shown = repr(value)[:50]
+        raise ValueError(
+            f"config.json: {name} must be a positive {noun} up to {limit:,}, found {shown}"
+        )
     return value
 
 
@@ -125,6 +133,8 @@ def read_heads(raw: dict) -> dict:
             f" num_key_value_heads {kv_heads}"
         )
     head_dim = positive({"head_dim": width // heads} | given, "head_dim")
+    if heads * head_dim > 2**24:
+        raise ValueError(f"config.json: {heads} heads of {head_dim} are too wide to be meant")
     if head_dim % 2 or ("head_dim" not in given and width % heads):
         raise ValueError(
             f"config.json: head_dim must be even and hidden_size {width} a multiple of"

@@ -22,15 +22,16 @@ class MasterAdamW:
         ]
         self.adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
-    def step(self, lr: float, max_norm: float) -> float:
+    def step(self, lr: float, max_norm: float, usable: bool = True) -> float:
         """Clip to max_norm, update, round back, drop the gradients -> the global norm before
-        clipping."""
+        clipping. Gradients that are not finite, or not usable, are only dropped."""
         for p, master in zip(self.params, self.masters, strict=True):
             master.grad = p.grad
         norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
+        if usable and norm.isfinite():
+            self.adamw.step()
         with torch.no_grad():
             for p, master in zip(self.params, self.masters, strict=True):
                 if p is not master:

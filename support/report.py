@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+from support.atomic import write_atomically
 from support.cli import log, provenance
 from support.figures import draw_curves, draw_heatmap
 from support.results import summarise
-from support.run_state import write_atomically
 
 REMARKS = {
     "each": "several needles in one text, asked for in turn from one prefill;\n"

@@ -1,13 +1,15 @@
 """Rows of an evaluation on disk, append-only JSONL that survives a kill; means and intervals."""
 
+import contextlib
 import hashlib
 import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
-from support.cli import log
-from support.run_state import write_atomically
+from support.atomic import check_unlocked, only_writer, write_atomically
+from support.cli import log, telling
 from support.tasks import NIAH_M
 
 KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
@@ -19,7 +21,7 @@ class Results:
     def __init__(self, folder: Path):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {folder} is a file; a folder for the results is needed")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_unlocked(folder)  # another one's half-written line is not ours to mend
         path = folder / "needle.jsonl"
         self.path, self.rows = path, {}
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -40,6 +42,16 @@ class Results:
 
     def find(self, row: dict) -> dict | None:
         return self.rows.get(self.key(row))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the measuring, alone in the folder; whatever stops it, the last line says what is
+        kept."""
+        before = len(self.rows)
+        with only_writer(self.path.parent), telling(self.what_is_saved):
+            yield
+        if len(self.rows) == before:
+            log("every row was measured before: nothing was run")
 
     def what_is_saved(self) -> str:
         return f"the rows written are kept in {self.path}; the same command goes on from there"

@@ -1,38 +1,26 @@
 """The output folder of a run: its settings, its metrics, the state to resume from."""
 
-import argparse
 import contextlib
 import json
+import math
 import os
+import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from support.cli import log, on_ctrl_c
+from support.atomic import LOCK, check_unlocked, only_writer, replacing, sync, write_atomically
+from support.checkpoint_files import not_finite
+from support.cli import telling
 from support.config_files import read_json
+from support.run_settings import check_same, settings_to_resume
+from support.stop import unbroken
 
-STATE = "state.pt"
-NO_SETTINGS = ("resume", "out", "device")  # flags that say where and how, not what is trained
-MAY_DIFFER = ("save_minutes", "keep_stages")  # settings that may be others after --resume
-
-
-def parse_or_resume(
-    p: argparse.ArgumentParser, argv: list[str] | None, toy: dict
-) -> argparse.Namespace:
-    """The flags. Those that the command line does not give are, with --resume, the run's own, and
-    for the toy model (no --model, or its folder however written) the toy's."""
-    args = p.parse_args(argv)
-    is_toy = args.model is None or Path(args.model).resolve() == Path(toy["model"]).resolve()
-    if args.resume:
-        before = RunFolder(args.out).settings()
-        p.set_defaults(**{k: v for k, v in before.items() if k in vars(args)})
-    elif is_toy:
-        p.set_defaults(**toy)
-    args = p.parse_args(argv)
-    if is_toy and not args.resume:
-        args.model = toy["model"]
-    return args
+STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
+SKIPS = 3  # steps without a finite loss and gradient, one after the other, end a run
 
 
 class RunFolder:
@@ -42,32 +30,27 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.saved_step: int | None = None
+        self.skips = {"total": 0, "in_a_row": 0}  # steps that were left out: see append_metrics
 
-    def settings(self) -> dict:
-        """What write_settings wrote; ValueError if there is no run."""
-        if not (self.path / "run.json").is_file():
-            raise ValueError(f"nothing to resume: {self.path / 'run.json'} does not exist (--out)")
-        settings = read_json(self.path / "run.json").get("settings")
-        if not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
-            raise ValueError(f"{self.path / 'run.json'} holds no settings of a run (--out)")
-        return settings
+    # ---- settings ----
 
     def check(self, settings: dict, resume: bool) -> None:
-        """ValueError if the folder holds something else, or a run with other settings. Writes
-        nothing."""
+        """ValueError if another process writes to the folder, or it holds something else, or a run
+        with other settings. Writes nothing."""
+        check_unlocked(self.path)
+        self.check_settings(settings, resume)
+
+    def check_settings(self, settings: dict, resume: bool) -> None:
         if not resume:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (
+                not self.path.is_dir() or any(f.name != LOCK for f in self.path.iterdir())
+            ):
+                kind = "holds a finished run" if self.finished() else "is not empty"
                 raise ValueError(
-                    f"output folder {self.path} is not empty: another --out, or --resume to go on"
+                    f"output folder {self.path} {kind}: another --out, or --resume to go on"
                 )
             return
-        before = self.settings()
-        for name in sorted(before.keys() | settings.keys()):
-            if name not in MAY_DIFFER and before.get(name) != settings.get(name):
-                raise ValueError(
-                    f"--resume with another --{name}: the run has {before.get(name)!r}, now"
-                    f" {settings.get(name)!r}; without the flag the run's own is taken"
-                )
+        check_same(settings_to_resume(self.path), settings)
 
     def finished(self) -> bool:
         """Done, or killed after the result was in place."""
@@ -78,50 +61,97 @@ class RunFolder:
         return done or published
 
     def write_settings(self, settings: dict, **more) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(
-            self.path / "run.json", json.dumps({"settings": settings, **more}, indent=2) + "\n"
-        )
+        """started_in: from where relative paths lead, itself relative to this folder."""
+        here = os.path.relpath(Path.cwd(), os.path.realpath(self.path))
+        run = {"settings": settings, "started_in": here, **more}
+        write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def write_impactful(self, types: dict[int, list]) -> None:
         """out/impactful.json: token id -> [text, mean shift in logits], largest first."""
         text = json.dumps(types, ensure_ascii=False, indent=0)
         write_atomically(self.path / "impactful.json", text + "\n")
 
+    # ---- metrics and state ----
+
     def append_metrics(self, row: dict) -> None:
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """One line a step. A loss or norm that is not finite is null there (JSON has no NaN), and
+        the step, which then changed no weight, counts as skipped."""
+        bad = {k: None for k in ("loss", "grad_norm") if not math.isfinite(row[k])}
+        self.skips["total"] += bool(bad)
+        self.skips["in_a_row"] = self.skips["in_a_row"] + 1 if bad else 0
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row | bad | {"skipped": self.skips["total"]}) + "\n")
+
+    def too_many_skips(self) -> bool:
+        return self.skips["in_a_row"] >= SKIPS
+
+    def give_up(self, batch: list[tuple[torch.Tensor, ...]], step: int) -> None:
+        """ValueError that says where the last skipped batch is: input_ids, position_ids (B, T)."""
+        tensors = [torch.cat(parts) for parts in zip(*batch, strict=True)]
+        names = ("input_ids", "position_ids", "targets")
+        save_file(dict(zip(names, tensors, strict=True)), self.path / BATCH)
+        raise ValueError(
+            f"steps {step - SKIPS + 1} to {step} had no finite loss and gradient and changed no"
+            f" weight; the last batch is in {self.path / BATCH}: lower --lr in another --out, or"
+            " look at the data"
+        )
 
     def save(self, state: dict) -> None:
-        """Written beside and renamed: a kill at any moment leaves one complete state."""
-        beside = self.path / (STATE + ".writing")
-        with open(beside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path / STATE)
-        self.saved_step = state["step"]
+        """Written beside, synced and renamed: a kill at any moment leaves one complete state, and
+        Ctrl-C waits for the end. ValueError for a state with a number that is not finite."""
+        if bad := next(not_finite(state), None):
+            raise ValueError(f"not saved: {bad} of the state is not finite; lower --lr")
+        with unbroken():
+            if (self.path / METRICS).is_file():
+                sync(self.path / METRICS)
+            try:
+                with replacing(self.path / STATE) as file:
+                    torch.save(state | {"skips": self.skips}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch hides the full disk behind it
+                    raise error.__context__ from None
+                raise
+            self.saved_step = state["step"]
 
     def load(self) -> dict | None:
         """The saved state (None before the first save). Lines of metrics.jsonl that came after it
         go."""
         if not (self.path / STATE).is_file():
-            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+            (self.path / METRICS).unlink(missing_ok=True)
             return None
-        state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
-        metrics = self.path / "metrics.jsonl"
+        # mapped, not read: the masters of an 8B would not fit into memory a second time
+        path = self.path / STATE
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        metrics = self.path / METRICS
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         kept = lines[: state["step"]]
         write_atomically(metrics, "".join(line + "\n" for line in kept))
-        self.saved_step = state["step"]
+        self.saved_step, self.skips = state["step"], state["skips"]
         return state
 
-    def resumable(self) -> contextlib.AbstractContextManager:
-        """Around the training: Ctrl-C says what is saved and which command goes on."""
-        return on_ctrl_c(self.what_is_saved)
+    # ---- beginning and end ----
+
+    @contextlib.contextmanager
+    def running(self, settings: dict, resume: bool, trainer) -> Iterator[None]:
+        """Around the training, alone in the folder. Stopped by a signal it saves first; whatever
+        stops it, the last line says what is saved and which command goes on."""
+        with only_writer(self.path), telling(self.what_is_saved):
+            self.check_settings(settings, resume)  # once more: another run may have ended just now
+            self.write_settings(settings, status="running")
+            try:
+                yield
+            except KeyboardInterrupt:
+                if trainer.step > (self.saved_step or 0) and not self.finished():
+                    trainer.save()
+                raise
 
     def what_is_saved(self) -> str:
         command = f"python train.py --resume --out {self.path}"
+        if self.finished():
+            return f"the result is complete in {self.path}"
         if self.saved_step is None:
             return f"nothing is saved yet (--save_minutes); to begin again: {command}"
         state = self.path / STATE
@@ -130,37 +160,10 @@ class RunFolder:
     def publish(self, folder: Path) -> None:
         """Move a finished model folder's files into the run folder; config.json last, as the sign
         of done."""
-        for file in sorted(folder.iterdir(), key=lambda f: f.name == "config.json"):
-            os.replace(file, self.path / file.name)
-        shutil.rmtree(folder)
-        for name in (STATE, STATE + ".writing"):  # the latter from a save that was cut off
-            (self.path / name).unlink(missing_ok=True)
-
-
-def base_of_run(folder: str | Path) -> list[str]:
-    """The model that train.py extended into this folder, or nothing where that cannot be told."""
-    run = Path(folder) / "run.json"
-    base = (read_json(run).get("settings") or {}).get("model") if run.is_file() else None
-    if isinstance(base, str) and not Path(base).is_dir():
-        log(f"{base}, which the run began with, is no folder here; --compare DIR for another")
-        return []
-    return [base] if isinstance(base, str) else []
-
-
-def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
-    """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
-    if not Path(path).is_file():
-        raise ValueError(f"--impactful {path} does not exist (an impactful.json of a run)")
-    names = list(read_json(Path(path)))
-    if not all(name.isdecimal() for name in names):
-        raise ValueError(f"{path} is no impactful.json of a run (--impactful)")
-    types = torch.tensor([int(name) for name in names])
-    if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
-        raise ValueError(f"{path} names no token types of this vocabulary (--impactful)")
-    return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+        with unbroken():
+            for file in sorted(folder.iterdir(), key=lambda f: f.name == "config.json"):
+                os.replace(file, self.path / file.name)
+            shutil.rmtree(folder)
+            sync(self.path)
+            for name in (STATE, STATE + ".writing"):  # the latter from a save that was cut off
+                (self.path / name).unlink(missing_ok=True)

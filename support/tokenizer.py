@@ -57,8 +57,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             reason = f"{path}: {reason} is not byte-level BPE"
             return LibraryTokenizer(path / "tokenizer.json", special, settings, reason)
         return from_bpe(data["model"], pattern, data.get("normalizer"), special, settings)
-    except (LookupError, TypeError, AttributeError, regex.error) as error:
+    except (LookupError, TypeError, AttributeError, OverflowError, regex.error) as error:
         raise ValueError(f"{path / 'tokenizer.json'} is damaged: {error!r}") from error
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """ValueError if the model's vocabulary lacks some of the tokenizer's ids."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
+            f" {vocab_size}: they do not belong together"
+        )
 
 
 def from_bpe(model: dict, pattern: str, normalizer, special: dict, settings: dict) -> Tokenizer:
@@ -92,6 +101,9 @@ def from_tiktoken_file(path: Path, settings: dict) -> Tokenizer:
         raise ValueError(
             f"{path} is not in tiktoken's format (SentencePiece?): a tokenizer.json is needed"
         ) from error
+    # subtle: tiktoken panics, past `except Exception`, where a rank occurs twice or a byte has none
+    if sorted(ranks.values()) != list(range(len(ranks))) or sum(len(t) == 1 for t in ranks) != 256:
+        raise ValueError(f"{path} is damaged: its ranks are not 0, 1, 2, ... with every byte in it")
     names = ["<|begin_of_text|>", "<|end_of_text|>"]
     special = {name: len(ranks) + i for i, name in enumerate(names)}
     settings = {"add_bos_token": True, "bos_token": names[0], "eos_token": names[1]} | settings

@@ -71,7 +71,10 @@ class LibraryTokenizer(Tokenizer):
             from tokenizers import Tokenizer as Library
         except ImportError:
             raise ValueError(f"{reason}; `pip install tokenizers` reads it") from None
-        self._library = Library.from_file(str(path))
+        try:
+            self._library = Library.from_file(str(path))
+        except Exception as error:  # the library has no class of its own
+            raise ValueError(f"{path} is damaged: {error}") from error
         self._library.encode_special_tokens = True  # text is data
         vocabulary = self._library.get_vocab(with_added_tokens=False)
         super().__init__({i: piece_bytes(t) for t, i in vocabulary.items()}, special, settings)

@@ -24,9 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval_needle import Haystack, SharedPrefix, make_sample
 from model import load_pretrained, load_tokenizer
+from support.atomic import write_atomically
 from support.cli import peak_gib, provenance, report_errors
 from support.haystack import load_haystack
-from support.run_state import write_atomically
 from support.tasks import TASKS
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from model import Llama, LlamaConfig, linear_cross_entropy, load_tokenizer, save_pretrained
 from recipe import sample_position_ids
 from support import toy
+from support.atomic import write_atomically
 from support.cli import log, progress, provenance
-from support.run_state import write_atomically
 from support.standard_library import standard_library_sources
 
 CONFIG = LlamaConfig(

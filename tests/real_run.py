@@ -24,9 +24,9 @@ from update_readme import plain_name, table_order
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from support.atomic import write_atomically  # noqa: E402
 from support.figures import draw_heatmap  # noqa: E402
 from support.results import summarise  # noqa: E402
-from support.run_state import write_atomically  # noqa: E402
 
 RUNS = Path("runs/smollm2_16k")  # relative, so that no JSON names a machine's folders
 RESULTS = Path("assets/results/smollm2_16k")

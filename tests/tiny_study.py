@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from model import load_pretrained, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
+from support.atomic import write_atomically  # noqa: E402
 from support.cli import log, provenance  # noqa: E402
 from support.results import clustered  # noqa: E402
-from support.run_state import write_atomically  # noqa: E402
 
 RUNS, RESULTS = Path("runs/tiny_study"), Path("assets/results")
 BASE, WINDOW, THETA = "assets/tiny", 8192, 10_000.0

@@ -1,0 +1,103 @@
+"""Files and folders that are whole or not there, whenever the process or the machine dies; one
+writer per folder."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+LOCK = ".lock"
+
+
+def sync(path: Path) -> None:
+    """Wait until the file (or the names in the folder) is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write; once the body succeeds it takes the place of `path`. Until then the
+    old one stays; after an error, a full disk say, nothing else is left."""
+    beside = path.with_name(path.name + ".writing")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # of a failed write Python does not tell the file
+        raise
+    sync(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def write_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; if the body succeeds, it takes the place of `path`."""
+    path = Path(path)
+    beside, old = path.with_name(path.name + ".writing"), path.with_name(path.name + ".old")
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not empty and (not (path / "config.json").is_file() or (path / "run.json").exists()):
+        raise ValueError(f"{path} is not empty and no plain model folder: not replacing it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.replace(old, path)
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        for file in (*beside.iterdir(), beside):
+            sync(file)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if path.exists():
+        os.replace(path, old)
+    os.replace(beside, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """ValueError if another process is inside this for the same folder. The kernel lets go of the
+    lock when a process ends, however it ends: a .lock that a kill left behind locks nothing."""
+    made, lock = not folder.exists(), folder / LOCK
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(lock, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # subtle: between our open and our lock another one may have ended and removed the file
+            alone = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except (BlockingIOError, FileNotFoundError):
+            alone = False
+        if not alone:
+            raise ValueError(f"another run is writing to {folder}: wait for it, or another --out")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def check_unlocked(folder: Path) -> None:
+    """ValueError if another process writes to the folder. Writes nothing."""
+    if (folder / LOCK).is_file():
+        with only_writer(folder):
+            pass
