@@ -13,8 +13,14 @@ from support.cli import log, on_ctrl_c
 from support.config_files import read_json
 
 STATE = "state.pt"
-NO_SETTINGS = ("resume", "out", "device")  # flags that say where and how, not what is trained
-MAY_DIFFER = ("save_minutes", "keep_stages")  # settings that may be others after --resume
+NO_SETTINGS = (
+    "resume",
+    "out",
+    "device",
+    "plan",
+)  # flags that say where and how, not what is trained
+# settings that may be others after --resume: none of them changes a bit of the result
+MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves", "keep_attention", "offload_inputs")
 
 
 def parse_or_resume(
@@ -108,7 +114,9 @@ class RunFolder:
         if not (self.path / STATE).is_file():
             (self.path / "metrics.jsonl").unlink(missing_ok=True)
             return None
-        state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+        # mapped, not read: the masters of an 8B would not fit into memory a second time
+        options = {"map_location": "cpu", "weights_only": True, "mmap": True}
+        state = torch.load(self.path / STATE, **options)
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         kept = lines[: state["step"]]
