@@ -50,9 +50,11 @@ def training_flops(config, tokens: int) -> float:
 
 
 def executed_flops(config, tokens: int, keep_attention: bool) -> float:
-    """What the machine really does: layers run forward twice (activation checkpointing), attention
-    once or twice, and its backward pass computes the scores again (5 products instead of 4)."""
-    linear = 6.0 * matmul_parameters(config) + 2.0 * layer_parameters(config)
+    """What the machine really does: layers run forward twice (activation checkpointing; the second
+    time without their last product, which nothing needs), attention once or twice, and its backward
+    pass computes the scores again (5 products instead of 4)."""
+    last = config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    linear = 6.0 * matmul_parameters(config) + 2.0 * (layer_parameters(config) - last)
     products = 7.0 if keep_attention else 9.0
     return linear * tokens + products * attention_flops(config, tokens)
 

@@ -48,7 +48,7 @@ def choose(config, args, there: Machine) -> None:
     computed again costs 10 % of the arithmetic, the optimizer on the host 2 %, offloaded inputs
     nothing that can be planned for; 8-bit is another optimizer, and comes last."""
     given = (args.optimizer, args.keep_attention, args.offload_inputs)
-    optimizers = NAMES if has_torchao() or there.host is None else NAMES[:2]
+    optimizers = NAMES if has_torchao() or not there.here else NAMES[:2]
     options = [optimizers, (True, False), (False, True)]
     options = [o if g is None else (g,) for g, o in zip(given, options, strict=True)]
     combinations = sorted(itertools.product(*options), key=lambda x: (x[0] == NAMES[2], not x[1]))
@@ -77,11 +77,11 @@ def shortage(config, args, there: Machine) -> str | None:
 
 def check(config, args, there: Machine) -> None:
     """ValueError where memory or disk does not suffice."""
-    if args.optimizer == "adamw-8bit" and there.host is not None and not has_torchao():
+    if args.optimizer == "adamw-8bit" and there.here and not has_torchao():
         raise ValueError(NEEDS_TORCHAO)
     short, advice = shortage(config, args, there), "shorter samples (--train_len) need less"
     disk = sum(needs_on_disk(config, args).values())
-    if not short and there.disk is not None and disk > there.disk:
+    if not short and there.here and disk > there.disk:
         short = (
             f"disk for --out {args.out}: {disk / 1e9:.1f} GB needed, {there.disk / 1e9:.1f} free"
         )

@@ -27,6 +27,10 @@ class Machine:
     host: float | None  # bytes beside it; a CPU's device is its host
     disk: float | None  # bytes
 
+    @property
+    def here(self) -> bool:
+        return self.disk is not None
+
 
 def machine(name: str, device: str, out: str) -> Machine:
     """The one at hand (HERE), or any with a GPU of budget.GPUS."""
