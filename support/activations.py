@@ -47,6 +47,13 @@ class LayerInputsOnHost:
         self.ahead.clear()
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
+    def close(self) -> None:
+        """Give the host memory back (a run ends with its process and need not)."""
+        for buffer in self.buffers:
+            if buffer.is_pinned():
+                unlock(buffer)
+        self.buffers.clear()
+
     def buffer(self, i: int, like: Tensor) -> Tensor:
         """The host memory of layer i, shaped as `like`; page-locked where the device is CUDA."""
         size = like.numel() * like.element_size()

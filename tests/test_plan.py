@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 
+import bench_gpu
 import pytest
 import torch
 from conftest import make_hf_llama
@@ -372,3 +373,32 @@ def test_levers_change_no_bit_of_a_run_and_no_saves_writes_no_state(
     assert a == b and not saved
     settings = json.loads((tmp_path / "b" / "run.json").read_text())["settings"]
     assert settings["optimizer"] == "adamw-host" and settings["keep_attention"] is False
+
+
+# ---- the benchmark for a GPU, at toy size ------------------------------------------------------
+
+
+def test_bench_gpu_runs_at_toy_size_and_goes_on_where_it_was(tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    torch.compiler.set_stance("force_eager")
+    modes = [f"step {name}" for name in bench_gpu.MODES if fit.has_torchao() or "8bit" not in name]
+    others = ["machine", "gemm", "attention 128", "attention 256", "transfer", "serve"]
+    bench_gpu.main(["--toy", "--out", str(out), "--parts", "machine"])
+    bench_gpu.main(["--toy", "--out", str(out), "--parts", *others, *modes])
+    torch.compiler.set_stance("default")
+    assert "machine: there already" in capsys.readouterr().out
+    found = json.loads(out.read_text())["parts"]
+    assert set(found) == {*others, *modes}
+    losses = [found[name]["loss"] for name in modes]
+    assert all(5 < loss < 8 for loss in losses)  # ln 512 = 6.2: random weights
+    assert all(found[name]["seconds_per_sequence"] > 0 for name in modes)
+    assert found["attention 128"]["FLASH_ATTENTION"]["forward_s"] > 0
+    assert found["serve"]["decode_s_per_token"] > 0
+
+
+def test_bench_gpu_wants_a_gpu_and_known_parts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, reason in (([], "no CUDA device"), (["--toy", "--parts", "x"], "are none of")):
+        with pytest.raises(SystemExit) as stop:
+            bench_gpu.main([*flags, "--out", str(tmp_path / "x.json")])
+        assert stop.value.code == 2 and reason in capsys.readouterr().err
