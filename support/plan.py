@@ -58,8 +58,8 @@ def make_plan(config, args, stages, there: Machine) -> dict:
     rows["saves"] = {**rows["merge"], "steps": int(saves), "seconds": saves * save_s}
     conventions = {
         "model FLOPs, causal attention, nothing twice": budget.training_flops,
-        "FLOPs executed, --no-keep_attention": lambda c, t: budget.executed_flops(c, t, False),
-        "FLOPs executed, --keep_attention": lambda c, t: budget.executed_flops(c, t, True),
+        "FLOPs executed, attention computed twice": lambda c, t: budget.executed_flops(c, t, False),
+        "FLOPs executed, attention kept": lambda c, t: budget.executed_flops(c, t, True),
         "model FLOPs, attention without its causal half": budget.noncausal_flops,
     }
     lengths = (args.train_len, args.target_len)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_hf_llama
 from live_bytes import LiveBytes
+from make_plans import LLAMA3_8B
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -21,19 +22,6 @@ from support import budget, fit, machine, plan
 from support.activations import LayerInputsOnHost
 from support.optimizer import make_optimizer
 
-LLAMA3_8B = {  # config.json of Meta-Llama-3-8B
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
 SIZES = {
     "0.2M": (LlamaConfig(97, 64, 192, 3, 4, 2, 16, 64), 1024),
     "1M, tied": (LlamaConfig(2048, 128, 384, 4, 8, 4, 16, 64, tie_word_embeddings=True), 1536),
