@@ -52,13 +52,14 @@ class MasterAdamW:
         return p if p.dtype == torch.float32 else p.detach().float()
 
     @torch.no_grad()
-    def step(self, lr: float, max_norm: float) -> float:
+    def step(self, lr: float, max_norm: float, usable: bool = True) -> float:
         """Clip to max_norm, update, round back, drop the gradients -> the global norm before
-        clipping."""
+        clipping. Gradients that are not finite, or not usable, are only dropped."""
         norm = nn.utils.clip_grad_norm_(self.params, max_norm)  # fp32 gradients, in place
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.update()
+        if usable and norm.isfinite():
+            self.update()
         for p in self.params:
             p.grad = None
         return float(norm)

@@ -158,6 +158,21 @@ def test_the_host_holds_one_gradient_at_a_time():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("value", "usable"), [(float("nan"), True), (1.0, False)])
+def test_gradients_that_are_not_finite_or_not_usable_are_dropped(name, value, usable, request):
+    if name == "adamw-8bit":
+        request.getfixturevalue("eager")
+    model = torch.nn.Linear(4, 4)
+    optimizer = make_optimizer(name, model, 1e-3, 0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full(p.shape, value)
+    optimizer.step(1e-3, 1.0, usable=usable)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_saved_state_goes_on_bit_for_bit_and_lets_go_of_its_file(name, tmp_path, request):
     if name == "adamw-8bit":
         request.getfixturevalue("eager")
