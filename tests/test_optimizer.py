@@ -248,6 +248,13 @@ def test_without_torchao_one_line_says_what_to_install(monkeypatch):
         make_optimizer("adamw-8bit", Llama(CONFIG), 1e-3, 0.1)
 
 
+def test_the_recorded_run_on_smollm2_is_within_its_band():
+    """assets/results/adamw_8bit.json, by optimizer_run.py."""
+    found = json.loads(optimizer_run.OUT.read_text())
+    assert optimizer_run.outside_the_band(found) == []
+    assert found["fell"]["adamw-fp32"] > 5 * optimizer_run.BAND["any_step"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="torchao is not installed")
 def test_8_bit_on_smollm2_is_within_its_band(smollm2_dir, tmp_path):
