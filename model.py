@@ -32,6 +32,7 @@ Glossary (one for all four files)
 import dataclasses
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,9 +41,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend as Backend
 from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from support import atomic, checkpoint_files, config_files
+from support.activations import LayerInputsOnHost, keep_attention
 from support.rope_scaling import scale_frequencies
 from support.tokenizer import load_tokenizer  # noqa: F401  (part of the public face)
 
@@ -206,28 +208,19 @@ class Block(nn.Module):
 # ---- 6. The model ------------------------------------------------------------------------------
 
 
-def keep_attention():
-    """What activation checkpointing keeps besides layer inputs: attention's output and logsumexp.
-
-    They are small (D + H numbers a token and layer), and attention is the part of a layer that
-    grows with the square of the length, so it is not computed a second time."""
-    # subtle: the policy compares overloads (`.default`); with the bare names nothing would be kept
-    names = ("flash_attention_for_cpu", "cudnn_attention", "flash_attention", "efficient_attention")
-    kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
-    return create_selective_checkpoint_contexts(kernels)
-
-
 class Llama(nn.Module):
     """The whole model. Parameters carry the names of Hugging Face's checkpoints: no renaming.
 
     `activation_checkpointing`: keep each layer's input and its attention's output for the backward
     pass, and compute the rest of the layer a second time there: activation memory of one layer
-    instead of all."""
+    instead of all. `keep_attention`, `layer_inputs`: two levers of it, see support/activations."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        self.keep_attention = True
+        self.layer_inputs: LayerInputsOnHost | None = None  # None: they stay on the device
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -270,12 +263,14 @@ class Llama(nn.Module):
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
         x = self.model["embed_tokens"](input_ids)
-        for i, block in enumerate(self.model["layers"]):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                args = (x, cos, sin, cache, i)
-                x = checkpoint(block, *args, use_reentrant=False, context_fn=keep_attention)
-            else:
-                x = block(x, cos, sin, cache, i)
+        training = self.activation_checkpointing and torch.is_grad_enabled()
+        options = {"context_fn": keep_attention} if self.keep_attention else {}
+        on_host = self.layer_inputs.forward_pass if training and self.layer_inputs else nullcontext
+        with on_host():
+            for i, block in enumerate(self.model["layers"]):
+                # subtle: bound here, cos and sin are kept once; as arguments, once a layer
+                run = partial(block, cos=cos, sin=sin, cache=cache, layer=i)
+                x = checkpoint(run, x, use_reentrant=False, **options) if training else run(x)
         if cache is not None:
             cache.length += T
         return self.model["norm"](x)
@@ -315,6 +310,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[i : i + chunk_tokens] = grad @ weight
                 if need_weight:
                     grad_weight += grad.T @ h
+            logits = grad = None  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

@@ -17,9 +17,10 @@ training goes on from them, so that the analysis costs a few forward passes and 
 
 Memory: activation checkpointing (a layer's activations are computed again in the backward pass),
 a loss that never holds the logits, one sequence at a time, gradients summed over the batch in
-fp32, fp32 master weights beside bf16 ones.
+fp32, fp32 master weights beside bf16 ones. Where that does not fit, the plan moves optimizer state
+and layer inputs to the host, or says before it begins that nothing helps; --plan shows its sums.
 
-Does NOT do: several GPUs, LoRA, padding or packing (every sample is full), optimizer offload.
+Does NOT do: several GPUs, LoRA, padding or packing (every sample is full).
 Glossary: see model.py.
 """
 
@@ -43,13 +44,18 @@ from model import (
     save_pretrained,
 )
 from support import budget
-from support.cli import check_ranges, log, log_device, peak_gib, progress, provenance, report_errors
+from support.activations import LayerInputsOnHost
+from support.cli import log, log_device, peak_gib, progress, provenance, report_errors
 from support.config_files import check_extendable
 from support.corpora import load_corpora
 from support.hub import local_folder
-from support.optimizer import MasterAdamW
+from support.machine import HERE
+from support.optimizer import NAMES as OPTIMIZERS
+from support.optimizer import make_optimizer
+from support.plan import settle
 from support.run_settings import NO_SETTINGS, Parser, parse_or_resume, read_impactful
 from support.run_state import RunFolder
+from support.settings import check_given, check_lengths, check_probe
 from support.stop import unbroken
 from support.text import Corpus
 from support.tokenizer import check_fits
@@ -102,6 +108,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest global gradient norm")
     add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
     add("--seed", type=int, default=0)
+    add = p.add_argument_group("memory (what is not given, the plan chooses)").add_argument
+    switch = {"action": argparse.BooleanOptionalAction, "default": None}
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="where the optimizer state lives, and in how many bits",
+    )
+    add("--keep_attention", **switch, help="keep attention's outputs for the backward pass")
+    add("--offload_inputs", **switch, help="layer inputs wait on the host")
+    add("--plan", nargs="?", const=HERE, choices=(HERE, *budget.GPUS), help="memory, FLOPs, hours")
     add = p.add_argument_group("data and output").add_argument
     add("--data", nargs="+", metavar="PATH", help="text files, folders (None: standard library)")
     add("--replay_data", nargs="+", metavar="PATH", help="(None: --data)")
@@ -109,6 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="out", metavar="DIR", help="where the result goes; must be empty")
     add("--keep_stages", action="store_true", help="keep out/extended and out/replayed")
     add("--save_minutes", type=float, default=30, help="between saves of the training state")
+    add("--no_saves", action="store_true", help="no training state: 12 bytes a parameter, twice")
     add("--resume", action="store_true", help="go on in --out, with its flags where none is given")
     return parse_or_resume(p, argv, TOY)
 
@@ -116,60 +133,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def resolve(args: argparse.Namespace) -> LlamaConfig:
     """Fill in what was not given, check what was; returns the config of the base model. Writes
     nothing."""
+    check_given(args)
     args.model = local_folder(args.model)
     config = LlamaConfig.from_dir(args.model)
-    args.base_len = config.max_position_embeddings if args.base_len is None else args.base_len
-    if args.target_len <= args.base_len:
-        raise ValueError(
-            f"--target_len {args.target_len} must exceed the window {args.base_len} (--base_len)"
-        )
+    if args.base_len is None:
+        args.base_len = config.max_position_embeddings
     if args.train_len is None:
         full = args.method == "full"
         args.train_len = args.target_len if full else recipe.train_length(args.target_len)
-    if not 2 <= args.train_len <= args.target_len:
-        raise ValueError(
-            f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
-        )
-    if args.method == "full" and args.train_len != args.target_len:
-        raise ValueError(
-            f"--method full needs --train_len {args.target_len}, the whole --target_len"
-        )
-    if args.prefix and args.method != "longrecipe":
-        raise ValueError(f"--prefix belongs to --method longrecipe, not to {args.method}")
-    check_ranges(
-        args,
-        at_least_1=("base_len", "steps", "batch_sequences", "analysis_samples"),
-        above_1=("rope_base",),
-        positive=("lr", "clip", "top"),
-        not_negative=("replay_steps", "replay_lr", "weight_decay", "warmup_steps", "save_minutes"),
-        within_0_1=("merge_weight", "top"),
-        seed=("seed",),
-    )
+    if args.replay_len is None:
+        args.replay_len = min(args.base_len, args.train_len)
+    check_lengths(args)
     check_extendable(config, args.target_len, args.rope_base)
     if args.rope_base is None:
         args.rope_base = recipe.ntk_rope_base(
             config.rope_theta, config.head_dim, args.base_len, args.target_len
         )
-    if args.replay_len is None:
-        args.replay_len = min(args.base_len, args.train_len)
-    if not 2 <= args.replay_len <= args.target_len:
-        raise ValueError(f"--replay_len {args.replay_len} must be between 2 and --target_len")
     if args.replay_steps is None:
         args.replay_steps = math.ceil(68e6 / (args.replay_len * args.batch_sequences))
     needs_probe = args.select == "impact" and not (args.extended or args.impactful)
-    if args.method == "none" and args.train_len <= args.base_len and needs_probe:
-        raise ValueError(
-            "--method none never leaves the old window, so it has no impactful types of its own:"
-            " --impactful FILE of another run, or --select random"
-        )
     if args.probe_steps is None:
         args.probe_steps = max(1, args.steps // 10) if needs_probe else 0
-    if not 0 <= args.probe_steps <= args.steps or (needs_probe and args.probe_steps == 0):
-        raise ValueError(
-            f"--probe_steps {args.probe_steps} must be between 1 and --steps {args.steps}"
-        )
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    check_probe(args, needs_probe)
+    on_gpu = torch.cuda.is_available() or args.plan in budget.GPUS
+    args.device = "cuda" if on_gpu else "cpu"
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     return config
 
 
@@ -237,8 +225,11 @@ def accumulate(
     total = 0.0
     for input_ids, position_ids, targets in micro_batches:
         device = model.lm_head.weight.device
-        hidden = model.hidden(input_ids.to(device), position_ids.to(device))
-        loss_sum, _ = linear_cross_entropy(hidden, model.lm_head.weight, targets.to(device))
+        loss_sum, _ = linear_cross_entropy(
+            model.hidden(input_ids.to(device), position_ids.to(device)),  # no name: freed at once
+            model.lm_head.weight,
+            targets.to(device),
+        )
         loss = loss_sum / valid
         loss.backward()
         total += float(loss.detach())
@@ -264,7 +255,7 @@ class Trainer:
     def __init__(self, model: Llama, stages: list[Stage], tokenizer, args, run: RunFolder):
         self.model, self.stages, self.tokenizer = model, stages, tokenizer
         self.args, self.run = args, run
-        self.optimizer = MasterAdamW(model, args.lr, args.weight_decay)
+        self.optimizer = make_optimizer(args.optimizer, model, args.lr, args.weight_decay)
         self.step = 0  # optimizer steps done, over all stages
         self.impactful: Tensor | None = None
         self.last_save = time.monotonic()
@@ -277,6 +268,8 @@ class Trainer:
         self.bar.update(sum(self.tokens[: self.step]))
 
     def save(self) -> None:
+        if self.args.no_saves:
+            return
         state = {"step": self.step, "impactful": self.impactful}
         self.run.save(state | {"optimizer": self.optimizer.state_dict()})
         self.last_save = time.monotonic()
@@ -367,6 +360,9 @@ def main(argv: list[str] | None = None) -> None:
         args = parse(argv)
         started = time.time()
         config = resolve(args)
+        stages = plan_stages(args)
+        if settle(config, args, stages):
+            return
         tokenizer = load_tokenizer(args.model)
         check_fits(tokenizer, config.vocab_size)
         settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
@@ -376,7 +372,6 @@ def main(argv: list[str] | None = None) -> None:
             log(f"{args.out} holds this run, finished: nothing to do")
             return
         corpus, replay_corpus = load_corpora(args, tokenizer)
-        stages = plan_stages(args)
         sample(stages[0], corpus, tokenizer, args, None, torch.Generator())  # fails early if at all
         impactful = None
         if args.impactful:
@@ -395,7 +390,8 @@ def main(argv: list[str] | None = None) -> None:
         log(f"plan, steps x samples x tokens: {', '.join(plan)}")
         log("settings: " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))
         model.config = config.with_rope(args.rope_base, args.target_len)
-        model.activation_checkpointing = True
+        model.activation_checkpointing, model.keep_attention = True, args.keep_attention
+        model.layer_inputs = LayerInputsOnHost() if args.offload_inputs else None
         trainer = Trainer(model, stages, tokenizer, args, run)
         trainer.impactful = impactful
         with run.running(settings, args.resume, trainer):

@@ -1,33 +1,161 @@
-"""What training costs: FLOPs of a sequence, and how fast the machine did them."""
+"""What training costs, from the shape of a model alone: FLOPs and bytes, part by part.
+
+Counted by hand from model.py and train.py; tests/test_plan.py holds the bytes against what is
+alive in real runs and in a simulation of an 8B, the FLOPs against design figures.
+L layers, D width, F width of the MLP, H and KV heads of d numbers, V types, T tokens of a sample,
+N parameters, w bytes of a weight (2: bf16, 4: fp32)."""
 
 import torch
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "A800": 312e12}  # dense bf16
+GPUS = {  # dense bf16 FLOP/s, bytes to plan with
+    "H100": (989e12, 80e9),
+    "H200": (989e12, 141e9),
+    "A100": (312e12, 80e9),
+    "A800": (312e12, 80e9),
+}
+CHUNK = 512  # tokens of the loss at a time, see model.linear_cross_entropy
+
+# ---- parameters and FLOPs ----------------------------------------------------------------------
+
+
+def layer_parameters(config) -> int:
+    """Of all layers, matrices only."""
+    D, d = config.hidden_size, config.head_dim
+    attention = 2 * D * d * (config.num_attention_heads + config.num_key_value_heads)
+    return config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
 
 
 def matmul_parameters(config) -> int:
-    """Parameters that multiply activations: all but norms and the input embedding."""
-    D, d = config.hidden_size, config.head_dim
-    attention = 2 * D * d * (config.num_attention_heads + config.num_key_value_heads)
-    layer = attention + 3 * D * config.intermediate_size
-    return config.num_hidden_layers * layer + config.vocab_size * D
+    """Parameters that multiply activations: all but norms, biases and the input embedding."""
+    return layer_parameters(config) + config.vocab_size * config.hidden_size
+
+
+def parameters(config) -> tuple[int, int]:
+    """(in matrices, in vectors: norms and biases)."""
+    L, D, d = config.num_hidden_layers, config.hidden_size, config.head_dim
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * D
+    vectors = (2 * L + 1) * D + 2 * L * d * config.qk_norm
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    return matmul_parameters(config) + embedding, vectors + L * heads * d * config.qkv_bias
+
+
+def attention_flops(config, tokens: int) -> float:
+    """One product of queries and keys, all layers, a multiply and an add each, the causal half."""
+    return config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2
 
 
 def training_flops(config, tokens: int) -> float:
     """FLOPs of one sequence, forward and backward, causal attention, nothing computed twice."""
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2
-    return 6.0 * matmul_parameters(config) * tokens + 6.0 * attention
+    return 6.0 * matmul_parameters(config) * tokens + 6.0 * attention_flops(config, tokens)
+
+
+def executed_flops(config, tokens: int, keep_attention: bool) -> float:
+    """What the machine really does: layers run forward twice (activation checkpointing; the second
+    time without their last product, which nothing needs), attention once or twice, and its backward
+    pass computes the scores again (5 products instead of 4)."""
+    last = config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    linear = 6.0 * matmul_parameters(config) + 2.0 * (layer_parameters(config) - last)
+    products = 7.0 if keep_attention else 9.0
+    return linear * tokens + products * attention_flops(config, tokens)
+
+
+def noncausal_flops(config, tokens: int) -> float:
+    """training_flops, had attention no causal half: a convention that some papers count by."""
+    return training_flops(config, tokens) + 6.0 * attention_flops(config, tokens)
+
+
+def peak_flops(device: str) -> float | None:
+    """Of the GPU at hand; None where it is not in the table."""
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((peak for key, (peak, _) in GPUS.items() if key in name), None)
 
 
 def speed(config, tokens: int, sequences: int, seconds: float, device: str) -> dict:
     """Tokens and FLOPs a second of one optimizer step; causal MFU where the GPU's peak is known."""
     flops = training_flops(config, tokens) * sequences / seconds
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+    peak = peak_flops(device)
     return {
         "tokens": tokens * sequences,
         "seconds": round(seconds, 3),
         "tokens_per_s": round(tokens * sequences / seconds, 1),
         "tflops_per_s": round(flops / 1e12, 3),
         "causal_mfu": round(flops / peak, 3) if peak else None,
+    }
+
+
+# ---- bytes -------------------------------------------------------------------------------------
+
+
+def layer_bytes(config, T: int, w: int, keep_attention: bool) -> int:
+    """Peak of one layer's backward pass, in its MLP: what the recomputation has left, and the
+    gradients of the widest product. Attention's output is counted elsewhere where it is kept."""
+    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
+    H, KV = config.num_attention_heads, config.num_key_value_heads
+    mlp = 6 * F * w  # gate, up, silu(gate), their product, and two gradients
+    norms = 5 * D * w + 4 * D * (2 if w == 2 else 1)  # bf16: the inputs of both norms in fp32
+    attention = (2 * H + 2 * KV) * d * w  # q, k, v, and the output in token order
+    again = 0 if keep_attention else H * d * w + 4 * H
+    # subtle: autograd adds the two gradients of a tied embedding up before it hands them over, so
+    # the head's waits until the last layer is through
+    tied = 4 * config.vocab_size * D if config.tie_word_embeddings else 0
+    return T * (mlp + norms + attention + again + 4 * d) + w * D * F + tied
+
+
+def loss_bytes(config, T: int, w: int) -> int:
+    """Peak around the loss: hidden states, their gradient, the head's gradient, one chunk."""
+    D, V = config.hidden_size, config.vocab_size
+    head = V * D * (4 + w)  # the sum in fp32 and one chunk's part of it
+    chunk = min(T, CHUNK) * V * (4 + (w if w == 2 else 0))
+    backward = V * D * (8 + (w if w == 2 else 0))  # the sum, scaled, cast
+    return T * D * (4 + 3 * w) + max(head + chunk, backward)
+
+
+def device_bytes(
+    config, T: int, w: int, optimizer: str, keep_attention: bool, offload_inputs: bool
+) -> dict[str, int]:
+    """Of the training step at its peak, in the backward pass of the last layer. On a CPU this is
+    host memory too."""
+    matrices, vectors = parameters(config)
+    N, L = matrices + vectors, config.num_hidden_layers
+    attention = T * config.num_attention_heads * (config.head_dim * w + 4)
+    masters = 12 if w == 2 else 8  # fp32 weights are their own masters
+    eight_bit = 2 * matrices * (1 + 4 / 256) + masters * vectors
+    return {
+        "weights": w * N,
+        "gradients": 4 * N,
+        "optimizer": {
+            "adamw": masters * N,
+            "adamw-host": 0,
+            "adamw-8bit": int(eight_bit),
+        }[optimizer],
+        "layer inputs": T * config.hidden_size * w * (min(2, L) if offload_inputs else L),
+        "attention outputs": L * attention if keep_attention else 0,
+        "working set": max(layer_bytes(config, T, w, keep_attention), loss_bytes(config, T, w)),
+    }
+
+
+def host_bytes(config, T: int, w: int, optimizer: str, offload_inputs: bool) -> dict[str, int]:
+    matrices, vectors = parameters(config)
+    largest = max(config.vocab_size, config.intermediate_size) * config.hidden_size
+    staged = 12 * (matrices + vectors) + (4 + w) * largest
+    inputs = config.num_hidden_layers * T * config.hidden_size * w
+    return {
+        "optimizer": staged if optimizer == "adamw-host" else 0,
+        "layer inputs": inputs if offload_inputs else 0,
+    }
+
+
+def disk_bytes(config, w: int, optimizer: str, keep_stages: bool, saves: bool) -> dict[str, int]:
+    """At the fullest moment: while a state is written beside the last one, or at the end, when the
+    replayed and the merged weights stand beside the state."""
+    matrices, vectors = parameters(config)
+    weights = w * (matrices + vectors)
+    state = 12 * (matrices + vectors)
+    if optimizer == "adamw-8bit":
+        state = int(matrices * (w + 2 * (1 + 4 / 256)) + 12 * vectors)
+    state = state if saves else 0
+    return {
+        "training state": state,
+        "state being written, or result": max(state, 2 * weights),
+        "extended weights": weights if keep_stages else 0,
     }

@@ -1,50 +1,162 @@
-"""AdamW in fp32 for weights in fp32 or bf16, global-norm clipping, gradients accumulated in
-fp32."""
+"""AdamW three times over: where do the 12 bytes of state a parameter live? (--optimizer)
+
+    adamw        fp32 masters, m and v on the model's device. Small models.
+    adamw-host   the same three on the host, stepped there tensor by tensor: the device holds
+                 weights and gradients only. A step takes seconds where `adamw` takes a blink, but
+                 comes once in 96 sequences. Bit for bit the same weights as `adamw`.
+    adamw-8bit   m and v in 8 bits on the device (torchao), no masters: bf16 weights are rounded
+                 up or down at random, so that small updates survive on average. Another optimizer,
+                 close but not equal. Where the host is small.
+
+All three sum gradients in fp32, clip by the global norm and decay matrices only."""
 
 import torch
+from torch import Tensor, nn
+
+NAMES = ("adamw", "adamw-host", "adamw-8bit")
+NEEDS_TORCHAO = "--optimizer adamw-8bit needs torchao: pip install torchao"
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> "MasterAdamW":
+    """One of NAMES. ValueError if adamw-8bit is asked for and torchao is not there."""
+    kinds = dict(zip(NAMES, (MasterAdamW, HostAdamW, EightBitAdamW), strict=True))
+    return kinds[name](model, lr, weight_decay)
 
 
 class MasterAdamW:
-    """torch.optim.AdamW on fp32 master weights.
+    """torch.optim.AdamW on fp32 master weights, all on the model's device.
 
     bf16 keeps 8 bits: near 1.0 its step is 0.0078, so an update of 1e-5 would vanish. For bf16
     models the fp32 masters take the update and the bf16 weights are rounded from them after each
-    step; for fp32 models the weights are their own masters. Decay applies to matrices only."""
+    step; for fp32 models the weights are their own masters."""
 
-    def __init__(self, model: torch.nn.Module, lr: float, weight_decay: float):
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float):
         self.params = [p for p in model.parameters() if p.requires_grad]
         for p in self.params:
-            p.grad_dtype = torch.float32  # else bf16 gradients would be summed in bf16
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
+            # subtle: else bf16 gradients of 96 sequences would be summed in bf16 (1 % off);
+            # deepcopy and load_state_dict(assign=True) forget it
+            p.grad_dtype = torch.float32
+        self.mastered = self.params  # those with a master
+        self.make_masters(lr, weight_decay)
+
+    def make_masters(self, lr: float, weight_decay: float) -> None:
+        self.masters = [self.master(p) for p in self.mastered]
         groups = [
             {"params": [m for m in self.masters if m.ndim > 1], "weight_decay": weight_decay},
             {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self.adamw = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
 
+    def master(self, p: Tensor) -> Tensor:
+        return p if p.dtype == torch.float32 else p.detach().float()
+
+    @torch.no_grad()
     def step(self, lr: float, max_norm: float, usable: bool = True) -> float:
         """Clip to max_norm, update, round back, drop the gradients -> the global norm before
         clipping. Gradients that are not finite, or not usable, are only dropped."""
-        for p, master in zip(self.params, self.masters, strict=True):
-            master.grad = p.grad
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        norm = nn.utils.clip_grad_norm_(self.params, max_norm)  # fp32 gradients, in place
         for group in self.adamw.param_groups:
             group["lr"] = lr
         if usable and norm.isfinite():
-            self.adamw.step()
-        with torch.no_grad():
-            for p, master in zip(self.params, self.masters, strict=True):
-                if p is not master:
-                    p.copy_(master)
-                p.grad = master.grad = None
+            self.update()
+        for p in self.params:
+            p.grad = None
         return float(norm)
+
+    def update(self) -> None:
+        for p, master in zip(self.mastered, self.masters, strict=True):
+            master.grad = p.grad
+        self.adamw.step()
+        for p, master in zip(self.mastered, self.masters, strict=True):
+            if p is not master:
+                p.copy_(master)
+                master.grad = None
 
     def state_dict(self) -> dict:
         return {"masters": [m.detach() for m in self.masters], "adamw": self.adamw.state_dict()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        with torch.no_grad():
-            for p, master, saved in zip(self.params, self.masters, state["masters"], strict=True):
-                master.copy_(saved)
-                p.copy_(saved)
-        self.adamw.load_state_dict(state["adamw"])
+        for p, master, saved in zip(self.mastered, self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+            p.copy_(saved)
+        # subtle: AdamW keeps the tensors it is given. Those of a file that is mapped into memory
+        # (RunFolder.load) would hold on to the file, 96 GB of an 8B, after the next save.
+        saved = state["adamw"]
+        own = {i: {k: v.clone() for k, v in x.items()} for i, x in saved["state"].items()}
+        self.adamw.load_state_dict(saved | {"state": own})
+
+
+class HostAdamW(MasterAdamW):
+    """masters, m and v in host memory (12 bytes a parameter), whatever the model's dtype.
+
+    A step walks through the tensors: gradient to the host, AdamW on that tensor, rounded weight
+    back. On CUDA the copies go through page-locked buffers of the size of the largest tensor:
+    from ordinary memory the driver copies several times slower."""
+
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float):
+        super().__init__(model, lr, weight_decay)
+        largest, pin = max(p.numel() for p in self.params), self.params[0].is_cuda
+        self.gradient = torch.empty(largest, dtype=torch.float32, pin_memory=pin)
+        self.rounded = torch.empty(largest, dtype=self.params[0].dtype, pin_memory=pin)
+
+    def master(self, p: Tensor) -> Tensor:
+        return p.detach().to("cpu", torch.float32, copy=True)
+
+    def update(self) -> None:
+        for p, master in zip(self.params, self.masters, strict=True):
+            if p.grad is None:
+                continue
+            gradient = self.gradient[: p.numel()].view_as(master)
+            rounded = self.rounded[: p.numel()].view_as(master)
+            master.grad = gradient.copy_(p.grad)
+            p.grad = None  # 4 bytes a parameter of the device are free again
+            self.adamw.step()  # of this tensor only: the others have no gradient
+            master.grad = None
+            p.copy_(rounded.copy_(master))
+
+
+class EightBitAdamW(MasterAdamW):
+    """torchao's AdamW8bit (Dettmers et al., 2021: blocks of 256 share a scale) for the matrices;
+    norms and biases, a few thousandths of a percent, keep fp32 masters.
+
+    subtle: torchao would keep m and v of a bf16 norm in bf16. v moves by at most 0.1 % a step, the
+    last bit of bf16 is worth 0.4 %: rounded to nearest, v would stand still."""
+
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float):
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise ValueError(NEEDS_TORCHAO) from None
+        self.kind = AdamW8bit
+        super().__init__(model, lr, weight_decay)
+
+    def make_masters(self, lr: float, weight_decay: float) -> None:
+        self.mastered = [p for p in self.params if p.ndim < 2]
+        super().make_masters(lr, weight_decay)
+        self.matrices = [p for p in self.params if p.ndim > 1]
+        options = {"betas": BETAS, "eps": EPS, "weight_decay": weight_decay}
+        self.eight_bit = self.kind(self.matrices, lr, bf16_stochastic_round=True, **options)
+        self.steps = 0
+
+    def update(self) -> None:
+        super().update()
+        for group in self.eight_bit.param_groups:
+            group["lr"].fill_(self.adamw.param_groups[0]["lr"])  # a tensor: no new compilation
+        torch.manual_seed(self.steps)  # rounds at random, yet --resume rounds alike
+        self.eight_bit.step()
+        self.steps += 1
+
+    def state_dict(self) -> dict:
+        weights = [p.detach() for p in self.matrices]
+        own = {"weights": weights, "8bit": self.eight_bit.state_dict(), "steps": self.steps}
+        return super().state_dict() | own
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        for p, saved in zip(self.matrices, state["weights"], strict=True):
+            p.copy_(saved)
+        self.eight_bit.load_state_dict(state["8bit"])
+        self.steps = state["steps"]

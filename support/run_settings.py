@@ -10,8 +10,10 @@ import torch
 from support.cli import log
 from support.config_files import read_json
 
-NO_SETTINGS = ("resume", "out", "device")  # flags that say where and how, not what is trained
-MAY_DIFFER = ("save_minutes", "keep_stages")  # settings that may be others after --resume
+# flags that say where and how, not what is trained
+NO_SETTINGS = ("resume", "out", "device", "plan")
+# settings that may be others after --resume: none of them changes a bit of the result
+MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves", "keep_attention", "offload_inputs")
 PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings that are paths
 
 

@@ -8,6 +8,11 @@ sample with gapped position ids. transformers runs with its own gradient checkpo
 loss and SDPA attention. Memory is what a step needs above weights, gradients and optimizer state:
 peak resident size during the step minus resident size before it, when those three already exist.
 Linux only (/proc).
+
+    python tests/bench_cost.py --lengths 1024 2048 4096 8192 16384    # -> cost_by_length.json, .png
+
+measures time against length instead, a pair of steps per length and round, with a linear plus
+quadratic fit; a length that is in the JSON already is not measured again.
 """
 
 import argparse
@@ -146,15 +151,91 @@ def measure(model: str, tokens: int, dtype: torch.dtype, steps: int) -> dict:
     }
 
 
+# ---- time against length -----------------------------------------------------------------------
+
+
+def fit(rows: list[dict], kind: str) -> dict:
+    """seconds = c + a T + b T^2, least squares of the relative error; c: the optimizer's step."""
+    points = [(r["tokens"], r[kind]) for r in rows]
+    T, s = (torch.tensor(x, dtype=torch.float64) for x in zip(*points, strict=True))
+    design = torch.stack((1 / s, T / s, T**2 / s), dim=1)
+    solution = torch.linalg.lstsq(design, torch.ones(len(s), 1, dtype=torch.float64)).solution
+    names = ("s", "s_per_token", "s_per_token_squared")
+    worst = float((design @ solution - 1).abs().max())
+    return dict(zip(names, solution[:, 0].tolist(), strict=True)) | {"largest_error": worst}
+
+
+def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, out: Path) -> dict:
+    """One pair of steps per length and round; the rows that `out` holds already stay."""
+    found = json.loads(out.read_text()) if out.is_file() else {"rows": []}
+    rows, notes = found["rows"], found.get("notes", [])
+    for tokens in lengths:
+        n = 1 if tokens >= 8192 else rounds
+        if sum(r["tokens"] == tokens for r in rows) >= n:
+            continue
+        try:
+            timed = in_turns(model, dtype, [max(64, tokens // 8), *[tokens] * n])
+        except EOFError:  # a worker is gone, most likely for want of memory
+            notes.append(f"{tokens} tokens: a worker was killed; not run")
+            continue
+        for ours, theirs in zip(*(timed[k][1:] for k in ("ours", "transformers")), strict=True):
+            rows.append(
+                {"tokens": tokens, "ours": ours["seconds"], "transformers": theirs["seconds"]}
+            )
+        found = {"rows": rows, "notes": notes, "model": model, "dtype": str(dtype)[6:]}
+        out.write_text(json.dumps(found, indent=2) + "\n")
+    kinds = ("ours", "transformers")
+    measured = sorted({r["tokens"] for r in rows})
+    median = {
+        k: {n: statistics.median(r[k] for r in rows if r["tokens"] == n) for n in measured}
+        for k in kinds
+    }
+    found["fit"] = {k: fit(rows, k) for k in kinds}
+    found["ratio_by_length"] = {
+        n: round(median["ours"][n] / median["transformers"][n], 3) for n in measured
+    }
+    return found
+
+
+def draw(found: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    T = torch.linspace(512, max(r["tokens"] for r in found["rows"]), 100)
+    for (kind, f), colour in zip(found["fit"].items(), ("tab:blue", "tab:orange"), strict=True):
+        points = [(r["tokens"], r[kind]) for r in found["rows"]]
+        axes.plot(*zip(*points, strict=True), "o", color=colour, label=f"{kind}, measured")
+        c, a, b = f["s"], f["s_per_token"], f["s_per_token_squared"]
+        label = f"{c:.1f} s + {a * 1e3:.2f} ms T + {b * 1e6:.3f} µs T²"
+        axes.plot(T, c + a * T + b * T**2, color=colour, label=label)
+    axes.set(xlabel="tokens of a sample", ylabel="seconds a training step")
+    axes.set_title(f"SmolLM2-135M, {found['dtype']}, {found['threads']} CPU cores, n = 1 to 2 each")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--model", default="models/smollm2", help="Hugging Face folder")
     p.add_argument("--tokens", type=int, default=4992, help="length of the sample")
     p.add_argument("--steps", type=int, default=5, help="counted steps of each")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--lengths", type=int, nargs="+", help="time against length instead")
     p.add_argument("--out", type=Path, help="JSON file to write")
     with report_errors():
         args, started = p.parse_args(argv), time.time()
+        if args.lengths:
+            out = args.out or Path("assets/results/cost_by_length.json")
+            dtype = getattr(torch, args.dtype)
+            found = by_length(args.model, args.lengths, dtype, min(args.steps, 2), out)
+            found |= provenance(started)
+            out.write_text(json.dumps(found, indent=2) + "\n")
+            draw(found, out.with_suffix(".png"))
+            return
         result = measure(args.model, args.tokens, getattr(torch, args.dtype), args.steps)
         settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
         text = json.dumps({"settings": settings, **result, **provenance(started)}, indent=2)

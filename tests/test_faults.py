@@ -183,7 +183,8 @@ def test_a_full_disk_keeps_the_last_save(size, saved, place, uninterrupted):
     with small_disk(folder, size):
         out = folder / "out"
         log = place / f"disk{size}.log"
-        error = one_error(*finish(place, flags(out), log))
+        assert "does not fit" in one_error(*finish(place, flags(out), log))  # said beforehand
+        error = one_error(*finish(place, flags(out), log, children.PLENTY))
         assert "No space left" in error
         assert (out / "state.pt").is_file() == saved and not list(out.glob("*.writing"))
         if saved:

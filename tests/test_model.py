@@ -26,6 +26,7 @@ from model import (
     rotate,
     save_pretrained,
 )
+from support.activations import LayerInputsOnHost
 
 SHAPES = {
     "multi_head": {"num_key_value_heads": 4},
@@ -236,19 +237,34 @@ class CountAttention(TorchDispatchMode):
 
 
 def test_activation_checkpointing_changes_no_bit_and_computes_attention_once():
+    """Nor do its levers: attention computed again, layer inputs on the host."""
     config = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
     grads = []
-    for on in (False, True):
+    for on, keep, offload in ((0, 1, 0), (1, 1, 0), (1, 0, 0), (1, 1, 1), (1, 0, 1)):
         torch.manual_seed(0)
         model = Llama(config)
-        model.activation_checkpointing = on
-        with CountAttention() as count:
-            h = model.hidden(torch.arange(40)[None])
-            loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
-            (loss / n).backward()
-        assert (count.forward, count.backward) == (3, 3)  # one a layer, not two
+        model.activation_checkpointing, model.keep_attention = bool(on), bool(keep)
+        model.layer_inputs = LayerInputsOnHost() if offload else None
+        for _ in range(2):  # the second sequence finds the host's buffers used
+            with CountAttention() as count:
+                h = model.hidden(torch.arange(40)[None])
+                loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
+                (loss / n).backward()
+        assert (count.forward, count.backward) == (3 if keep else 6, 3)  # one a layer, not two
+        assert not offload or len(model.layer_inputs.buffers) == 3  # the layer inputs, no angles
         grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+def test_a_second_forward_pass_before_the_backward_pass_is_noticed():
+    """Its layer inputs would have taken the place of the first one's."""
+    model = Llama(LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64))
+    model.activation_checkpointing, model.layer_inputs = True, LayerInputsOnHost()
+    first, second = (model.hidden(torch.arange(9)[None]).sum() for _ in range(2))
+    second.backward()
+    with pytest.raises(RuntimeError, match="overwritten"):
+        first.backward()
 
 
 def test_activation_checkpointing_keeps_less():

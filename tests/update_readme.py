@@ -5,6 +5,7 @@ tests/test_readme.py fails when a region is stale. A result that has no JSON say
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -240,7 +241,100 @@ def smallest() -> str:
     )
 
 
+def plan_8b() -> str:
+    found = read(RESULTS / "plan_8b.json")
+    if not found:
+        return "Not made yet: `python tests/make_plans.py`."
+    rows = found["rows"]
+    lines = [
+        "| 39,424 tokens, GB (1e9 bytes) | " + " | ".join(f"`{name}`" for name in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    for part in next(iter(rows.values()))["bytes"]["device"]:
+        cells = [f"{r['bytes']['device'][part] / 1e9:.1f}" for r in rows.values()]
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    for name, column in (("GPU", "device"), ("host", "host"), ("disk", "disk")):
+        cells = [f"**{sum(r['bytes'][column].values()) / 1e9:.1f}**" for r in rows.values()]
+        lines.append(f"| **{name}, sum** | " + " | ".join(cells) + " |")
+    hours = {
+        name: {k: s["seconds"] / 3600 for k, s in r["stages"].items()} for name, r in rows.items()
+    }
+    for name, stages in (("probe, analysis, extend", 3), ("replay (68M tokens)", 1)):
+        cells = []
+        for by_stage in hours.values():
+            values = list(by_stage.values())
+            cells.append(f"{sum(values[:3]) if stages == 3 else values[3]:.1f}")
+        lines.append(f"| hours: {name} | " + " | ".join(cells) + " |")
+    cells = [f"{r['seconds'] / 3600:.1f}" for r in rows.values()]
+    lines.append("| hours: all, with merge and saves | " + " | ".join(cells) + " |")
+    lines.append("| measured on a GPU | " + " | ".join("not run" for _ in rows) + " |")
+    chosen = rows[found["chosen"]]
+    saved = {k: 1 - a / b for k, (a, b) in chosen["one_sample"].items()}
+    full = sum(chosen["device_of_full_length"].values()) / 1e9
+    rate = chosen["rate"]
+    lines += [
+        "",
+        f"Chosen for an H100 with 80 GB: `{found['chosen']}`. Bytes and FLOPs are counted, speed is"
+        f" not measured: {rate['flops_per_s'] / 1e12:.0f} TFLOP/s, {rate['from']}. A sample of"
+        f" {chosen['lengths'][1]:,} tokens would take {full:.0f} GB of the GPU. What"
+        f" {chosen['lengths'][0]:,} tokens save against {chosen['lengths'][1]:,}: "
+        + ", ".join(f"{v:.1%} ({k})" for k, v in saved.items())
+        + ". [JSON](assets/results/plan_8b.json).",
+    ]
+    return "\n".join(lines)
+
+
+def adamw_8bit() -> str:
+    found = read(RESULTS / "adamw_8bit.json")
+    if not found:
+        return "`adamw-8bit` on a real model: not run."
+    band, eight, masters = found["band"], found["gaps"]["adamw-8bit"], found["gaps"]["adamw"]
+    run = found["runs"]["adamw-8bit"]
+    return (
+        "SmolLM2-135M in bfloat16 beside the same in fp32,"
+        f" {len(found['loss']['adamw'])} steps of two samples of 1,024 tokens: with `adamw-8bit`"
+        f" the losses of a step differ by at most {eight['any_step']:.3f} nat (band:"
+        f" {band['any_step']}), those of the last ten by {eight['mean_of_last_10']:.3f} on average"
+        f" (band: {band['mean_of_last_10']}), while the fp32 loss fell by"
+        f" {found['fell']['adamw-fp32']:.2f}; with `adamw` (fp32 masters) by at most"
+        f" {masters['any_step']:.3f} and {masters['mean_of_last_10']:.3f}: rounded from masters,"
+        f" bf16 weights lag behind at first ([LOG.md](LOG.md)). {run['threads']} core(s) of"
+        f" {run['hardware']}, [JSON](assets/results/adamw_8bit.json),"
+        " `python tests/optimizer_run.py`."
+    )
+
+
+def cost_by_length() -> str:
+    found = read(RESULTS / "cost_by_length.json")
+    if not found:
+        return "Cost against length: not run (`python tests/bench_cost.py --lengths`)."
+    kinds = list(found["fit"])
+    lengths = sorted({row["tokens"] for row in found["rows"]})
+    lines = [
+        "| seconds a step | " + " | ".join(f"{n:,}" for n in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for kind in kinds:
+        best = {n: [r[kind] for r in found["rows"] if r["tokens"] == n] for n in lengths}
+        cells = [
+            f"{statistics.median(v):.1f}" if None not in v else "not run" for v in best.values()
+        ]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    ratios = found["ratio_by_length"]
+    shown = ", ".join(f"{float(v):.2f} at {int(k):,}" for k, v in ratios.items())
+    lines += [
+        "",
+        f"Ours over transformers, in turns within one run: {shown} ({found['dtype']},"
+        f" {found['threads']} cores of {found['hardware']});"
+        " [JSON](assets/results/cost_by_length.json), [figure](assets/results/cost_by_length.png).",
+    ]
+    return "\n".join(lines)
+
+
 REGIONS = {
+    "plan": plan_8b,
+    "8bit": adamw_8bit,
+    "cost by length": cost_by_length,
     "tiny": tiny,
     "study 32768": lambda: study(32_768),
     "study 131072": lambda: study(131_072),

@@ -1,0 +1,392 @@
+"""--plan: bytes against what is alive in real steps and in a simulated 8B, FLOPs against torch's
+own counter, and what a run says that cannot fit."""
+
+import argparse
+import dataclasses
+import json
+import os
+
+import bench_gpu
+import pytest
+import torch
+from conftest import make_hf_llama
+from live_bytes import LiveBytes
+from make_plans import LLAMA3_8B
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import model as model_module
+import train
+from model import Llama, LlamaConfig
+from support import budget, fit, machine, plan
+from support.activations import LayerInputsOnHost
+from support.optimizer import make_optimizer
+
+SIZES = {
+    "0.2M": (LlamaConfig(97, 64, 192, 3, 4, 2, 16, 64), 1024),
+    "1M, tied": (LlamaConfig(2048, 128, 384, 4, 8, 4, 16, 64, tie_word_embeddings=True), 1536),
+    "6M": (LlamaConfig(8192, 192, 512, 6, 6, 2, 32, 64), 640),
+}
+
+
+@pytest.fixture()
+def llama3(tmp_path):
+    """A folder with config.json and nothing else."""
+    folder = tmp_path / "llama3"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA3_8B))
+    return folder
+
+
+def planned(folder, *flags: str) -> tuple[LlamaConfig, argparse.Namespace]:
+    args = train.parse(["--model", str(folder), *flags])
+    return train.resolve(args), args
+
+
+# ---- bytes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_model(family, tied, tmp_path):
+    make_hf_llama(family, tie_word_embeddings=tied).save_pretrained(tmp_path)
+    model = Llama(LlamaConfig.from_dir(tmp_path))
+    sizes = [sum(p.numel() for p in model.parameters() if (p.ndim > 1) == m) for m in (True, False)]
+    assert budget.parameters(model.config) == tuple(sizes)
+
+
+def one_step(config, T, dtype, keep, inputs=None):
+    """Forward and backward of one sample -> (model, bytes after the layers, peak), without
+    parameters and gradients; inputs: a LayerInputsOnHost, whose buffers are not counted either."""
+    torch.manual_seed(0)
+    model = Llama(config).to(dtype)
+    model.activation_checkpointing, model.keep_attention, model.layer_inputs = True, keep, inputs
+    for p in model.parameters():
+        p.grad_dtype, p.grad = torch.float32, None
+        p.grad = torch.zeros_like(p, dtype=torch.float32)
+    ids = torch.randint(config.vocab_size, (1, T))
+    batch = (ids, torch.arange(T)[None], train.next_token_targets(ids))
+    known = [*model.parameters(), *(p.grad for p in model.parameters()), *batch]
+    if inputs:
+        model.hidden(*batch[:2]).sum().backward()
+        known += inputs.buffers
+    with LiveBytes(known) as live:
+        after = []
+        handle = model.model["norm"].register_forward_pre_hook(lambda *_: after.append(live.now))
+        train.accumulate(model, [batch])
+        handle.remove()
+    return model, after[0], live.peak
+
+
+def close(counted: float, said: float, share: float = 0.1) -> bool:
+    return abs(counted - said) <= share * counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_part_is_within_a_tenth_of_what_is_alive(size, dtype):
+    """Weights, gradients: tensors that exist. Layer inputs: what is alive after the layers when
+    nothing else is kept; attention outputs: what is alive more when they are kept. Working set: the
+    peak above these. (Optimizer state: below.)"""
+    config, T = SIZES[size]
+    w = dtype.itemsize
+    kept = budget.device_bytes(config, T, w, "adamw", True, False)
+    bare = budget.device_bytes(config, T, w, "adamw", False, False)
+    model, after_bare, peak_bare = one_step(config, T, dtype, keep=False)
+    _, after_kept, peak_kept = one_step(config, T, dtype, keep=True)
+    # alive too, and part of the working set: the last layer's output, the angles
+    other = config.hidden_size * T * w + 4 * config.head_dim * T
+    assert close(after_bare - other, bare["layer inputs"])
+    assert close(after_kept - after_bare, kept["attention outputs"])
+    above = (
+        peak_bare - bare["layer inputs"],
+        (peak_kept - kept["layer inputs"] - kept["attention outputs"]),
+    )
+    assert close(above[0], bare["working set"]) and close(above[1], kept["working set"])
+    assert sum(p.nbytes for p in model.parameters()) == bare["weights"]
+    assert sum(p.grad.nbytes for p in model.parameters()) == bare["gradients"]
+
+
+def state_bytes(optimizer, model) -> int:
+    own = {p.data_ptr() for p in model.parameters()}
+    state = [t for s in optimizer.adamw.state.values() for t in s.values()] + optimizer.masters
+    eight = getattr(optimizer, "eight_bit", None)
+    for s in eight.state.values() if eight else ():
+        for t in s.values():
+            state += [t.codes, t.scale] if hasattr(t, "codes") else [t]
+    return sum(t.nbytes for t in state if t.data_ptr() not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["adamw", "adamw-host", "adamw-8bit"])
+def test_optimizer_state_is_as_large_as_said(name, dtype):
+    config, T = SIZES["6M"]
+    if name == "adamw-8bit":
+        pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = Llama(config).to(dtype)
+    optimizer = make_optimizer(name, model, 1e-3, 0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p, dtype=torch.float32)
+    torch.compiler.set_stance("force_eager")
+    optimizer.step(1e-3, 1.0)
+    torch.compiler.set_stance("default")
+    counted, w = state_bytes(optimizer, model), dtype.itemsize
+    said = budget.device_bytes(config, T, w, name, True, False)["optimizer"]
+    if name == "adamw-host":
+        assert said == 0
+        counted += optimizer.gradient.nbytes + optimizer.rounded.nbytes
+        said = budget.host_bytes(config, T, w, name, False)["optimizer"]
+    assert close(counted, said, 0.01), (counted, said)
+    on_disk = budget.disk_bytes(config, w, name, False, True)["training state"]
+    tensors = torch.utils._pytree.tree_leaves(optimizer.state_dict())
+    size = 0
+    for t in (t for t in tensors if isinstance(t, torch.Tensor)):
+        size += t.codes.nbytes + t.scale.nbytes if hasattr(t, "codes") else t.nbytes
+    assert close(size, on_disk, 0.01), (size, on_disk)
+
+
+def test_offloaded_inputs_are_on_the_host_and_not_on_the_device():
+    config, T = SIZES["0.2M"]
+    inputs = LayerInputsOnHost()
+    _, after, peak = one_step(config, T, torch.float32, True, inputs)
+    device = budget.device_bytes(config, T, 4, "adamw", True, True)
+    said = sum(device[k] for k in ("layer inputs", "attention outputs", "working set"))
+    # a CPU fetches nothing ahead, so of the two inputs that are planned for only one is alive
+    assert close(peak, said - device["layer inputs"] // 2)
+    assert after < 1.1 * (device["attention outputs"] + 4 * T * config.hidden_size)
+    on_host = sum(b.nbytes for b in inputs.buffers)
+    assert on_host == budget.host_bytes(config, T, 4, "adamw", True)["layer inputs"]
+
+
+def simulated_peak(config, T: int, keep: bool) -> int:
+    """Bytes at the peak of a bf16 step with fp32 gradients, by torch's own tracker, on tensors that
+    have shapes but no memory."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            model = Llama(config)
+            model.activation_checkpointing, model.keep_attention = True, keep
+            for p in model.parameters():
+                p.grad_dtype = torch.float32
+                p.grad = torch.zeros_like(p, dtype=torch.float32)
+            tracker, ids = MemTracker(), torch.zeros(1, T, dtype=torch.int64)
+            tracker.track_external(model)
+            with tracker:
+                hidden = model.hidden(ids, ids)[0]
+                # linear_cross_entropy counts valid targets, which are not there
+                loss = model_module._LinearCrossEntropy.apply(
+                    hidden, model.lm_head.weight, ids[0], -100, 512
+                )
+                del hidden
+                loss.backward()
+            return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def check_simulation(folder, layers: int, keep: bool) -> None:
+    config = dataclasses.replace(LlamaConfig.from_dir(folder), num_hidden_layers=layers)
+    said = budget.device_bytes(config, 39_424, 2, "adamw-host", keep, False)
+    counted = simulated_peak(config, 39_424, keep)
+    assert close(counted, sum(said.values())), (counted / 1e9, said)
+    # and so are the activations alone, which the weights would hide
+    fixed = said["weights"] + said["gradients"]
+    assert close(counted - fixed, sum(said.values()) - fixed), (counted - fixed, said)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_layers_of_an_8b_are_within_a_tenth_of_their_simulation(keep, llama3):
+    check_simulation(llama3, 3, keep)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_8b_is_within_a_tenth_of_its_simulation(keep, llama3):
+    """All 32 layers: half a minute each."""
+    check_simulation(llama3, 32, keep)
+
+
+# ---- FLOPs and hours ---------------------------------------------------------------------------
+
+
+def test_the_share_saved_depends_on_the_convention(llama3):
+    """At 30 % of 131,072. The paper's ">85 %" names no convention: it is true for what is executed
+    with attention computed twice and for attention without its causal half, not for the rest."""
+    config, lengths = LlamaConfig.from_dir(llama3), (39_322, 131_072)
+    saved = [
+        round(100 * (1 - f(lengths[0]) / f(lengths[1])), 1)
+        for f in (
+            lambda n: budget.training_flops(config, n),
+            lambda n: budget.executed_flops(config, n, True),
+            lambda n: budget.executed_flops(config, n, False),
+            lambda n: budget.noncausal_flops(config, n),
+        )
+    ]
+    assert saved == [84.6, 84.4, 85.5, 87.2]
+
+
+def test_executed_flops_are_those_that_torch_counts():
+    """Products with weights, to the last one. (It does not know the CPU's attention.)"""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, T = SIZES["6M"][0], 64
+    model = Llama(config)
+    model.activation_checkpointing = True
+    ids = torch.randint(config.vocab_size, (1, T))
+    with FlopCounterMode(display=False) as counter:
+        train.accumulate(model, [(ids, torch.arange(T)[None], train.next_token_targets(ids))])
+    products = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
+    linear = budget.executed_flops(config, T, True) - 7.0 * budget.attention_flops(config, T)
+    assert sum(products.values()) == linear, products
+
+
+def test_the_plan_needs_config_json_only_and_stops(llama3, tmp_path, capsys):
+    out = tmp_path / "out"
+    train.main(["--model", str(llama3), "--plan", "H100", "--out", str(out)])
+    text = capsys.readouterr().out
+    assert not out.exists() and "8,030,261,248 parameters, bfloat16, on H100" in text
+    assert "optimizer adamw-host, keep_attention True, offload_inputs True" in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line}  # the last "sum"
+    hours = {k: float(rows[k][-1]) for k in ("probe", "extend", "replay", "merge", "saves", "sum")}
+    total = hours.pop("sum")
+    assert 16 < total < 40 and abs(sum(hours.values()) - total) < 0.1
+    assert rows["replay"][1] == "87"  # 68M tokens
+    for less in ("84.6%", "84.3%", "85.4%", "87.2%"):
+        assert less in text
+
+
+def test_the_json_of_the_plan_adds_up(llama3):
+    config, args = planned(llama3, "--plan", "H100")
+    there = machine.machine("H100", "cuda", args.out)
+    fit.choose(config, args, there)
+    made = plan.make_plan(config, args, train.plan_stages(args), there)
+    json.dumps(made)
+    stages = made["stages"]
+    assert made["seconds"] == sum(r["seconds"] for r in stages.values())
+    per_sequence = stages["extend"]["seconds"] / stages["extend"]["sequences"]
+    assert (
+        made["one_sample_s"][0] < per_sequence < 1.05 * made["one_sample_s"][0]
+    )  # optimizer steps
+    assert stages["replay"]["sequences"] * stages["replay"]["tokens"] >= 68e6
+    assert 70e9 < sum(made["bytes"]["device"].values()) < 80e9
+    assert sum(made["device_of_full_length"].values()) > 80e9
+
+
+# ---- what fits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "expected"),
+    [
+        (80e9, 130e9, ("adamw-host", True, True)),
+        (141e9, 130e9, ("adamw-host", True, False)),
+        (80e9, 64e9, ("adamw-8bit", False, True)),
+        (200e9, 10e9, ("adamw", True, False)),
+    ],
+)
+def test_the_fastest_combination_that_fits_is_chosen(device, host, expected, llama3, monkeypatch):
+    config, args = planned(llama3, "--dtype", "bfloat16", "--plan", "H100")
+    monkeypatch.setattr(fit, "has_torchao", lambda: True)
+    there = machine.Machine("a GPU", "cuda", device, host, None)
+    fit.choose(config, args, there)
+    assert (args.optimizer, args.keep_attention, args.offload_inputs) == expected
+    fit.check(config, args, there)
+
+
+def test_what_is_given_is_not_chosen(llama3):
+    flags = ("--plan", "H100", "--optimizer", "adamw", "--no-offload_inputs")
+    config, args = planned(llama3, *flags)
+    there = machine.machine("H100", "cuda", args.out)
+    fit.choose(config, args, there)
+    assert (args.optimizer, args.offload_inputs) == ("adamw", False)
+    with pytest.raises(ValueError, match="does not fit, with --optimizer adamw: GPU memory: 1"):
+        fit.check(config, args, there)
+
+
+def error_of(capsys, argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and sum(x.startswith("error:") for x in lines) == 1
+    return lines[-1]
+
+
+def test_a_run_that_cannot_fit_says_so_before_weights_are_loaded(
+    toy_dir, prose_file, tmp_path, capsys, monkeypatch
+):
+    def fail(*_):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(train, "load_pretrained", fail)
+    argv = f"--model {toy_dir} --data {prose_file} --target_len 512".split()
+    argv += ["--out", str(tmp_path / "out")]
+    small = machine.Machine("the CPU", "cpu", 1e6, None, 1e12)
+    monkeypatch.setattr(plan, "machine", lambda *_: small)
+    assert "memory: 0.5 GB needed, 0.0 GB there" in error_of(capsys, argv)
+    assert "memory: 0.5 GB needed" in error_of(capsys, [*argv, "--plan"])
+    full = machine.Machine("the CPU", "cpu", 1e12, None, 1e5)
+    monkeypatch.setattr(plan, "machine", lambda *_: full)
+    assert "--no_saves needs less" in error_of(capsys, argv)
+    monkeypatch.setattr(fit, "has_torchao", lambda: False)
+    assert "pip install torchao" in error_of(capsys, [*argv, "--optimizer", "adamw-8bit"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_free_memory_and_disk_are_those_of_this_machine(tmp_path):
+    here = machine.machine(machine.HERE, "cpu", str(tmp_path / "not" / "there"))
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 1e8 < here.device <= total and here.host is None and here.disk > 1e6
+    assert machine.disk_rate(machine.HERE, str(tmp_path))[0] > 1e6
+    assert machine.training_rate(machine.HERE, "cpu", torch.float32)[0] > 1e9
+
+
+# ---- the levers in a whole run -----------------------------------------------------------------
+
+
+def test_levers_change_no_bit_of_a_run_and_no_saves_writes_no_state(
+    toy_dir, prose_file, tmp_path, monkeypatch
+):
+    flags = (
+        f"--model {toy_dir} --data {prose_file} --target_len 512 --train_len 128 --steps 2"
+        " --probe_steps 1 --replay_steps 1 --batch_sequences 2 --analysis_samples 1"
+    ).split()
+    flags += ["--save_minutes", "0"]
+    train.main([*flags, "--out", str(tmp_path / "a"), "--optimizer", "adamw"])
+    saved = []
+    monkeypatch.setattr(train.RunFolder, "save", lambda *_: saved.append(1))
+    levers = "--optimizer adamw-host --no-keep_attention --offload_inputs --no_saves".split()
+    train.main([*flags, "--out", str(tmp_path / "b"), *levers])
+    a, b = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
+    assert a == b and not saved
+    settings = json.loads((tmp_path / "b" / "run.json").read_text())["settings"]
+    assert settings["optimizer"] == "adamw-host" and settings["keep_attention"] is False
+
+
+# ---- the benchmark for a GPU, at toy size ------------------------------------------------------
+
+
+def test_bench_gpu_runs_at_toy_size_and_goes_on_where_it_was(tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    torch.compiler.set_stance("force_eager")
+    modes = [f"step {name}" for name in bench_gpu.MODES if fit.has_torchao() or "8bit" not in name]
+    others = ["machine", "gemm", "attention 128", "attention 256", "transfer", "serve"]
+    bench_gpu.main(["--toy", "--out", str(out), "--parts", "machine"])
+    bench_gpu.main(["--toy", "--out", str(out), "--parts", *others, *modes])
+    torch.compiler.set_stance("default")
+    assert "machine: there already" in capsys.readouterr().out
+    found = json.loads(out.read_text())["parts"]
+    assert set(found) == {*others, *modes}
+    losses = [found[name]["loss"] for name in modes]
+    assert all(5 < loss < 8 for loss in losses)  # ln 512 = 6.2: random weights
+    assert all(found[name]["seconds_per_sequence"] > 0 for name in modes)
+    assert found["attention 128"]["FLASH_ATTENTION"]["forward_s"] > 0
+    assert found["serve"]["decode_s_per_token"] > 0
+
+
+def test_bench_gpu_wants_a_gpu_and_known_parts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, reason in (([], "no CUDA device"), (["--toy", "--parts", "x"], "are none of")):
+        with pytest.raises(SystemExit) as stop:
+            bench_gpu.main([*flags, "--out", str(tmp_path / "x.json")])
+        assert stop.value.code == 2 and reason in capsys.readouterr().err
