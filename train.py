@@ -94,6 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--extended", metavar="DIR", help="an H' of yours, instead of the probe")
     add("--impactful", metavar="FILE", help="impactful.json of a run, instead of both")
     add("--analysis_samples", type=int, default=8, help="samples the analysis looks at")
+    add("--log_softmax", action="store_true", help="analyse log-probabilities, not raw logits")
     add("--top", type=float, default=0.2, help="share of occurrences that count as impactful")
     add("--merge_weight", type=float, default=0.5, help="share of the tuned model in the result")
     add = p.add_argument_group("training").add_argument
@@ -332,7 +333,14 @@ def analyse(
     for i in progress(range(args.analysis_samples), "analysis", unit="sample"):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000 + i)
         ids, positions = sample(stage, corpus, tokenizer, args, None, generator)
-        _, s, c = recipe.logit_shift(base, extended, ids, positions, first_position=args.base_len)
+        _, s, c = recipe.logit_shift(
+            base,
+            extended,
+            ids,
+            positions,
+            first_position=args.base_len,
+            log_softmax=args.log_softmax,
+        )
         total, count = total + s, count + c
         texts.append(corpus.window(args.target_len, generator))
     impactful = recipe.impactful_types(total, count, args.top)

@@ -67,7 +67,7 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def write_impactful(self, types: dict[int, list]) -> None:
-        """out/impactful.json: token id -> [text, mean shift in logits], largest first."""
+        """out/impactful.json: token id -> [text, mean shift in logits, or nats], largest first."""
         text = json.dumps(types, ensure_ascii=False, indent=0)
         write_atomically(self.path / "impactful.json", text + "\n")
 

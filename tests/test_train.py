@@ -302,6 +302,18 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     assert "impactful types of" in capsys.readouterr().err
 
 
+def test_the_analysis_of_log_probabilities(finished, toy_dir, prose_file, tmp_path):
+    """--log_softmax: the same probe, so the mean shift of a type moves by the mean offset alone."""
+    stop = ["--steps", "2", "--replay_steps", "0", "--log_softmax", "--top", "1"]
+    train.main(command(toy_dir, prose_file, tmp_path / "out", *stop))
+    shift, raw = (
+        {k: v for k, (_, v) in json.loads((folder / "impactful.json").read_text()).items()}
+        for folder in (tmp_path / "out", finished)
+    )
+    assert raw.keys() < shift.keys()
+    assert all(abs(shift[k] - raw[k]) > 1e-3 for k in raw)
+
+
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
     """A long run without a sentence end would leave longrecipe without a gap."""
     text = tmp_path / "mixed.txt"
