@@ -221,6 +221,27 @@ def test_ctrl_c_saves_and_resume_goes_on(
         assert all(a[k] == b[k] for k in same)
 
 
+@pytest.mark.parametrize("name", ["adamw-host", "adamw-8bit"])
+def test_the_other_optimizers_resume_too(name, toy_dir, prose_file, tmp_path, monkeypatch):
+    """Their states pass the check for NaN, are read again, and give the same bytes."""
+    if name == "adamw-8bit":
+        pytest.importorskip("torchao")
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step for half a minute
+    try:
+        more = ("--optimizer", name, "--dtype", "bfloat16")
+        train.main(command(toy_dir, prose_file, tmp_path / "whole", *more))
+        original = train.accumulate
+        stop_after(4, monkeypatch)
+        with pytest.raises(SystemExit):
+            train.main(command(toy_dir, prose_file, tmp_path / "out", *more))
+        monkeypatch.setattr(train, "accumulate", original)
+        assert torch.load(tmp_path / "out/state.pt", weights_only=True)["step"] == 4
+        train.main(["--resume", "--out", str(tmp_path / "out")])
+    finally:
+        torch.compiler.set_stance("default")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
 def test_ctrl_c_before_the_first_step_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
     stop_after(0, monkeypatch)
     with pytest.raises(SystemExit) as stop:
