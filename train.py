@@ -369,12 +369,12 @@ def main(argv: list[str] | None = None) -> None:
         started = time.time()
         config = resolve(args)
         stages = plan_stages(args)
-        if settle(config, args, stages):
+        run = RunFolder(args.out)
+        if settle(config, args, stages, finished=run.finished()):
             return
         tokenizer = load_tokenizer(args.model)
         check_fits(tokenizer, config.vocab_size)
         settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS}
-        run = RunFolder(args.out)
         run.check(settings, args.resume)
         if run.finished():
             log(f"{args.out} holds this run, finished: nothing to do")
@@ -384,12 +384,9 @@ def main(argv: list[str] | None = None) -> None:
         impactful = None
         if args.impactful:
             impactful = read_impactful(args.impactful, config.vocab_size)
+        if args.extended and LlamaConfig.from_dir(args.extended).vocab_size != config.vocab_size:
+            raise ValueError(f"--extended {args.extended} has another vocabulary than --model")
         model = load_pretrained(args.model, getattr(torch, args.dtype), args.device)
-        extended = model
-        if args.extended:
-            extended = load_pretrained(args.extended, model.dtype, args.device)
-            if extended.config.vocab_size != config.vocab_size:
-                raise ValueError(f"--extended {args.extended} has another vocabulary than --model")
 
         log_device(args.device, CUDA_BACKENDS, toy=args.model == TINY)
         read = f"{corpus.source}: {corpus.tokens:,} tokens"
@@ -403,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = Trainer(model, stages, tokenizer, args, run)
         trainer.impactful = impactful
         with run.running(settings, args.resume, trainer):
-            run_stages(trainer, extended, corpus, replay_corpus)
+            run_stages(trainer, corpus, replay_corpus)
             run.write_settings(settings, status="done", **provenance(started))
         log(f"done in {(time.time() - started) / 60:.1f} minutes: {args.out}")
         judge = "python eval_needle.py" + ("" if args.out == "out" else f" --model {args.out}")
@@ -423,7 +420,7 @@ def plan_stages(args: argparse.Namespace) -> list[Stage]:
     ]
 
 
-def run_stages(trainer: Trainer, extended: Llama, corpus: Corpus, replay_corpus: Corpus) -> None:
+def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
     """probe -> analysis -> extend -> replay -> merge, from where the run stands."""
     args, run, model = trainer.args, trainer.run, trainer.model
     probe, extend, replay = trainer.stages
@@ -434,11 +431,12 @@ def run_stages(trainer: Trainer, extended: Llama, corpus: Corpus, replay_corpus:
     trainer.train(probe, corpus)
 
     if args.select == "impact" and trainer.impactful is None:
-        base = load_pretrained(args.model, model.dtype, args.device)
+        base, extended = load_pretrained(args.model, model.dtype, args.device), model
+        if args.extended:
+            extended = load_pretrained(args.extended, model.dtype, args.device)
         trainer.impactful = analyse(base, extended, probe, corpus, trainer.tokenizer, args, run)
-        del base
+        del base, extended
         trainer.save()
-    del extended
 
     trainer.train(extend, corpus)
     if args.keep_stages and trainer.step == args.steps:  # not when resumed within the replay

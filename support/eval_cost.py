@@ -56,7 +56,7 @@ class WorkBar:
     of times as long as one of 8,192, and its ETA knows that."""
 
     def __init__(self, total: float):
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         self.bar = progress(None, "needles", total=total, bar_format=layout)
         self.told = torch.cuda.is_available()  # there it is over soon
 

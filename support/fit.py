@@ -5,12 +5,14 @@ import importlib.util
 import itertools
 
 from support import budget
+from support.cli import log
 from support.machine import Machine
 from support.optimizer import NAMES, NEEDS_TORCHAO
 
 # Assumed, not measured
 DEVICE_EXTRA = {"cuda": 3e9, "cpu": 0.5e9}  # context, workspaces, fragmentation; libraries
 HOST_EXTRA = {"cuda": 3e9, "cpu": 0.0}  # Python, libraries, one tensor on its way
+ADVICE = "shorter samples (--train_len) or another --optimizer may need less"
 
 
 def width(args) -> int:
@@ -56,6 +58,8 @@ def choose(config, args, there: Machine) -> None:
     for levers in combinations:
         args.optimizer, args.keep_attention, args.offload_inputs = levers
         if not shortage(config, args, there):
+            if levers[0] == "adamw-8bit" and given[0] is None:
+                log("adamw-8bit chosen: memory is too short for fp32 AdamW, whose result it nears")
             return
         device, host = (sum(part.values()) for part in needs(config, args, longest(args)))
         sizes[levers] = device + host * (there.kind == "cpu")
@@ -69,23 +73,29 @@ def shortage(config, args, there: Machine) -> str | None:
     if there.kind == "cpu":
         device, host, name = device + host, 0, "memory"
     if device > there.device:
-        return f"{name}: {device / 1e9:.1f} GB needed, {there.device / 1e9:.1f} GB there"
+        return f"{name}: {size(device)} needed, {size(there.device)} there"
     if there.host is not None and host > there.host:
-        return f"host memory: {host / 1e9:.1f} GB needed, {there.host / 1e9:.1f} GB free"
+        return f"host memory: {size(host)} needed, {size(there.host)} free"
     return None
+
+
+def size(n: float) -> str:
+    """
+    >>> size(16.06e9), size(3.1e6)
+    ('16.1 GB', '3.1 MB')
+    """
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
 def check(config, args, there: Machine) -> None:
     """ValueError where memory or disk does not suffice."""
     if args.optimizer == "adamw-8bit" and there.here and not has_torchao():
         raise ValueError(NEEDS_TORCHAO)
-    short, advice = shortage(config, args, there), "shorter samples (--train_len) need less"
+    short, advice = shortage(config, args, there), ADVICE
     disk = sum(needs_on_disk(config, args).values())
     if not short and there.here and disk > there.disk:
-        short = (
-            f"disk for --out {args.out}: {disk / 1e9:.1f} GB needed, {there.disk / 1e9:.1f} free"
-        )
-        advice = "--no_saves needs less"
+        short = f"disk for --out {args.out}: {size(disk)} needed, {size(there.disk)} free"
+        advice = "another --out may have it" + ("" if args.no_saves else ", --no_saves needs less")
     if short:
         raise ValueError(
             f"this run does not fit, with --optimizer {args.optimizer}: {short}; {advice};"

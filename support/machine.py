@@ -10,6 +10,7 @@ import torch
 
 from support import budget
 
+OF_A_RUN = ("state.pt*", "extended*/*", "replayed*/*", "merged*/*")  # in --out, part of its need
 HERE = "here"  # the machine that this runs on, as against a GPU of budget.GPUS
 # Assumed, not measured; whoever has measured better may change them here.
 GPU_SHARE = 0.42  # FLOPs executed over the peak; of an 8B at 39,424 tokens 35 % causal MFU
@@ -37,7 +38,8 @@ def machine(name: str, device: str, out: str) -> Machine:
     if name != HERE:
         return Machine(name, "cuda", budget.GPUS[name][1], None, None)
     stat = os.statvfs(nearest_folder(out))
-    already = sum(file.stat().st_size for file in Path(out).glob("state.pt*"))
+    ours = (f for name in OF_A_RUN for f in Path(out).glob(name) if f.is_file())
+    already = sum(file.stat().st_size for file in ours)
     disk = stat.f_bavail * stat.f_frsize + already
     if device == "cpu":
         return Machine("the CPU", "cpu", free_memory(), None, disk)
@@ -60,7 +62,9 @@ def free_memory() -> float:
     free = 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
     if limit.is_file() and limit.read_text().strip() != "max":
-        free = min(free, float(limit.read_text()) - float(used.read_text()))
+        stat = dict(line.split() for line in used.with_name("memory.stat").read_text().splitlines())
+        held = float(used.read_text()) - float(stat.get("inactive_file", 0))  # a cache of files
+        free = min(free, float(limit.read_text()) - held)
     return free
 
 

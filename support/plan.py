@@ -14,14 +14,16 @@ LEVERS = ("optimizer", "keep_attention", "offload_inputs")
 HOST_BYTES_PER_S, LINK_BYTES_PER_S = 30e9, 20e9
 
 
-def settle(config, args, stages) -> bool:
-    """Choose what --optimizer and the levers leave open; ValueError if the run does not fit. With
-    --plan: print the table first, and return True, for nothing else is to be done."""
+def settle(config, args, stages, finished: bool = False) -> bool:
+    """Choose what --optimizer and the levers leave open; ValueError if the run does not fit and is
+    not finished. With --plan: print the table first, and return True, for nothing else is to be
+    done."""
     there = machine(args.plan or HERE, args.device, args.out)
     choose(config, args, there)
     if args.plan:
         print(table(make_plan(config, args, stages, there)), flush=True)
-    check(config, args, there)
+    if not finished:
+        check(config, args, there)
     return bool(args.plan)
 
 
@@ -47,7 +49,7 @@ def make_plan(config, args, stages, there: Machine) -> dict:
             rows["analysis"] = row | {"seconds": n * row["flops"] / rate}
     save_s = on_disk["training state"] / disk
     saves = sum(r["seconds"] for r in rows.values()) // (60 * max(args.save_minutes, 1e-3))
-    saves = saves if on_disk["training state"] else 0
+    saves = min(saves, sum(s.steps for s in stages)) if on_disk["training state"] else 0
     rows["merge"] = {
         "steps": 0,
         "sequences": 0,

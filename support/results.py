@@ -24,7 +24,10 @@ class Results:
         check_unlocked(folder)  # another one's half-written line is not ours to mend
         path = folder / "needle.jsonl"
         self.path, self.rows = path, {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        self.cut = text != "" and not text.endswith("\n")  # a last line without its end
+        # not splitlines(): an answer may hold U+2028
+        lines = text.removesuffix("\n").split("\n") if text else []
         for i, line in enumerate(lines):
             try:
                 row = json.loads(line)
@@ -35,6 +38,7 @@ class Results:
                         f"{path}, line {i + 1} is no result of ours; move the file away"
                     ) from None
                 write_atomically(path, "".join(x + "\n" for x in lines[:-1]))  # killed in mid-line
+                self.cut = False
 
     @staticmethod
     def key(row: dict) -> tuple:
@@ -59,7 +63,8 @@ class Results:
     def add(self, row: dict) -> dict:
         self.rows[self.key(row)] = row
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write("\n" * self.cut + json.dumps(row, ensure_ascii=False) + "\n")
+        self.cut = False
         return row
 
     def of_setup(self, rows: list[dict], setups: dict[str, str], judged: list, args) -> list[dict]:

@@ -153,7 +153,7 @@ class RunFolder:
         if self.finished():
             return f"the result is complete in {self.path}"
         if self.saved_step is None:
-            return f"nothing is saved yet (--save_minutes); to begin again: {command}"
+            return f"nothing is saved yet; to begin again: {command}"
         state = self.path / STATE
         return f"saved up to step {self.saved_step} in {state}; to go on: {command}"
 

@@ -27,7 +27,7 @@ from model import LlamaConfig, generate, load_pretrained, load_tokenizer
 from support.eval_cost import forward_flops, kv_cache_bytes
 from support.figures import draw_heatmap
 from support.haystack import CITIES, load_haystack
-from support.results import resampled, summarise, wilson
+from support.results import KEY, Results, resampled, summarise, wilson
 
 
 @pytest.fixture(scope="module")
@@ -828,3 +828,19 @@ def test_one_essay_one_haystack_one_depth(toy_dir, tmp_path, capsys):
     assert [(r["length"], r["depth"]) for r in rows] == [(613, 0.333)] * 3
     assert all(0.2 < r["true_depth"] <= 0.333 for r in rows)
     assert "so it repeats" in capsys.readouterr().err
+
+
+def test_any_answer_is_read_again_and_a_line_without_its_end_is_kept(tmp_path):
+    def row(i):
+        return dict.fromkeys(KEY, i) | {"output": "a\u2028b\x85c\n"}
+
+    results = Results(tmp_path)
+    results.add(row(1))
+    results.add(row(2))
+    path = tmp_path / "needle.jsonl"
+    path.write_text(path.read_text().removesuffix("\n"))
+    results = Results(tmp_path)
+    assert list(results.rows.values()) == [row(1), row(2)]
+    results.add(row(3))
+    results.add(row(4))
+    assert list(Results(tmp_path).rows.values()) == [row(i) for i in (1, 2, 3, 4)]

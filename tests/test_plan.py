@@ -323,11 +323,12 @@ def test_a_run_that_cannot_fit_says_so_before_weights_are_loaded(
     argv += ["--out", str(tmp_path / "out")]
     small = machine.Machine("the CPU", "cpu", 1e6, None, 1e12)
     monkeypatch.setattr(plan, "machine", lambda *_: small)
-    assert "memory: 0.5 GB needed, 0.0 GB there" in error_of(capsys, argv)
+    assert "memory: 0.5 GB needed, 1.0 MB there" in error_of(capsys, argv)
     assert "memory: 0.5 GB needed" in error_of(capsys, [*argv, "--plan"])
     full = machine.Machine("the CPU", "cpu", 1e12, None, 1e5)
     monkeypatch.setattr(plan, "machine", lambda *_: full)
-    assert "--no_saves needs less" in error_of(capsys, argv)
+    assert "0.1 MB free" in (said := error_of(capsys, argv)) and "--no_saves needs less" in said
+    assert "--no_saves needs" not in error_of(capsys, [*argv, "--no_saves"])
     monkeypatch.setattr(fit, "has_torchao", lambda: False)
     assert "pip install torchao" in error_of(capsys, [*argv, "--optimizer", "adamw-8bit"])
     assert not (tmp_path / "out").exists()
@@ -339,6 +340,17 @@ def test_free_memory_and_disk_are_those_of_this_machine(tmp_path):
     assert 1e8 < here.device <= total and here.host is None and here.disk > 1e6
     assert machine.disk_rate(machine.HERE, str(tmp_path))[0] > 1e6
     assert machine.training_rate(machine.HERE, "cpu", torch.float32)[0] > 1e9
+
+
+def test_what_a_run_wrote_is_room_for_its_resume(tmp_path):
+    """The state, and the folders that --keep_stages and a merge that was cut off leave."""
+    before = machine.machine(machine.HERE, "cpu", str(tmp_path)).disk
+    for name in ("state.pt", "replayed/x", "merged.writing/x", "extended/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(2**40)  # sparse: takes no room
+    after = machine.machine(machine.HERE, "cpu", str(tmp_path)).disk
+    assert abs(after - before - 2**42) < 2**30
 
 
 # ---- the levers in a whole run -----------------------------------------------------------------
