@@ -10,7 +10,7 @@ from support.machine import Machine
 from support.optimizer import NAMES, NEEDS_TORCHAO
 
 # Assumed, not measured
-DEVICE_EXTRA = {"cuda": 3e9, "cpu": 0.5e9}  # context, workspaces, fragmentation; libraries
+DEVICE_EXTRA = {"cuda": 3e9, "cpu": 1.1e9}  # context, workspaces, fragmentation; libraries, text
 HOST_EXTRA = {"cuda": 3e9, "cpu": 0.0}  # Python, libraries, one tensor on its way
 ADVICE = "shorter samples (--train_len) or another --optimizer may need less"
 
