@@ -369,7 +369,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", nargs="*", metavar="DIR", help="others beside it (None: base of the run)")
     controls = "also without the needles, and the base under the new RoPE base"
     add("--controls", action="store_true", help=controls)
-    add("--tasks", nargs="+", choices=TASKS, help="(None: template's, or niah_single)")
+    add("--tasks", nargs="*", choices=TASKS, help="(None: template's, or niah_single)")
     add("--template", metavar="FILE", help="wording, JSON (None: --model's needle.json, if any)")
     add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
     depths = "of the needle, 0: start, 1: end (None: 0 0.25 0.5 0.75 1)"
