@@ -405,9 +405,9 @@ def main(argv: list[str] | None = None) -> None:
         with results.writing():
             for candidate, cells in zip(candidates, planned, strict=True):
                 rows += run_candidate(candidate, cells, tasks, haystack, results, bar, args)
-        bar.close()
-        rows = results.of_setup(rows, setups, [(c.identity, c.label) for c in candidates], args)
-        write_report(rows, candidates, tasks, source, out, args, started)
+            bar.close()
+            rows = results.of_setup(rows, setups, [(c.identity, c.label) for c in candidates], args)
+            write_report(rows, candidates, tasks, source, out, args, started)
 
 
 def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:

@@ -130,10 +130,11 @@ CUDA_BACKENDS = [Backend.CUDNN_ATTENTION, Backend.FLASH_ATTENTION, Backend.EFFIC
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention in token order: q (B, H, T, d), k and v (B, KV, S, d) -> (B, H, T, d).
+
     The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
     T, S = q.shape[2], k.shape[2]
     # SDPA would build a (T, S) mask here, twice as slow. subtle: this lse carries no gradient
-    if 1 < T < S and q.device.type == "cpu" and not (q.requires_grad or k.requires_grad):
+    if 1 < T < S and q.device.type == "cpu" and not any(x.requires_grad for x in (q, k, v)):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         a, lse_a = flash(q, k[:, :, : S - T], v[:, :, : S - T])  # the past, without a mask
         b, lse_b = flash(q, k[:, :, S - T :], v[:, :, S - T :], is_causal=True)  # the T themselves

@@ -109,6 +109,8 @@ def resolve_grid(args, fields: dict, tasks: dict, windows: list[int]) -> None:
     args.lengths = sorted(set(args.lengths or [min(windows), new // 4, new // 2, new]))
     args.depths = sorted(set(args.depths))
     check_ranges(args, at_least_1=("n", "n_beyond"), seed=("seed",))
+    if not args.tasks and not args.ppl:
+        raise ValueError("--tasks without a name wants --ppl: else there is nothing to run")
     if args.lengths[0] < 2:
         raise ValueError(f"--lengths {args.lengths[0]} must be at least 2 tokens")
     if outside := [d for d in args.depths if not 0 <= d <= 1]:

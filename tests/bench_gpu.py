@@ -14,6 +14,7 @@ it. --cap_GB emulates a smaller card on a larger one.
 """
 
 import argparse
+import functools
 import gc
 import json
 import sys
@@ -132,8 +133,11 @@ class Bench:
             if pin and self.device == "cpu":
                 continue
             here = torch.ones(n, dtype=torch.uint8, pin_memory=pin)
-            found[f"{name} to device, GB/s"] = n / self.seconds(lambda: there.copy_(here)) / 1e9  # noqa: B023
-            found[f"{name} to host, GB/s"] = n / self.seconds(lambda: here.copy_(there)) / 1e9  # noqa: B023
+            for way, copy in {
+                "to device": functools.partial(there.copy_, here),
+                "to host": functools.partial(here.copy_, there),
+            }.items():
+                found[f"{name} {way}, GB/s"] = n / self.seconds(copy) / 1e9
         return found
 
     def model(self) -> Llama:

@@ -433,7 +433,7 @@ def test_ctrl_c_keeps_the_rows_and_says_so(toy_dir, prose_file, tmp_path, monkey
 def test_a_haystack_that_repeats_is_announced(toy_dir, prose_file, tmp_path, capsys):
     tokens = len(load_tokenizer(toy_dir).encode(PROSE))
     for longest in (tokens, tokens + 1):
-        flags = f"--tasks --lengths 300 {longest}".split()  # no cell: only what is announced
+        flags = f"--tasks --ppl --n 1 --lengths 300 {longest}".split()
         run(*flags, toy_dir=toy_dir, prose_file=prose_file, out=touched(tmp_path / f"{longest}"))
         warned = f"shorter than --lengths {longest}, so it repeats" in capsys.readouterr().err
         assert warned == (longest > tokens)
@@ -473,7 +473,7 @@ def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp
             "model folder nowhere does not exist",
         ),
         ("--lengths 300 50", "--lengths 50 is too short"),
-        ("--lengths 1 --tasks", "--lengths 1 must be at least 2 tokens"),
+        ("--lengths 1", "--lengths 1 must be at least 2 tokens"),
         ("--haystack nowhere.txt", "nowhere.txt does not exist"),
         ("--lengths 50", "--lengths 50 is too short"),
         ("--depths 0.5 1.5", "--depths 1.5 must be within 0..1"),

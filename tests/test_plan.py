@@ -3,6 +3,7 @@ own counter, and what a run says that cannot fit."""
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 
@@ -332,6 +333,11 @@ def test_a_run_that_cannot_fit_says_so_before_weights_are_loaded(
     monkeypatch.setattr(fit, "has_torchao", lambda: False)
     assert "pip install torchao" in error_of(capsys, [*argv, "--optimizer", "adamw-8bit"])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_counts_the_chunk_that_the_loss_takes():
+    default = inspect.signature(model_module.linear_cross_entropy).parameters["chunk_tokens"]
+    assert default.default == budget.CHUNK
 
 
 def test_free_memory_and_disk_are_those_of_this_machine(tmp_path):
