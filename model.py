@@ -133,8 +133,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
     T, S = q.shape[2], k.shape[2]
-    # SDPA would build a (T, S) mask here, twice as slow. subtle: this lse carries no gradient
-    if 1 < T < S and q.device.type == "cpu" and not any(x.requires_grad for x in (q, k, v)):
+    # SDPA would build a (T, S) mask here, twice as slow.
+    # subtle: lse, which hangs on q and k, carries no gradient
+    if 1 < T < S and q.device.type == "cpu" and not (q.requires_grad or k.requires_grad):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         a, lse_a = flash(q, k[:, :, : S - T], v[:, :, : S - T])  # the past, without a mask
         b, lse_b = flash(q, k[:, :, S - T :], v[:, :, S - T :], is_causal=True)  # the T themselves

@@ -370,6 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         config = resolve(args)
         stages = plan_stages(args)
         run = RunFolder(args.out)
+        # memory: chooses optimizer and levers, refuses what cannot fit; --plan prints and ends here
         if settle(config, args, stages, finished=run.finished()):
             return
         tokenizer = load_tokenizer(args.model)

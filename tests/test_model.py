@@ -306,12 +306,16 @@ def test_attention_equals_a_slow_loop(T, S):
     assert (attention(q, k, v) - slow).abs().max() < 1e-10
 
 
-def test_attention_over_a_past_has_gradients_where_they_are_asked_for():
+@pytest.mark.parametrize("wanted", ["qkv", "q", "k", "v"])
+def test_attention_over_a_past_has_gradients_where_they_are_asked_for(wanted):
     """The fast path on CPU has none through its logsumexp, so it must not be taken then."""
     torch.manual_seed(0)
-    q = torch.randn(1, 4, 5, 8, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(attention, (q, k, v))
+    shapes = {"q": (1, 4, 5, 8), "k": (1, 2, 9, 8), "v": (1, 2, 9, 8)}
+    qkv = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=name in wanted)
+        for name, shape in shapes.items()
+    )
+    assert torch.autograd.gradcheck(attention, tuple(qkv))
 
 
 def test_chunked_prefill_and_generation_equal_the_uncached_forward(tmp_path):
