@@ -78,7 +78,7 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
             depths = r["true_depths"] if len(r["expected"]) > 1 else [r["true_depth"]]
             for depth, answer in zip(depths, r["expected"], strict=True):
                 hit = answer.lower() in r["output"].lower()
-                found.setdefault(int(16 * (1 - depth)), []).append(hit)
+                found.setdefault(min(15, int(16 * (1 - depth))), []).append(hit)
         if found:
             x = [(k + 0.5) / 16 * longest / 1024 for k in sorted(found)]
             y = [sum(found[k]) / len(found[k]) for k in sorted(found)]

@@ -25,7 +25,7 @@ from eval_needle import (
 )
 from model import LlamaConfig, generate, load_pretrained, load_tokenizer
 from support.eval_cost import forward_flops, kv_cache_bytes
-from support.figures import draw_heatmap
+from support.figures import draw_curves, draw_heatmap
 from support.haystack import CITIES, load_haystack
 from support.results import KEY, Results, resampled, summarise, wilson
 
@@ -625,6 +625,16 @@ def test_labels_of_the_heatmap_do_not_overlap(lengths, tmp_path, monkeypatch):
     for boxes in (titles, ticks):
         assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
     assert titles[0].x0 > 0 and max(t.y1 for t in titles) <= figure.bbox.y1
+
+
+def test_no_needle_is_drawn_farther_than_the_text_is_long(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: figures.append(f))
+    needle = {"model": "m", "task": "t", "length": 1024, "expected": ["7"], "output": "7"}
+    draw_curves(tmp_path / "c.png", [needle | {"true_depth": d} for d in (0.0, 1.0)], "t")
+    assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0.5 / 16, 15.5 / 16]
 
 
 def test_the_heatmap_can_be_read(tmp_path, monkeypatch):
