@@ -42,8 +42,10 @@ class RunFolder:
 
     def check_settings(self, settings: dict, resume: bool) -> None:
         if not resume:
+            # left by a run that was killed before its first file was whole: nothing to resume
+            nothing = {LOCK, "run.json.writing"}
             if self.path.exists() and (
-                not self.path.is_dir() or any(f.name != LOCK for f in self.path.iterdir())
+                not self.path.is_dir() or any(f.name not in nothing for f in self.path.iterdir())
             ):
                 kind = "holds a finished run" if self.finished() else "is not empty"
                 raise ValueError(

@@ -127,6 +127,17 @@ def test_kill_9_at_random_moments(seed, place, uninterrupted):
     killed_and_resumed(seed, place, uninterrupted, kills=1 + (seed > 0))
 
 
+def test_killed_before_the_first_file_is_whole(place, uninterrupted):
+    """The same command begins again: there is nothing to resume."""
+    out = place / "begun"
+    code, _ = finish(place, flags("begun"), place / "log", ("begun/run.json", 2, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    assert {f.name for f in out.iterdir()} == {".lock", "run.json.writing"}
+    code, said = finish(place, flags("begun"), place / "log")
+    assert code == 0, said
+    assert_same(out, uninterrupted[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_kill_9_twenty_times(seed, place, uninterrupted):
