@@ -90,6 +90,7 @@ def tiny() -> str:
         " 8 questions each, answered from one prefill; intervals draw whole haystacks again"
         " and are never narrower than Wilson's. Chance among the 8 values is 12.5 %.",
     ]
+    lines += ["", other_python(names[1:])]
     made, judged = (
         read(ROOT / "assets/tiny/training.json"),
         read(RESULTS / "tiny/needle_results.json"),
@@ -104,6 +105,21 @@ def tiny() -> str:
         " [JSON](assets/results/tiny/needle_results.json)).",
     ]
     return "\n".join(lines)
+
+
+def other_python(names: tuple[str, str]) -> str:
+    """The same commands where the standard library, so text and haystack, is another one."""
+    folder = RESULTS / "tiny_128k_other_python"
+    found, run = (read(folder / f) for f in ("needle_results.json", "run.json"))
+    length = run["settings"]["target_len"]
+    models = list(found["models"])[1:]
+    control, result = (cell(found["table"], m, "multiquery", length) for m in models)
+    return (
+        "The text is your Python's own library, so another Python gives other numbers. The same"
+        f" commands with {run['python']} instead of {read(TINY / 'run.json')['python']}, at"
+        f" {length:,} tokens: {result} {names[1]}; {control} {names[0]} (commit {run['commit']},"
+        f" [JSON](assets/results/{folder.name}))."
+    )
 
 
 def study(target: int) -> str:
