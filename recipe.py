@@ -25,7 +25,7 @@ from torch import Tensor
 from model import Llama, load_tokenizer
 from support import atomic, checkpoint_files, config_files, figures
 from support.cli import check_ranges, report_errors
-from support.hub import local_folder
+from support.hub import SMALL, local_folder
 from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
 from support.toy import TINY
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
             )
         figures.check_figure_path(args.figure)
-        folder = local_folder(args.model)
+        folder = local_folder(args.model, SMALL)
         tokenizer, old_window = load_tokenizer(folder), config_files.read_window(folder)
         tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
         remedy = "give a longer --text, or lower --train_len or --target_len"

@@ -48,7 +48,7 @@ from support.activations import LayerInputsOnHost
 from support.cli import log, log_device, peak_gib, progress, provenance, report_errors
 from support.config_files import check_extendable
 from support.corpora import load_corpora
-from support.hub import local_folder
+from support.hub import CONFIG, FILES, local_folder
 from support.machine import HERE
 from support.optimizer import NAMES as OPTIMIZERS
 from support.optimizer import make_optimizer
@@ -135,7 +135,7 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
     """Fill in what was not given, check what was; returns the config of the base model. Writes
     nothing."""
     check_given(args)
-    args.model = local_folder(args.model)
+    args.model = local_folder(args.model, CONFIG if args.plan else FILES)
     config = LlamaConfig.from_dir(args.model)
     if args.base_len is None:
         args.base_len = config.max_position_embeddings

@@ -6,14 +6,16 @@ import os
 import re
 from pathlib import Path
 
-FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+CONFIG = ("config.json",)  # all that --plan needs
+SMALL = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
+FILES = (*SMALL, "*.safetensors")
 
 
-def local_folder(name: str) -> str:
+def local_folder(name: str, files: tuple[str, ...] = FILES) -> str:
     """A folder as it is (~ expanded); org/name: the folder it was (or is now) downloaded to.
 
-    Only config, safetensors and tokenizer files are fetched. ValueError: a path that does not
-    exist (and what is near it), or what to install for the hub."""
+    Only `files` are fetched: by default config, safetensors and tokenizer. ValueError: a path that
+    does not exist (and what is near it), or what to install for the hub."""
     path = Path(os.path.expanduser(name))
     if path.exists():
         return os.path.expanduser(name)
@@ -29,7 +31,7 @@ def local_folder(name: str) -> str:
             " or download its config, safetensors and tokenizer files into a folder yourself"
         ) from None
     try:
-        return snapshot_download(name, allow_patterns=FILES)
+        return snapshot_download(name, allow_patterns=files)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -1,10 +1,12 @@
 """support/: checkpoint folders, memory while they are moved, models by name, older readers."""
 
+import fnmatch
 import json
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import make_hf_llama
 from smollm2 import ROOT
 
 import recipe
+import train
 from model import load_pretrained, save_pretrained
 from support import checkpoint_files
 from support.hub import local_folder
@@ -227,6 +230,35 @@ def test_a_name_without_the_package_says_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="pip install huggingface_hub"):
         local_folder("someone/toy")
     assert local_folder(str(tmp_path)) == str(tmp_path)
+
+
+def test_only_what_a_command_reads_is_fetched(toy_dir, tmp_path, monkeypatch, capsys):
+    """--plan: config.json alone; recipe.py: no weights. A hub that holds the toy as someone/toy."""
+
+    def snapshot_download(name: str, allow_patterns) -> str:
+        assert name == "someone/toy"
+        cache.mkdir()
+        for file in toy_dir.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    def fetched() -> set[str]:
+        names = {file.name for file in cache.iterdir()}
+        shutil.rmtree(cache)
+        return names
+
+    cache, hub = tmp_path / "cache", SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    flags = ["--model", "someone/toy", "--target_len", "2000"]
+    train.main([*flags, "--plan", "H100"])
+    assert "plan: " in capsys.readouterr().out
+    assert fetched() == {"config.json"}
+    recipe.main([*flags, "--figure", str(tmp_path / "r.png")])
+    assert {"config.json", "tokenizer.json"} <= (found := fetched())
+    assert not any(name.endswith(".safetensors") for name in found)
+    local_folder("someone/toy")
+    assert "model.safetensors" in fetched()
 
 
 def test_a_path_typo_is_no_name_on_the_hub(monkeypatch, tmp_path):
