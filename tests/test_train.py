@@ -14,7 +14,7 @@ import train
 from model import Llama, LlamaConfig, load_pretrained
 from support.budget import matmul_parameters, training_flops
 from support.optimizer import MasterAdamW
-from support.run_settings import base_of_run
+from support.run_settings import base_of_run, check_same, settings_of
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 
@@ -260,6 +260,27 @@ def test_resume_takes_the_flags_that_are_not_given_from_the_run(finished):
     args = vars(train.parse(["--resume", "--out", str(finished), "--lr", "0.25"]))
     assert run["keep_stages"] is True and run["target_len"] == 512 and run["lr"] == 5e-3
     assert {k: args[k] for k in run} == run | {"lr": 0.25}
+
+
+def edited_run(finished, out, **settings) -> list[str]:
+    """The flags that resume a run like `finished`, begun with other settings (None: without)."""
+    run = json.loads((finished / "run.json").read_text())
+    changed = run["settings"] | settings
+    run["settings"] = {k: v for k, v in changed.items() if k not in settings or v is not None}
+    (out / "run.json").write_text(json.dumps(run))
+    return ["--resume", "--out", str(out)]
+
+
+def test_what_is_kept_can_be_turned_off_by_resume_too(finished, tmp_path):
+    def kept(*flags: str) -> tuple[bool, bool]:
+        args = train.parse([*resume, *flags])
+        check_same(settings_of(tmp_path), vars(args))
+        return args.keep_stages, args.no_saves
+
+    resume = edited_run(finished, tmp_path, keep_stages=True, no_saves=True)
+    assert kept() == (True, True) and kept("--no-keep_stages", "--saves") == (False, False)
+    resume = edited_run(finished, tmp_path, keep_stages=False, no_saves=False)
+    assert kept() == (False, False) and kept("--keep_stages", "--no_saves") == (True, True)
 
 
 def test_bf16_runs_on_the_cpu_and_saves_bf16(toy_dir, prose_file, tmp_path):
