@@ -32,10 +32,17 @@ def parse_or_resume(
     p: argparse.ArgumentParser, argv: list[str] | None, toy: dict
 ) -> argparse.Namespace:
     """The flags. Those that the command line does not give are, with --resume, the run's own, and
-    for the toy model (no --model, or its folder however written) the toy's."""
+    for the toy model (no --model, or its folder however written) the toy's. ValueError for a flag
+    that a run of an older version, to be resumed, cannot have been begun with."""
     args = p.parse_args(argv)
     if args.resume:
         before = settings_to_resume(Path(args.out))
+        for name in sorted(vars(args).keys() - before.keys() - {*NO_SETTINGS, *MAY_DIFFER}):
+            if getattr(args, name) != p.get_default(name):
+                raise ValueError(
+                    f"--resume with --{name}: the run was begun by a version without that flag, and"
+                    " goes on only without it"
+                )
         p.set_defaults(**{k: v for k, v in before.items() if k in vars(args)})
     elif is_toy(args.model, toy):
         p.set_defaults(**toy)
@@ -76,7 +83,7 @@ def settings_to_resume(folder: Path) -> dict:
 
 def check_same(before: dict, now: dict) -> None:
     """ValueError that names a setting with another value, if it matters to the result."""
-    for name in sorted(before):  # a flag that came later than the run has its default
+    for name in sorted(before):  # a flag that came later than the run: see parse_or_resume
         old, new = before.get(name), now.get(name)
         change = os.path.realpath if name in PATHS else str
         if name not in MAY_DIFFER and map_paths(change, old) != map_paths(change, new):

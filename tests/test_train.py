@@ -283,6 +283,17 @@ def test_what_is_kept_can_be_turned_off_by_resume_too(finished, tmp_path):
     assert kept() == (False, False) and kept("--keep_stages", "--no_saves") == (True, True)
 
 
+def test_a_flag_that_an_older_run_knew_nothing_of_is_refused(finished, tmp_path, bad):
+    resume = edited_run(finished, tmp_path, log_softmax=None, top=None)
+    before = settings_of(tmp_path)
+    assert "log_softmax" not in before and "top" not in before
+    for flags in ([], ["--top", "0.2", "--save_minutes", "1"]):  # its default is no change
+        check_same(before, vars(train.parse([*resume, *flags])))
+    for flags in (["--log_softmax"], ["--top", "0.3"]):
+        match = f"--resume with {flags[0]}: the run was begun by a version without that flag"
+        bad(match, "--resume", *flags, out=tmp_path)
+
+
 def test_bf16_runs_on_the_cpu_and_saves_bf16(toy_dir, prose_file, tmp_path):
     train.main(command(toy_dir, prose_file, tmp_path / "out", "--dtype", "bfloat16"))
     rows = read_metrics(tmp_path / "out")
