@@ -101,9 +101,9 @@ class RunFolder:
     def save(self, state: dict) -> None:
         """Written beside, synced and renamed: a kill at any moment leaves one complete state, and
         Ctrl-C waits for the end. ValueError for a state with a number that is not finite."""
-        if bad := next(not_finite(state), None):
-            raise ValueError(f"not saved: {bad} of the state is not finite; lower --lr")
         with unbroken():
+            if bad := next(not_finite(state), None):
+                raise ValueError(f"not saved: {bad} of the state is not finite; lower --lr")
             if (self.path / METRICS).is_file():
                 sync(self.path / METRICS)
             try:
@@ -146,8 +146,9 @@ class RunFolder:
             try:
                 yield
             except KeyboardInterrupt:
-                if trainer.step > (self.saved_step or 0) and not self.finished():
-                    trainer.save()
+                with unbroken():  # a second Ctrl-C does not cost the save
+                    if trainer.step > (self.saved_step or 0) and not self.finished():
+                        trainer.save()
                 raise
 
     def what_is_saved(self) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -23,7 +24,9 @@ from safetensors.torch import load_file
 
 import train
 from model import load_pretrained, load_tokenizer
+from support import run_state
 from support.run_state import RunFolder
+from support.stop import signals_raise
 
 FLAGS = (
     "--target_len 512 --train_len 128 --steps 5 --probe_steps 2 --replay_steps 3"
@@ -161,6 +164,37 @@ def test_a_signal_amid_a_save_lets_it_end(number, code, word, place, uninterrupt
     code, log = finish(place, ["--resume", "--out", word], place / f"{word}.log")
     assert code == 0, log
     assert_same(out, uninterrupted[0])
+
+
+def with_ctrl_c(function, call: int = 1):
+    """The function; its call of that number begins with Ctrl-C."""
+    calls = itertools.count(1)
+
+    def interrupted(*args):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args)
+
+    return interrupted
+
+
+def test_a_second_ctrl_c_does_not_cost_the_save(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
+    """The first in the fourth step; the second as the save for it begins."""
+    monkeypatch.setattr(train, "accumulate", with_ctrl_c(train.accumulate, call=4))
+    monkeypatch.setattr(train.Trainer, "save", with_ctrl_c(train.Trainer.save))
+    more = "--save_minutes 60 --probe_steps 0 --select random".split()  # no save of its own
+    with pytest.raises(SystemExit) as stop:
+        train.main(in_process(toy_dir, prose_file, tmp_path / "out", *more))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 130 and last.startswith("interrupted; saved up to step 3 in"), last
+    assert RunFolder(tmp_path / "out").load()["step"] == 3
+
+
+def test_ctrl_c_as_a_save_looks_for_nan_lets_it_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_state, "not_finite", with_ctrl_c(run_state.not_finite))
+    with signals_raise(), pytest.raises(KeyboardInterrupt):
+        RunFolder(tmp_path).save({"step": 1, "weights": torch.ones(3)})
+    assert RunFolder(tmp_path).load()["step"] == 1
 
 
 # ---- disk, memory, files that go away ----------------------------------------------------------
