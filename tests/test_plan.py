@@ -4,8 +4,10 @@ own counter, and what a run says that cannot fit."""
 import argparse
 import dataclasses
 import inspect
+import itertools
 import json
 import os
+import re
 
 import bench_gpu
 import pytest
@@ -21,7 +23,7 @@ import train
 from model import Llama, LlamaConfig
 from support import budget, fit, machine, plan
 from support.activations import LayerInputsOnHost
-from support.optimizer import make_optimizer
+from support.optimizer import NAMES, make_optimizer
 
 SIZES = {
     "0.2M": (LlamaConfig(97, 64, 192, 3, 4, 2, 16, 64), 1024),
@@ -303,6 +305,20 @@ def test_what_is_given_is_not_chosen(llama3):
     assert (args.optimizer, args.offload_inputs) == ("adamw", False)
     with pytest.raises(ValueError, match="does not fit, with --optimizer adamw: GPU memory: 1"):
         fit.check(config, args, there)
+
+
+def test_the_help_tells_what_no_saves_spares(llama3, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    low, high = re.search(r"state: (\d+)-(\d+) bytes a par", capsys.readouterr().out).groups()
+    config, args = planned(llama3)
+    sizes, N = [], sum(budget.parameters(config))
+    for args.optimizer, args.dtype in itertools.product(NAMES, ("bfloat16", "float32")):
+        state, beside, _ = fit.needs_on_disk(config, args).values()
+        assert state <= beside  # twice
+        sizes.append(state / N)
+    assert [round(min(sizes)), round(max(sizes))] == [int(low), int(high)]
 
 
 def error_of(capsys, argv: list[str]) -> str:
