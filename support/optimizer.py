@@ -10,6 +10,11 @@
 
 All three sum gradients in fp32, clip by the global norm and decay matrices only."""
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +27,24 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
     """One of NAMES. ValueError if adamw-8bit is asked for and torchao is not there."""
     kinds = dict(zip(NAMES, (MasterAdamW, HostAdamW, EightBitAdamW), strict=True))
     return kinds[name](model, lr, weight_decay)
+
+
+@contextlib.contextmanager
+def without_warnings(*loggers: str) -> Iterator[None]:
+    """Inside, Python's warnings and those of these loggers are not shown; errors are. torchao's
+    import warns of kernels for other GPUs and Pythons, which nothing here calls."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    with warnings.catch_warnings(action="ignore"):
+        for name in loggers:
+            logging.getLogger(name).addFilter(is_error)
+        try:
+            yield
+        finally:
+            for name in loggers:
+                logging.getLogger(name).removeFilter(is_error)
 
 
 class MasterAdamW:
@@ -126,9 +149,10 @@ class EightBitAdamW(MasterAdamW):
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float):
         try:
-            from torchao.optim import AdamW8bit
-        except ImportError:
-            raise ValueError(NEEDS_TORCHAO) from None
+            with without_warnings("torchao", "torch.utils._pytree"):
+                from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError(f"{NEEDS_TORCHAO} ({error})") from None
         self.kind = AdamW8bit
         super().__init__(model, lr, weight_decay)
 

@@ -6,6 +6,8 @@ uncompiled (`eager`)."""
 import gc
 import importlib.util
 import json
+import logging
+import subprocess
 import sys
 from pathlib import Path
 
@@ -246,6 +248,56 @@ def test_without_torchao_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ValueError, match="needs torchao: pip install torchao"):
         make_optimizer("adamw-8bit", Llama(CONFIG), 1e-3, 0.1)
+
+
+LOUD = """
+import logging, warnings
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).warning("noise")
+    logging.getLogger(name).error("real")
+warnings.warn("noise")
+raise ImportError("no libcuda.so")
+"""
+
+
+@pytest.fixture()
+def loud_torchao(tmp_path, monkeypatch):
+    """A package of that name that warns as torchao 0.18 does, and then fails."""
+    real = {n: sys.modules.pop(n) for n in [*sys.modules] if n.split(".")[0] == "torchao"}
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    (tmp_path / "torchao" / "optim.py").write_text(LOUD)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    del sys.modules["torchao"]
+    sys.modules.update(real)
+
+
+def test_the_warnings_of_torchaos_import_are_not_shown_but_its_errors(loud_torchao, recwarn):
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with pytest.raises(ValueError, match=r"needs torchao: .* \(no libcuda.so\)"):
+            make_optimizer("adamw-8bit", Llama(CONFIG), 1e-3, 0.1)
+        loggers[0].warning("as before")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert said == ["real", "real", "as before"] and not recwarn.list
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="torchao is not installed")
+def test_the_real_torchao_is_imported_without_a_word():
+    code = "import torch; from support.optimizer import make_optimizer as make\n"
+    code += "make('adamw-8bit', torch.nn.Linear(4, 4), 1e-3, 0.1)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, cwd=optimizer_run.ROOT
+    )
+    assert (done.stdout, done.stderr) == (b"", b"")
 
 
 def test_the_recorded_run_on_smollm2_is_within_its_band():
