@@ -47,7 +47,7 @@ from support import budget
 from support.activations import LayerInputsOnHost
 from support.cli import log, log_device, peak_gib, progress, provenance, report_errors
 from support.config_files import check_extendable
-from support.corpora import load_corpora
+from support.corpora import contents, load_corpora
 from support.hub import CONFIG, FILES, local_folder
 from support.machine import HERE
 from support.optimizer import NAMES as OPTIMIZERS
@@ -381,6 +381,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.finished():
             log(f"{args.out} holds this run, finished: nothing to do")
             return
+        run.check_data(contents(args), args.resume)
         corpus, replay_corpus = load_corpora(args, tokenizer)
         sample(stages[0], corpus, tokenizer, args, None, torch.Generator())  # fails early if at all
         impactful = None

@@ -1,8 +1,40 @@
 """What a training run draws its samples from."""
 
+import hashlib
+import os
+import platform
+
 from support.cli import log
-from support.text import Corpus, load_tokens
+from support.text import Corpus, find_files, load_tokens
 from support.toy import TINY, ToyCorpus, load_toy_text
+
+PIECES, PIECE_BYTES = 16, 1 << 14  # of a file that are hashed; up to their sum, all of it
+
+
+def contents(args) -> list[dict]:
+    """What stands in each path of --data and --replay_data, to be told from what stood there when
+    a run began."""
+    paths = (*(args.data or [None]), *(args.replay_data or []))
+    return [{"path": path or "the Python standard library", **content(path)} for path in paths]
+
+
+def content(path: str | None) -> dict:
+    """Number and size of the files, and a hash over their names, sizes and pieces of them that are
+    few enough for folders of many files; of the standard library (None) the version."""
+    if path is None:
+        return {"python": platform.python_version()}
+    files, total, digest = find_files([path]), 0, hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        total += size
+        digest.update(os.fsencode(file.relative_to(path)) + b" %d " % size)
+        if size == 0:  # or a pipe, which can be read only once
+            continue
+        with open(file, "rb") as stream:
+            for i in range(PIECES):
+                stream.seek(max(0, size - PIECE_BYTES) * i // (PIECES - 1))
+                digest.update(stream.read(PIECE_BYTES))
+    return {"files": len(files), "bytes": total, "sha256": digest.hexdigest()[:12]}
 
 
 def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:

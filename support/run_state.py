@@ -24,11 +24,12 @@ SKIPS = 3  # steps without a finite loss and gradient, one after the other, end 
 
 
 class RunFolder:
-    """out/run.json (settings), out/metrics.jsonl (one line per step), out/state.pt (the last
+    """out/run.json (settings, data), out/metrics.jsonl (one line per step), out/state.pt (the last
     complete save)."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.data: list[dict] = []  # what the run's text holds: see check_data
         self.saved_step: int | None = None
         self.skips = {"total": 0, "in_a_row": 0}  # steps that were left out: see append_metrics
 
@@ -54,6 +55,20 @@ class RunFolder:
             return
         check_same(settings_to_resume(self.path), settings)
 
+    def check_data(self, data: list[dict], resume: bool) -> None:
+        """ValueError that names a path of the text which holds something else than when the run
+        began (an older version did not write that down). Writes nothing; write_settings will."""
+        self.data = data
+        began = read_json(self.path / "run.json").get("data", []) if resume else []
+        for then, now in zip(began, data, strict=False):
+            changed = [k for k in now if k != "path" and then.get(k) != now[k]]
+            if changed:
+                raise ValueError(
+                    f"--resume: {now['path']} has changed since the run began ({changed[0]}:"
+                    f" {then.get(changed[0])} then, {now[changed[0]]} now); put it back, or begin"
+                    " again in another --out"
+                )
+
     def finished(self) -> bool:
         """Done, or killed after the result was in place."""
         if not (self.path / "run.json").is_file():
@@ -65,7 +80,7 @@ class RunFolder:
     def write_settings(self, settings: dict, **more) -> None:
         """started_in: from where relative paths lead, itself relative to this folder."""
         here = os.path.relpath(Path.cwd(), os.path.realpath(self.path))
-        run = {"settings": settings, "started_in": here, **more}
+        run = {"settings": settings, "started_in": here, "data": self.data, **more}
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def write_impactful(self, types: dict[int, list]) -> None:

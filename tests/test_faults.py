@@ -1,10 +1,12 @@
 """Nothing lost: kills, full disks, too little memory, NaN, two runs at once, damaged files."""
 
+import argparse
 import ast
 import contextlib
 import itertools
 import json
 import os
+import platform
 import random
 import re
 import resource
@@ -19,12 +21,13 @@ import fuzz
 import pytest
 import torch
 from children import ROOT
+from conftest import PROSE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train
 from model import load_pretrained, load_tokenizer
-from support import run_state
+from support import corpora, run_state
 from support.run_state import RunFolder
 from support.stop import signals_raise
 
@@ -276,6 +279,63 @@ def test_data_that_vanished_and_resume_from_another_folder(place, uninterrupted)
     code, log = finish(place / "sub", ["--resume", "--out", "../moved"], place / "log")
     assert code == 0, log
     assert_same(place / "moved", uninterrupted[0])
+
+
+def test_data_that_changed_is_named_by_resume(toy_dir, tmp_path, monkeypatch, capsys):
+    """Refused before anything is written; put back, the run goes on, as one does that was begun by
+    a version that wrote no data down."""
+    texts, out = tmp_path / "texts", tmp_path / "out"
+    texts.mkdir()
+    for i in range(3):
+        (texts / f"{i}.txt").write_text(PROSE)
+    other = tmp_path / "other.txt"
+    other.write_text(PROSE)
+    monkeypatch.setattr(train, "accumulate", with_ctrl_c(train.accumulate, call=2))
+    with pytest.raises(SystemExit):
+        train.main(in_process(toy_dir, texts, out, "--replay_data", str(other)))
+    began, resume = json.loads((out / "run.json").read_text()), ["--resume", "--out", str(out)]
+    for path, changed in ((texts, texts / "2.txt"), (other, other)):
+        changed.write_text(PROSE + "More.")
+        before = {p: p.read_bytes() for p in out.iterdir()}
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train.main(resume)
+        error = one_error(stop.value.code, capsys.readouterr().err)
+        assert f"{path} has changed since the run began (bytes: " in error, error
+        assert {p: p.read_bytes() for p in out.iterdir()} == before
+        changed.write_text(PROSE)
+    (out / "run.json").write_text(json.dumps({k: v for k, v in began.items() if k != "data"}))
+    train.main(resume)
+    assert json.loads((out / "run.json").read_text())["data"] == began["data"] != []
+
+
+def test_every_change_of_the_data_shows(tmp_path):
+    """A file of the folder is large: pieces of it are looked at, the first and the last among
+    them."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_bytes(b"a" * 4_000_000)
+    (texts / "b.txt").write_bytes(b"b" * 200_000)
+    os.mkfifo(texts / "pipe.txt")  # opened it would wait for ever
+    first = corpora.content(texts)
+    assert (first["files"], first["bytes"]) == (3, 4_200_000) and first == corpora.content(texts)
+    for name, places in (("a.txt", (0, 3_999_999)), ("b.txt", range(0, 200_000, 9_999))):
+        for place in places:
+            with open(texts / name, "r+b") as file:
+                file.seek(place)
+                file.write(b"x")
+                file.flush()
+                assert corpora.content(texts) | {"sha256": ""} == first | {"sha256": ""}
+                assert corpora.content(texts) != first
+                file.seek(place)
+                file.write(name[:1].encode())
+    assert corpora.content(texts) == first
+    (texts / "b.txt").rename(texts / "c.txt")
+    assert corpora.content(texts) != first
+    args = argparse.Namespace(data=None, replay_data=[str(texts)])
+    python, folder = corpora.contents(args)  # the default text is that of this Python
+    assert python == {"path": "the Python standard library", "python": platform.python_version()}
+    assert folder == {"path": str(texts), **corpora.content(texts)}
 
 
 # ---- two at once -------------------------------------------------------------------------------
