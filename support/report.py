@@ -9,7 +9,7 @@ from support.figures import draw_curves, draw_heatmap
 from support.results import summarise
 
 REMARKS = {
-    "each": "several needles in one text, asked for in turn from one prefill;\n"
+    "each": "several needles in one text, a question and an answer for each;\n"
     "harder than one needle per text, as the others can be taken for it",
     "NIAH(M)": "the mean of multikey, multivalue and multiquery",
 }
@@ -21,9 +21,10 @@ def print_table(table: list[dict], tasks: dict) -> None:
     for task in dict.fromkeys(e["task"] for e in table):
         unit = "nats per token" if task == "loss" else "found, 95 % interval"
         ask = tasks[task].ask if task in tasks else task
+        name = f"{task}, each in turn" if ask == "each" else task  # else multiquery asks for all
         if ask in REMARKS:
-            print(f"\n{task}: {REMARKS[ask]}", end="")
-        print(f"\n{task} ({unit})\n{'':24}" + "".join(f"{n:>24,}" for n in lengths))
+            print(f"\n{name}: {REMARKS[ask]}", end="")
+        print(f"\n{name} ({unit})\n{'':24}" + "".join(f"{n:>24,}" for n in lengths))
         for model in dict.fromkeys(e["model"] for e in table):
             line = f"{model[-23:]:24}"
             for n in lengths:

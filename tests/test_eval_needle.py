@@ -507,7 +507,7 @@ def write_template(tmp_path, **fields):
     return str(path)
 
 
-def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp_path):
+def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp_path, capsys):
     fields = {
         "needle": "The code of {key} is {value}!",
         "question": "\nWhich code has {key}?",
@@ -529,6 +529,8 @@ def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp
         "multiquery"
     }
     assert {r["expected"][0] for r in rows} == {"zyx", "wvu"}
+    said = capsys.readouterr().out
+    assert "\nmultiquery, each in turn (found" in said and "a question and an answer for" in said
 
 
 @pytest.mark.parametrize(
@@ -753,6 +755,7 @@ def test_several_tasks_print_niah_m_cache_and_what_is_ignored(
         (i + 0.5) / 8 for i in range(8)
     }
     said = capsys.readouterr()
+    assert "\nmultiquery (found" in said.out and "\nneedles_8, each in turn (found" in said.out
     assert "NIAH(M) (found" in said.out and "the mean of multikey, multivalue" in said.out
     # 2 x 2 layers x 2 heads x 12 x 800 tokens x 4 bytes
     assert "key-value cache at 800 tokens: 0.00 GiB (float32)" in said.err
