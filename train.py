@@ -63,8 +63,7 @@ from support.toy import TINY
 
 # ---- 1. The command line: the paper's numbers are the defaults ---------------------------------
 
-# Without --model: the tiny model of this repository, and numbers that fit two CPU cores. The rest,
-# 8k -> 128k from samples of 39,424 tokens included, is the paper's.
+# For the toy (no --model): numbers that fit two CPU cores. What is not named is the paper's.
 TOY = {
     "model": TINY,
     "steps": 22,
@@ -72,6 +71,8 @@ TOY = {
     "lr": 1e-3,
     "warmup_steps": 2,
     "analysis_samples": 2,
+    "log_softmax": True,
+    "rebased_analysis": True,
     "replay_steps": 8,
     "replay_lr": 2e-4,
     "save_minutes": 2,
@@ -80,6 +81,8 @@ TOY = {
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = Parser("train.py", __doc__)
+    switch = {"action": argparse.BooleanOptionalAction, "default": None}
+    off = switch | {"default": False}
     add = p.add_argument_group("model").add_argument
     add("--model", metavar="DIR", help="folder or hub org/name (None: the toy, assets/tiny)")
     add("--target_len", type=int, default=131_072, help="window to reach, tokens")
@@ -94,7 +97,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--extended", metavar="DIR", help="an H' of yours, instead of the probe")
     add("--impactful", metavar="FILE", help="impactful.json of a run, instead of both")
     add("--analysis_samples", type=int, default=8, help="samples the analysis looks at")
-    add("--log_softmax", action="store_true", help="analyse log-probabilities, not raw logits")
+    add("--log_softmax", **off, help="analyse log-probabilities, not raw logits")
+    add("--rebased_analysis", **off, help="against the base under the new RoPE base, not its own")
     add("--top", type=float, default=0.2, help="share of occurrences that count as impactful")
     add("--merge_weight", type=float, default=0.5, help="share of the tuned model in the result")
     add = p.add_argument_group("training").add_argument
@@ -110,12 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
     add("--seed", type=int, default=0)
     add = p.add_argument_group("memory (what is not given, the plan chooses)").add_argument
-    switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    add(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        help="where the optimizer state lives, and in how many bits",
-    )
+    add("--optimizer", choices=OPTIMIZERS, help="where its state lives, and in how many bits")
     add("--keep_attention", **switch, help="keep attention's outputs for the backward pass")
     add("--offload_inputs", **switch, help="layer inputs wait on the host")
     add("--plan", nargs="?", const=HERE, choices=(HERE, *budget.GPUS), help="memory, FLOPs, hours")
@@ -124,7 +123,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--replay_data", nargs="+", metavar="PATH", help="(None: --data)")
     add("--join", action="store_true", help="join the documents of --data into one")
     add("--out", default="out", metavar="DIR", help="where the result goes; must be empty")
-    add("--keep_stages", **switch | {"default": False}, help="keep out/extended and out/replayed")
+    add("--keep_stages", **off, help="keep out/extended and out/replayed")
     add("--save_minutes", type=float, default=30, help="between saves of the training state")
     add("--no_saves", action="store_true", help="no training state: 4-12 bytes a parameter, twice")
     add("--saves", dest="no_saves", action="store_false", default=False, help="undo --no_saves")
@@ -437,6 +436,8 @@ def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
         base, extended = load_pretrained(args.model, model.dtype, args.device), model
         if args.extended:
             extended = load_pretrained(args.extended, model.dtype, args.device)
+        if args.rebased_analysis:  # the shift is then what was learnt, not where the old base fails
+            base.config = model.config
         trainer.impactful = analyse(base, extended, probe, corpus, trainer.tokenizer, args, run)
         del base, extended
         trainer.save()

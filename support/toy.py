@@ -1,15 +1,16 @@
-"""The toy task: sentences that pair two words, woven into long text, and questions about them.
+"""The toy task: pairs of words told in the midst of long text, and asked for at its end.
 
 A tiny model can learn to answer them on two CPU cores in minutes, so they show there what a needle
 test shows on a real model. Keys and wordings of the test (assets/tiny/needle.json) are held out
-from every pair sentence of the training; the 64 values are the same. None of the words occurs in
-the Python standard library."""
+from every pair of the training; the 64 values are the same. None of the words occurs in the Python
+standard library."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,8 @@ NEEDLE = {  # the test: becomes assets/tiny/needle.json
     "values": VALUES,
 }
 TEXT, WOVEN, SCORED = range(3)  # role of a token of a toy sample
-SPOT = 1 / 256  # copies of a pair stand within this share of the text: far from its question alike
+PAIRS_A_LINE, TOKENS_A_PAIR = 8, 28  # of a ToyCorpus: dense, for few steps must do
+RARE = 1 / 32_768  # a piece of the vocabulary less frequent than this in the text can be a key
 
 
 class Weaver:
@@ -78,6 +80,7 @@ class Weaver:
         )
         self.pairs = [(encode(before), encode(after)) for before, after in PAIRS]
         self.questions = [encode(question) for question in QUESTIONS]
+        self.comma = encode(",")
         self.pieces = torch.arange(tokenizer.vocab_size)
         self.other = self.pieces[~torch.isin(self.pieces, held_out)]
 
@@ -88,76 +91,122 @@ class Weaver:
         pairs: int,
         generator: torch.Generator,
         *,
-        copies: int = 1,
         any_piece: float = 0.0,
         blocks: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(ids (tokens,), role (tokens,)): `pairs` pair sentences at random places of the text
-        draw(n) -> (n,), each `copies` times close together, and a question for each at the end.
+        draw(n) -> (n,) and a question for each at the end.
 
         any_piece: share of the pairs whose words are any pieces of the vocabulary (no test key).
         blocks: runs of random pieces that occur twice. SCORED are the second word of a question
         and the repeated pieces: what can be known from far before."""
-
-        def integer(high: int) -> int:
-            return int(torch.randint(high, (1,), generator=generator))
-
-        def pick(table: Tensor, n: int) -> Tensor:
-            return table[torch.randperm(len(table), generator=generator)[:n]]
-
         words = pairs - int(any_piece * pairs)
-        keys = torch.cat((pick(self.keys, words), pick(self.other, pairs - words)))
+        keys = torch.cat(
+            (pick(self.keys, words, generator), pick(self.other, pairs - words, generator))
+        )
         chosen = torch.randint(len(self.values), (words,), generator=generator)
-        values = torch.cat((self.values[chosen], pick(self.other, pairs - words)))
-        inserts: list[tuple[float, Tensor, int]] = []  # place in 0..1, ids, how many are scored
+        values = torch.cat((self.values[chosen], pick(self.other, pairs - words, generator)))
+        inserts: list[Insert] = []
         for pair in torch.stack((keys, values), dim=1):
-            spot = (1 - SPOT) * float(torch.rand(1, generator=generator))
-            for offset in torch.rand(copies, generator=generator).tolist():
-                before, after = self.pairs[integer(len(self.pairs))]
-                inserts.append((spot + SPOT * offset, torch.cat((before, pair, after)), 0))
+            before, after = self.pairs[integer(len(self.pairs), generator)]
+            place = float(torch.rand(1, generator=generator))
+            inserts.append((place, torch.cat((before, pair, after)), 0))
         for i in torch.randperm(len(keys), generator=generator).tolist():
-            question = self.questions[integer(len(self.questions))]
+            question = self.questions[integer(len(self.questions), generator)]
             ids = torch.cat((question, keys[i : i + 1], values[i : i + 1]))
             inserts.append((1.0, ids, 1))
         for _ in range(blocks):
-            block = pick(self.pieces, 6 + integer(11))
+            block = pick(self.pieces, 6 + integer(11, generator), generator)
             first, second = torch.rand(2, generator=generator).sort().values.tolist()
             inserts += [(first, block, 0), (second, block, len(block) - 1)]
-        inserts.sort(key=lambda insert: insert[0])
-        room = tokens - sum(len(ids) for _, ids, _ in inserts)
-        if room < 0:
-            raise ValueError(f"{tokens} tokens are too few for the toy's pairs (--train_len)")
-        text = draw(room)
-        out, role, done = [], [], 0
-        for place, ids, known in inserts:
-            here = int(place * len(text))
-            out += [text[done:here], ids]
-            role += [(TEXT, here - done), (WOVEN, len(ids) - known), (SCORED, known)]
-            done = here
-        out.append(text[done:])
-        role.append((TEXT, len(text) - done))
-        return torch.cat(out), torch.cat([torch.full((n,), kind) for kind, n in role])
+        return insert(draw, tokens, inserts)
+
+    def weave_lists(
+        self,
+        draw: Callable[[int], Tensor],
+        tokens: int,
+        keys: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """ids (tokens,): each of `keys` (n,) with a value, eight pairs to a line, the lines at
+        random places of the text draw(n) -> (n,); at its end the same pairs in other lines.
+
+        Each pair is told once: where copies stand between a pair and its question, the near one is
+        taken, and the distance is not learnt (LOG.md)."""
+        values = self.values[torch.randint(len(self.values), (len(keys),), generator=generator)]
+        pairs = torch.stack((keys, values), dim=1)
+        inserts: list[Insert] = []
+        for asked in (False, True):
+            for line in torch.randperm(len(keys), generator=generator).split(PAIRS_A_LINE):
+                before, after = self.pairs[integer(len(self.pairs), generator)]
+                place = float(torch.rand(1, generator=generator))
+                if asked:
+                    place, after = 1.0, self.comma[:0]
+                    before = self.questions[integer(len(self.questions), generator)]
+                listed = torch.cat([torch.cat((pairs[i], self.comma)) for i in line])[:-1]
+                inserts.append((place, torch.cat((before, listed, after)), 0))
+        return insert(draw, tokens, inserts)[0]
+
+
+Insert = tuple[float, Tensor, int]  # place in 0..1 of the text, ids, how many at its end are SCORED
+
+
+def insert(
+    draw: Callable[[int], Tensor], tokens: int, inserts: list[Insert]
+) -> tuple[Tensor, Tensor]:
+    """The text draw(n) -> (n,) with all inserts in their places: ids and role, (tokens,) each."""
+    inserts = sorted(inserts, key=lambda one: one[0])
+    room = tokens - sum(len(ids) for _, ids, _ in inserts)
+    if room < 0:
+        raise ValueError(f"{tokens} tokens are too few for the toy's pairs (--train_len)")
+    text = draw(room)
+    out, role, done = [], [], 0
+    for place, ids, known in inserts:
+        here = int(place * len(text))
+        out += [text[done:here], ids]
+        role += [(TEXT, here - done), (WOVEN, len(ids) - known), (SCORED, known)]
+        done = here
+    out.append(text[done:])
+    role.append((TEXT, len(text) - done))
+    return torch.cat(out), torch.cat([torch.full((n,), kind) for kind, n in role])
+
+
+def integer(high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(high, (1,), generator=generator))
+
+
+def pick(table: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    return table[torch.randperm(len(table), generator=generator)[:n]]
 
 
 class ToyCorpus(Corpus):
-    """A corpus whose windows have the toy task woven in: one pair and question per 128 tokens of
-    the sample, at most 88. Windows longer than the sample repeat each pair, so that selection can
-    drop some."""
+    """A corpus whose windows have the toy task woven in: a pair per 28 tokens of the sample, as far
+    as there are keys: the words, and letters that the text hardly ever shows as a piece (" hone" of
+    " honey")."""
 
-    def __init__(self, tokens: Tokens, min_tokens: int, tokenizer, copies: int = 5):
+    def __init__(self, tokens: Tokens, min_tokens: int, tokenizer):
         super().__init__(tokens, min_tokens)
-        self.sample_tokens, self.copies, self.weaver = min_tokens, copies, Weaver(tokenizer)
+        self.sample_tokens, self.weaver = min_tokens, Weaver(tokenizer)
         self.tokenizer, self.known, self.questions = tokenizer, 0, 0
+        n = tokenizer.vocab_size
+        count = sum(np.bincount(part, minlength=n) for part in self.parts)
+        words = {tokenizer.encode(" " + word)[0] for word in KEYS + VALUES + TEST_KEYS}
+        rare = [
+            i
+            for i in range(n)
+            if count[i] < RARE * self.tokens
+            and i not in words
+            and re.fullmatch(" ?[a-z]{2,}", tokenizer.decode([i]))
+        ]
+        self.keys = torch.cat((self.weaver.keys, torch.tensor(rare, dtype=torch.int64)))
 
     def window(self, tokens: int, generator: torch.Generator) -> Tensor:
-        ids, _ = self.weaver.weave(
+        return self.weaver.weave_lists(
             lambda n: super(ToyCorpus, self).window(n, generator),
             tokens,
-            max(1, min(len(KEYS), self.sample_tokens // 128)),
+            pick(self.keys, max(1, self.sample_tokens // TOKENS_A_PAIR), generator),
             generator,
-            copies=self.copies if tokens > self.sample_tokens else 1,
         )
-        return ids
 
     def look_at(self, sample: Tensor) -> None:
         known, questions = answerable(self.tokenizer.decode(sample.tolist()))
@@ -179,19 +228,19 @@ def load_toy_text(tokenizer) -> Tokens:
 
 
 def answerable(text: str) -> tuple[int, int]:
-    """(questions whose pair stands before them, questions) in the text of a sample.
+    """(pairs asked for that were told before, pairs asked for) in the text of a sample.
 
-    >>> answerable("\\n# match owl yak.\\n\\nRemember: owl yak\\nRemember: fox yak")
+    >>> answerable("\\n# match owl yak, fox harp.\\n\\nRemember: owl yak, elk harp\\n")
     (1, 2)
     """
     # subtle: without the line break before them, which belongs to a segment that may be gone
-    befores = "|".join(re.escape(b.strip()) for b in [before for before, _ in PAIRS] + [*QUESTIONS])
-    afters = "|".join(re.escape(after.strip("\n")) for _, after in PAIRS)
-    seen, known, questions = set(), 0, 0
-    for key, value, after in re.findall(f"(?:{befores}) (\\w+) (\\w+)({afters})?", text):
-        if after:
-            seen.add((key, value))
+    heads = "|".join(re.escape(b.strip()) for b in [before for before, _ in PAIRS] + [*QUESTIONS])
+    told, known, questions = set(), 0, 0
+    for line in re.split(f"\n|{heads}", text):
+        pairs = [p for p in re.findall(r"(\w+) (\w+)", line) if p[1] in VALUES]
+        if "." in line:  # what tells ends so, what asks has none
+            told.update(pairs)
         else:
-            questions += 1
-            known += (key, value) in seen
+            questions += len(pairs)
+            known += sum(pair in told for pair in pairs)
     return known, questions

@@ -11,7 +11,7 @@ from conftest import PROSE, make_hf_llama, write_tokenizer
 
 import recipe
 import train
-from model import Llama, LlamaConfig, load_pretrained
+from model import Llama, LlamaConfig, load_pretrained, save_pretrained
 from support.budget import matmul_parameters, training_flops
 from support.optimizer import MasterAdamW
 from support.run_settings import base_of_run, check_same, settings_of
@@ -365,6 +365,25 @@ def test_the_analysis_of_log_probabilities(finished, toy_dir, prose_file, tmp_pa
     )
     assert raw.keys() < shift.keys()
     assert all(abs(shift[k] - raw[k]) > 1e-3 for k in raw)
+
+
+def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, prose_file, tmp_path):
+    """H' = the base's own weights under the new RoPE base: the shift is zero everywhere against the
+    re-based base, and the old base's failure past its window against the base as it is."""
+    again = tmp_path / "again"
+    rope = ["--rope_base", "5e5", "--replay_steps", "0", "--steps", "1", "--extended", str(again)]
+    model = load_pretrained(toy_dir)
+    model.config = model.config.with_rope(5e5, 512)
+    save_pretrained(model, again, tokenizer_from=toy_dir)
+    for name, flags in (("zero", ["--rebased_analysis"]), ("failure", [])):
+        argv = command(toy_dir, prose_file, tmp_path / name, *rope, *flags)
+        i = argv.index("--probe_steps")
+        train.main(argv[:i] + argv[i + 2 :])
+    shifts = [
+        [v for _, v in json.loads((tmp_path / name / "impactful.json").read_text()).values()]
+        for name in ("zero", "failure")
+    ]
+    assert set(shifts[0]) == {0.0} and max(map(abs, shifts[1])) > 0.01
 
 
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
