@@ -186,7 +186,7 @@ class ToyCorpus(Corpus):
 
     def __init__(self, tokens: Tokens, min_tokens: int, tokenizer):
         super().__init__(tokens, min_tokens)
-        self.sample_tokens, self.weaver = min_tokens, Weaver(tokenizer)
+        self.weaver = Weaver(tokenizer)
         self.tokenizer, self.known, self.questions = tokenizer, 0, 0
         n = tokenizer.vocab_size
         count = sum(np.bincount(part, minlength=n) for part in self.parts)
@@ -199,12 +199,13 @@ class ToyCorpus(Corpus):
             and re.fullmatch(" ?[a-z]{2,}", tokenizer.decode([i]))
         ]
         self.keys = torch.cat((self.weaver.keys, torch.tensor(rare, dtype=torch.int64)))
+        self.pairs = max(1, min(len(self.keys), min_tokens // TOKENS_A_PAIR))  # of one window
 
     def window(self, tokens: int, generator: torch.Generator) -> Tensor:
         return self.weaver.weave_lists(
             lambda n: super(ToyCorpus, self).window(n, generator),
             tokens,
-            pick(self.keys, max(1, self.sample_tokens // TOKENS_A_PAIR), generator),
+            pick(self.keys, self.pairs, generator),
             generator,
         )
 

@@ -11,6 +11,7 @@ haystack. The rows `untrained` are the tiny model under another RoPE base.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -18,13 +19,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from model import load_pretrained, save_pretrained  # noqa: E402
+import train  # noqa: E402
+from model import load_pretrained, load_tokenizer, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
 from support.atomic import write_atomically  # noqa: E402
 from support.cli import log, provenance  # noqa: E402
 from support.results import clustered  # noqa: E402
+from support.run_settings import read_impactful  # noqa: E402
+from support.toy import ToyCorpus, answerable, load_toy_text  # noqa: E402
 
 RUNS, RESULTS = Path("runs/tiny_study"), Path("assets/results")
 BASE, WINDOW, THETA = "assets/tiny", 8192, 10_000.0
@@ -39,6 +45,7 @@ SETTINGS = {
     "select random": "--select random",
     "select digits": "--select digits",
     "select first": "--select first",
+    "analysis against the old base": "--no-log_softmax --no-rebased_analysis",
     "share 10 %": "--train_len {tenth}",
     "share 60 %": "--train_len {more}",
     "prefix": "--prefix",
@@ -102,7 +109,37 @@ def measure(name: str, seed: int, args) -> dict:
     for length, n in ((WINDOW, args.n), (args.target, args.n)):
         run(f"eval_needle.py --model {out} --compare --lengths {length} --n {n}")
     rows = [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
+    if SETTINGS[name] is not None:
+        record |= kept(out)
     return record | {"scores": by_length(rows)}
+
+
+@functools.cache
+def toy_text() -> tuple:
+    tokenizer = load_tokenizer(BASE)
+    return tokenizer, load_toy_text(tokenizer)
+
+
+def kept(out: Path, samples: int = 8) -> dict:
+    """What selection left of the toy's task in a run: of the questions woven into the texts that
+    the first samples of the extension were made from, the share that is kept; and of those kept
+    the share whose pair is kept."""
+    args = train.parse(["--resume", "--out", str(out)])
+    train.resolve(args)
+    _, extend, _ = train.plan_stages(args)
+    tokenizer, tokens = toy_text()
+    corpus = ToyCorpus(tokens, args.train_len, tokenizer)
+    impactful = None
+    if args.select == "impact":
+        file = args.impactful or out / "impactful.json"
+        impactful = read_impactful(file, tokenizer.vocab_size)
+    known = asked = woven = 0
+    for i in range(samples):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + args.probe_steps + i)
+        ids, _ = train.sample(extend, corpus, tokenizer, args, impactful, generator)
+        counts = answerable(tokenizer.decode(ids.tolist()))
+        known, asked, woven = known + counts[0], asked + counts[1], woven + corpus.pairs
+    return {"questions_kept": asked / woven, "their_pair_kept": known / max(1, asked)}
 
 
 def by_length(rows: list[dict]) -> dict:
