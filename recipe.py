@@ -7,7 +7,8 @@
     5. RoPE base        slower rotation for a longer window                           (NTK, paper 5)
     6. merge            average the tuned weights with the original ones              (paper 4.3)
 
-    python recipe.py    # explains one sample, in words and as a figure
+    python recipe.py                  # explains one sample, in words and as a figure
+    python recipe.py --export DIR ... # the samples that `python train.py ...` would see, as files
 
 Everything here works on one sample of token ids (T,); nothing trains (train.py does) and nothing
 needs a GPU. Does NOT do: content jumps of the published PoSE (all methods get the same tokens),
@@ -22,17 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Llama, load_tokenizer
-from support import atomic, checkpoint_files, config_files, figures
+from model import Llama, LlamaConfig, inverse_frequencies, load_tokenizer
+from support import atomic, checkpoint_files, config_files, explain_figure
+from support import explain as words
 from support.cli import check_ranges, report_errors
+from support.corpora import load_corpora
+from support.export import NEEDS_ANALYSIS, sample_settings, write_samples
+from support.figures import check_figure_path
 from support.hub import local_folder
 from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
+from support.tokenizer import check_fits
 from support.toy import TINY
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")
 STRATEGIES = ("impact", "digits", "random", "first")
-EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
+DRAWS = 16  # samples of each method whose distances `python recipe.py` counts
 
 
 class TooFewSegments(ValueError):
@@ -372,62 +378,113 @@ def merge(
         checkpoint_files.copy_tokenizer(tuned_dir, folder)
 
 
-# ---- 7. `python recipe.py`: one sample explained -----------------------------------------------
+# ---- 7. `python recipe.py`: one sample explained, or the samples of a run written ---------------
 
 
-def explain_selection(ids: Tensor, tokenizer, args, generator: torch.Generator) -> Tensor:
-    """Print what the selection does to a text (T,) -> where the kept segments begin, (M,)."""
-    if args.impactful:
-        select, impactful = "impact", read_impactful(args.impactful, tokenizer.vocab_size)
+def explain(args, folder: str) -> None:
+    """Print and draw what chapters 2 to 5 do to one text."""
+    tokenizer, train_len, target_len = load_tokenizer(folder), args.train_len, args.target_len
+    tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
+    remedy = "give a longer --text, or lower --train_len or --target_len"
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = Corpus(tokens, train_len, remedy).window(target_len, generator)
+    starts = split_segments(ids, tokenizer)
+
+    file = args.impactful or words.known_analysis(folder)
+    if file:
+        select, impactful = "impact", read_impactful(file, tokenizer.vocab_size)
+        ranked, source = words.ranked_types(file), f"those of {file}"
     else:
         select, impactful = "digits", digit_types(tokenizer)
-        print(
-            "no --impactful FILE: tokens with a digit stand in for the impactful ones here, as in"
-            " the released code;\ntrain.py finds them by its analysis. What it found for SmolLM2:"
-            f"\n    --model models/smollm2 --impactful {EXAMPLE}\n"
-        )
-    starts = split_segments(ids, tokenizer)
-    share = impactful_share(ids, starts, impactful)
-    kept, new_starts = select_segments(ids, starts, args.train_len, select, generator, impactful)
-    taken, hit = torch.isin(starts, kept[new_starts]), share > 0
-    print(
-        f"text: {len(ids):,} tokens in {len(starts):,} segments;"
-        f" {(~hit).double().mean():.1%} hold no impactful token (the paper drops those)\n"
-        f"sample: {len(kept):,} tokens in {len(new_starts):,} segments, chosen by {select}\n"
-        f"   keep: {int((taken & hit).sum()):,} that hold impactful tokens\n"
-        f"   fill: {int((taken & ~hit).sum()):,} that hold none, where the others are too few\n\n"
-        "verdict  impactful  segment (the first 12; impactful: share of its tokens)"
-    )
-    for i, segment in enumerate(ids.tensor_split(starts[1:13])[:12]):
-        verdict = ("keep" if hit[i] else "fill") if taken[i] else "drop"
-        print(f"{verdict:>7}  {share[i]:>9.0%}  {tokenizer.decode(segment.tolist())!r}")
-    return new_starts
+        ranked, source = words.by_count(impactful, ids), "those with a digit: a stand-in"
+        print(words.NO_ANALYSIS)
+    words.tell_types(ranked, source, ids, starts, tokenizer)
+
+    share, sizes = impactful_share(ids, starts, impactful), segment_lengths(starts, len(ids))
+    kept, new_starts = select_segments(ids, starts, train_len, select, generator, impactful)
+    taken = torch.isin(starts, kept[new_starts])
+    words.tell_selection(ids, starts, share, taken, len(kept), tokenizer, select)
+
+    lengths = (train_len, target_len, new_starts, generator)
+    methods = [m for m in METHODS if m != "full"]
+    draws = {m: [sample_position_ids(m, *lengths) for _ in range(DRAWS)] for m in methods}
+    positions = {m: each[0] for m, each in draws.items()}
+    draws[words.FULL] = [torch.arange(target_len)]
+    distances = {m: words.Distances.of(each, target_len) for m, each in draws.items()}
+    words.tell_positions(positions, distances)
+
+    angles = rope_angles(folder, target_len)
+    words.tell_angles(angles)
+    window = config_files.read_window(folder)
+    selection = (share, sizes, taken, "impactful" if file else "digits")
+    explain_figure.draw(args.figure, *selection, positions, distances, angles, window)
+    print(f"\nfigure: {args.figure}")
 
 
-def explain_positions(starts: Tensor, old_window: int | None, args, generator) -> None:
-    """Print and draw where each method puts the tokens of a sample with these segments (M,)."""
-    sample = (args.train_len, args.target_len, starts, generator)
-    positions = {m: sample_position_ids(m, *sample) for m in METHODS if m != "full"}
-    full = args.target_len / 3
-    print(f"\n    method  position ids     jumps  mean distance of two tokens (full: {full:,.0f})")
-    for method, p in positions.items():
-        jumps, distance = int((p.diff() > 1).sum()), figures.mean_distance(p)
-        print(f"{method:>10}  {f'{p[0]}..{p[-1]:,}':<12}  {jumps:>8,}  {distance:,.0f}")
-    figures.draw_positions(args.figure, positions, args.target_len, old_window)
-    print(f"figure: {args.figure}")
+def rope_angles(folder: str, target_len: int) -> words.Angles | str:
+    """How a model's RoPE turns before and after the change of its base; or why there is none."""
+    try:
+        c = LlamaConfig.from_dir(folder)
+    except ValueError as error:
+        return f"nothing to say of the RoPE: {error}"
+    if target_len <= c.max_position_embeddings or c.rope_scaling:
+        why = "scales its RoPE already" if c.rope_scaling else f"reaches {target_len:,} as it is"
+        return f"nothing to say of the RoPE: the model {why}"
+    base = ntk_rope_base(c.rope_theta, c.head_dim, c.max_position_embeddings, target_len)
+    turns = [inverse_frequencies(c.head_dim, b) for b in (c.rope_theta, base)]
+    return words.Angles(c.max_position_embeddings, target_len, (c.rope_theta, base), *turns)
+
+
+def export(folder: Path, flags: list[str]) -> None:
+    """Write what train.py would see with these flags of its own, without training."""
+    import train  # not above: train.py imports this file
+
+    args = train.parse(flags)
+    if args.resume or args.plan:
+        raise ValueError("--export goes with neither --resume nor --plan")
+    config = train.resolve(args)
+    if args.select == "impact" and not args.impactful:
+        raise ValueError(NEEDS_ANALYSIS)
+    tokenizer = load_tokenizer(args.model)
+    check_fits(tokenizer, config.vocab_size)
+    impactful = read_impactful(args.impactful, config.vocab_size) if args.impactful else None
+    corpora = load_corpora(args, tokenizer)
+    plan = [(stage, i) for stage in train.plan_stages(args) for i in range(stage.steps)]
+    steps = [
+        {"stage": stage.name, "samples": args.batch_sequences, "tokens": stage.tokens}
+        | {"lr": train.learning_rate(stage, i, args.warmup_steps, step - i)}
+        for step, (stage, i) in enumerate(plan)
+    ]
+
+    def draw(step: int):
+        stage = plan[step][0]
+        corpus = corpora[stage.name == "replay"]
+        return train.draw(stage, step, corpus, tokenizer, args, impactful)
+
+    write_samples(folder, sample_settings(args, impactful, corpora), steps, draw)
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = Parser("recipe.py", "What LongRecipe does to one text.")
+    doc = "What LongRecipe does to one text; or, with --export, the samples of a run as files."
+    to = Parser("recipe.py", doc, add_help=False)
+    text = "write the samples that train.py would see to DIR; all other flags are then train.py's"
+    to.add_argument("--export", type=Path, metavar="DIR", help=f"{text} (format: support/export)")
+    p = Parser("recipe.py", doc, parents=[to])
     add = p.add_argument
-    add("--model", default=TINY, metavar="DIR", help="its tokenizer is used")
+    add("--model", default=TINY, metavar="DIR", help="its tokenizer and RoPE are used")
     add("--text", metavar="FILE", help="(None: Python's language reference)")
     add("--target_len", type=int, default=131_072, help="tokens")
     add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
-    add("--impactful", metavar="FILE", help="impactful.json of a run (None: digits)")
+    add(
+        "--impactful", metavar="FILE", help="impactful.json of a run (None: the model's, or digits)"
+    )
     add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
     add("--seed", type=int, default=0)
     with report_errors():
+        folder, flags = to.parse_known_args(argv)
+        if folder.export is not None:
+            export(folder.export, flags)
+            return
         args = p.parse_args(argv)
         check_ranges(args, above_1=("target_len",), seed=("seed",))
         args.train_len = train_length(args.target_len) if args.train_len is None else args.train_len
@@ -435,15 +492,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
             )
-        figures.check_figure_path(args.figure)
-        folder = local_folder(args.model)
-        tokenizer, old_window = load_tokenizer(folder), config_files.read_window(folder)
-        tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
-        remedy = "give a longer --text, or lower --train_len or --target_len"
-        generator = torch.Generator().manual_seed(args.seed)
-        ids = Corpus(tokens, args.train_len, remedy).window(args.target_len, generator)
-        starts = explain_selection(ids, tokenizer, args, generator)
-        explain_positions(starts, old_window, args, generator)
+        check_figure_path(args.figure)
+        explain(args, local_folder(args.model))
 
 
 if __name__ == "__main__":

@@ -102,69 +102,6 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-# The methods for the legend, in drawing order: longrecipe comes last, on top.
-METHODS = {
-    "none": "none: consecutive",
-    "pose": "pose: one jump",
-    "rpes": "rpes: random positions",
-    "longrecipe": "longrecipe: jumps between sentences",
-}
-
-
-def draw_positions(
-    path: str | Path, positions: dict, target_len: int, old_window: int | None = None
-) -> None:
-    """positions: method -> (L,). Left: token index -> position id. Right: which distances of two
-    tokens one sample trains. old_window: the window before the extension, marked in both."""
-    import numpy as np
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
-
-    pairs, edge = 400_000, target_len / 1024
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    random = np.random.default_rng(0)
-    right.plot([0, edge], [2 / edge, 0], "k--", linewidth=1, label="a text of the full length")
-    if old_window and old_window < target_len:
-        style = {"color": "gray", "linestyle": ":", "label": f"old window ({old_window:,})"}
-        left.axhline(old_window / 1024, **style)
-        right.axvline(old_window / 1024, **style)
-    for method in sorted(positions, key=list(METHODS).index):
-        p = positions[method].numpy() / 1024
-        thick = {"linewidth": 3, "alpha": 0.7} if method == "longrecipe" else {"linewidth": 1.3}
-        left.plot(p, label=METHODS[method], **thick)
-        color = left.lines[-1].get_color()
-        first = random.integers(len(p), size=pairs)
-        second = (first + random.integers(1, len(p), size=pairs)) % len(p)  # never the same token
-        density, edges = np.histogram(abs(p[first] - p[second]), 64, (0, edge), density=True)
-        right.stairs(density, edges, baseline=None, label=METHODS[method], color=color, **thick)
-    left.set_title("where each method puts the tokens of the sample")
-    left.set_xlabel("token (index in the sample)")
-    left.set_ylabel("position id (units of 1,024)")
-    left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    left.legend()
-    right.set_title("which distances the model gets to see")
-    right.set_xlabel("distance of two tokens (units of 1,024 positions)")
-    right.set_ylabel("density of the pairs per 1,024 positions")
-    right.legend(title=f"n = {pairs:,} random pairs a method", framealpha=1)
-    n = len(next(iter(positions.values())))
-    figure.suptitle(f"one sample of {n:,} tokens for a window of {target_len:,} positions")
-    figure.savefig(path, dpi=130)
-
-
-def mean_distance(positions) -> float:
-    """Mean of |p_i - p_j| over all pairs i < j of increasing positions, a tensor (L,).
-
-    >>> import torch
-    >>> mean_distance(torch.tensor([0, 1, 3]))
-    2.0
-    """
-    L = len(positions)
-    # p_i is added i times and taken off L - 1 - i times
-    total = sum((2 * i - L + 1) * p for i, p in enumerate(positions.tolist()))
-    return total / (L * (L - 1) / 2)
-
-
 def check_figure_path(path: str | Path) -> None:
     """ValueError, before any work, if no figure can be written to `path` (--figure)."""
     from matplotlib.backend_bases import FigureCanvasBase
