@@ -10,10 +10,9 @@
     python recipe.py                  # explains one sample, in words and as a figure
     python recipe.py --export DIR ... # the samples that `python train.py ...` would see, as files
 
-Everything here works on one sample of token ids (T,); nothing trains (train.py does) and nothing
-needs a GPU. Does NOT do: content jumps of the published PoSE (all methods get the same tokens),
-parts of speech (the paper groups impactful types by them; we keep the types themselves), RoPE
-types other than `default`. Glossary: see model.py.
+Everything here works on one sample of token ids (T,); nothing trains, nothing needs a GPU. Does NOT
+do: content jumps of the published PoSE (all methods get the same tokens), parts of speech (the
+paper groups impactful types by them), RoPE types other than `default`. Glossary: see model.py.
 """
 
 import functools
@@ -23,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Llama, LlamaConfig, inverse_frequencies, load_tokenizer
-from support import atomic, checkpoint_files, config_files, explain_figure
+from model import Llama, inverse_frequencies, load_tokenizer
+from support import atomic, checkpoint_files, config_files, coverage, explain_figure
 from support import explain as words
 from support.cli import check_ranges, report_errors
 from support.corpora import load_corpora
-from support.export import NEEDS_ANALYSIS, sample_settings, write_samples
-from support.figures import check_figure_path
+from support.export import check_exportable, export_flag, sample_settings, write_samples
 from support.hub import local_folder
 from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
@@ -38,7 +36,6 @@ from support.toy import TINY
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")
 STRATEGIES = ("impact", "digits", "random", "first")
-DRAWS = 16  # samples of each method whose distances `python recipe.py` counts
 
 
 class TooFewSegments(ValueError):
@@ -391,14 +388,9 @@ def explain(args, folder: str) -> None:
     starts = split_segments(ids, tokenizer)
 
     file = args.impactful or words.known_analysis(folder)
-    if file:
-        select, impactful = "impact", read_impactful(file, tokenizer.vocab_size)
-        ranked, source = words.ranked_types(file), f"those of {file}"
-    else:
-        select, impactful = "digits", digit_types(tokenizer)
-        ranked, source = words.by_count(impactful, ids), "those with a digit: a stand-in"
-        print(words.NO_ANALYSIS)
-    words.tell_types(ranked, source, ids, starts, tokenizer)
+    select = "impact" if file else "digits"
+    impactful = read_impactful(file, tokenizer.vocab_size) if file else digit_types(tokenizer)
+    words.tell_types(file, impactful, ids, starts, tokenizer)
 
     share, sizes = impactful_share(ids, starts, impactful), segment_lengths(starts, len(ids))
     kept, new_starts = select_segments(ids, starts, train_len, select, generator, impactful)
@@ -407,32 +399,16 @@ def explain(args, folder: str) -> None:
 
     lengths = (train_len, target_len, new_starts, generator)
     methods = [m for m in METHODS if m != "full"]
-    draws = {m: [sample_position_ids(m, *lengths) for _ in range(DRAWS)] for m in methods}
-    positions = {m: each[0] for m, each in draws.items()}
-    draws[words.FULL] = [torch.arange(target_len)]
-    distances = {m: words.Distances.of(each, target_len) for m, each in draws.items()}
-    words.tell_positions(positions, distances)
+    draws = {m: [sample_position_ids(m, *lengths) for _ in range(coverage.DRAWS)] for m in methods}
+    draws[coverage.FULL] = [torch.arange(target_len)]
+    distances = {m: coverage.Distances.of(each, target_len) for m, each in draws.items()}
+    words.tell_positions(distances)
 
-    angles = rope_angles(folder, target_len)
+    angles = coverage.angles(folder, target_len, inverse_frequencies, ntk_rope_base)
     words.tell_angles(angles)
-    window = config_files.read_window(folder)
     selection = (share, sizes, taken, "impactful" if file else "digits")
-    explain_figure.draw(args.figure, *selection, positions, distances, angles, window)
+    explain_figure.draw(args.figure, folder, selection, distances, angles)
     print(f"\nfigure: {args.figure}")
-
-
-def rope_angles(folder: str, target_len: int) -> words.Angles | str:
-    """How a model's RoPE turns before and after the change of its base; or why there is none."""
-    try:
-        c = LlamaConfig.from_dir(folder)
-    except ValueError as error:
-        return f"nothing to say of the RoPE: {error}"
-    if target_len <= c.max_position_embeddings or c.rope_scaling:
-        why = "scales its RoPE already" if c.rope_scaling else f"reaches {target_len:,} as it is"
-        return f"nothing to say of the RoPE: the model {why}"
-    base = ntk_rope_base(c.rope_theta, c.head_dim, c.max_position_embeddings, target_len)
-    turns = [inverse_frequencies(c.head_dim, b) for b in (c.rope_theta, base)]
-    return words.Angles(c.max_position_embeddings, target_len, (c.rope_theta, base), *turns)
 
 
 def export(folder: Path, flags: list[str]) -> None:
@@ -440,59 +416,43 @@ def export(folder: Path, flags: list[str]) -> None:
     import train  # not above: train.py imports this file
 
     args = train.parse(flags)
-    if args.resume or args.plan:
-        raise ValueError("--export goes with neither --resume nor --plan")
     config = train.resolve(args)
-    if args.select == "impact" and not args.impactful:
-        raise ValueError(NEEDS_ANALYSIS)
+    check_exportable(args)
     tokenizer = load_tokenizer(args.model)
     check_fits(tokenizer, config.vocab_size)
     impactful = read_impactful(args.impactful, config.vocab_size) if args.impactful else None
     corpora = load_corpora(args, tokenizer)
-    plan = [(stage, i) for stage in train.plan_stages(args) for i in range(stage.steps)]
-    steps = [
-        {"stage": stage.name, "samples": args.batch_sequences, "tokens": stage.tokens}
-        | {"lr": train.learning_rate(stage, i, args.warmup_steps, step - i)}
-        for step, (stage, i) in enumerate(plan)
-    ]
 
-    def draw(step: int):
-        stage = plan[step][0]
-        corpus = corpora[stage.name == "replay"]
-        return train.draw(stage, step, corpus, tokenizer, args, impactful)
+    def draw(stage: train.Stage, step: int):
+        return train.draw(stage, step, corpora[stage.name == "replay"], tokenizer, args, impactful)
 
-    write_samples(folder, sample_settings(args, impactful, corpora), steps, draw)
+    settings = sample_settings(args, impactful, corpora)
+    write_samples(folder, settings, train.plan_stages(args), train.learning_rate, draw)
 
 
 def main(argv: list[str] | None = None) -> None:
-    doc = "What LongRecipe does to one text; or, with --export, the samples of a run as files."
-    to = Parser("recipe.py", doc, add_help=False)
-    text = "write the samples that train.py would see to DIR; all other flags are then train.py's"
-    to.add_argument("--export", type=Path, metavar="DIR", help=f"{text} (format: support/export)")
-    p = Parser("recipe.py", doc, parents=[to])
+    export_to = export_flag()
+    p = Parser("recipe.py", "What LongRecipe does to one text.", parents=[export_to])
     add = p.add_argument
     add("--model", default=TINY, metavar="DIR", help="its tokenizer and RoPE are used")
     add("--text", metavar="FILE", help="(None: Python's language reference)")
     add("--target_len", type=int, default=131_072, help="tokens")
     add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
-    add(
-        "--impactful", metavar="FILE", help="impactful.json of a run (None: the model's, or digits)"
-    )
+    add("--impactful", metavar="FILE", help="impactful.json of a run (None: the model's own)")
     add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
     add("--seed", type=int, default=0)
     with report_errors():
-        folder, flags = to.parse_known_args(argv)
-        if folder.export is not None:
-            export(folder.export, flags)
-            return
-        args = p.parse_args(argv)
+        to, flags = export_to.parse_known_args(argv)
+        if to.export is not None:
+            return export(to.export, flags)
+        args = p.parse_args(flags)
         check_ranges(args, above_1=("target_len",), seed=("seed",))
         args.train_len = train_length(args.target_len) if args.train_len is None else args.train_len
         if not 2 <= args.train_len <= args.target_len:
             raise ValueError(
                 f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
             )
-        check_figure_path(args.figure)
+        explain_figure.check_path(args.figure)
         explain(args, local_folder(args.model))
 
 

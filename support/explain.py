@@ -1,14 +1,13 @@
-"""What `python recipe.py` counts on one sample, and the words for it. support/explain_figure.py
-draws the same numbers."""
+"""The words of `python recipe.py`; support/explain_figure.py draws the same numbers."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from support.config_files import read_json
+from support.coverage import Angles, Distances
 from support.toy import TINY
 
 # what was found for SmolLM2, as an example, and for the embedded model
@@ -19,82 +18,6 @@ no --impactful FILE: tokens with a digit stand in for the impactful ones here, a
 code; train.py finds them by its analysis. What it found for SmolLM2:
     --model models/smollm2 --impactful {EXAMPLE}
 """
-FULL = "full length"  # what the methods are to replace: plain positions over the whole target
-
-# ---- which distances are trained ---------------------------------------------------------------
-
-
-def distance_counts(positions: Tensor, target_len: int) -> Tensor:
-    """How many pairs i < j of a sample have p_j - p_i = d, exactly: strictly increasing positions
-    (L,) below T* -> (T*,) int64 by d; the entry of d = 0 is 0.
-
-    >>> distance_counts(torch.tensor([0, 1, 3]), 5).tolist()
-    [0, 1, 1, 1, 0]
-    """
-    # With x[p] = 1 where a token stands, count(d) = sum over p of x[p] x[p + d]: a correlation,
-    # taken by FFT. Twice as long, for it is cyclic; integers below 2^53, so rounding is exact.
-    present = torch.zeros(2 * target_len, dtype=torch.float64)
-    present[positions] = 1
-    power = torch.fft.rfft(present).abs().square()
-    counts = torch.fft.irfft(power, n=2 * target_len)[:target_len].round().long()
-    counts[0] = 0
-    return counts
-
-
-@dataclass(frozen=True)
-class Distances:
-    """The pairs of `draws` samples, by distance."""
-
-    draws: int
-    counts: Tensor  # (T*,) int64, all draws together
-    covered_by_one: float  # share of the distances 1..T*-1 that a sample holds, on average
-    covered: float  # that all draws together hold
-    mean: float  # distance of two tokens
-
-    @classmethod
-    def of(cls, draws: list[Tensor], target_len: int) -> "Distances":
-        each = [distance_counts(p, target_len) for p in draws]
-        counts = torch.stack(each).sum(0)
-        shares = [float((c[1:] > 0).double().mean()) for c in (*each, counts)]
-        mean = float((counts * torch.arange(target_len)).sum() / counts.sum())
-        return cls(len(draws), counts, sum(shares[:-1]) / len(draws), shares[-1], mean)
-
-
-# ---- which angles are new ----------------------------------------------------------------------
-
-
-def meets_new_angles(old: Tensor, now: Tensor, old_len: int, target_len: int) -> Tensor:
-    """Which pairs of dimensions meet angles below target_len that they never met below old_len?
-
-    old, now: radians per position of each pair (d/2,) before and after, now <= old -> bool (d/2,).
-    In its old window L0 a pair met the angles 0, w, 2w .. (L0-1)w. A wavelength 2 pi / w of at
-    most L0 positions: they go round the whole circle, in steps of at most w, and nothing is new.
-    A longer one: they end at (L0-1)w, short of a turn by more than a step; what is beyond is new."""
-    old, now = old.double(), now.double()
-    whole_circle = old * old_len >= 2 * math.pi
-    return ~whole_circle & (now * (target_len - 1) > old * (old_len - 1))
-
-
-@dataclass(frozen=True)
-class Angles:
-    """The pairs of dimensions before and after the change of the RoPE base."""
-
-    old_len: int
-    target_len: int
-    bases: tuple[float, float]
-    old: Tensor  # (d/2,) radians per position
-    new: Tensor
-
-    @property
-    def before(self) -> Tensor:
-        return meets_new_angles(self.old, self.old, self.old_len, self.target_len)
-
-    @property
-    def after(self) -> Tensor:
-        return meets_new_angles(self.old, self.new, self.old_len, self.target_len)
-
-
-# ---- the words ---------------------------------------------------------------------------------
 
 
 def known_analysis(folder: str) -> Path | None:
@@ -104,32 +27,35 @@ def known_analysis(folder: str) -> Path | None:
     return OF_THE_TOY if Path(folder).resolve() == Path(TINY).resolve() else None
 
 
-def by_count(table: Tensor, ids: Tensor) -> dict[int, str]:
-    """The types of a table, bool (V,), those first that the text holds most often."""
-    count = torch.bincount(ids, minlength=len(table))
-    types = table.nonzero()[:, 0]
-    return dict.fromkeys(types[count[types].argsort(descending=True)].tolist(), "")
-
-
-def ranked_types(file: str | Path) -> dict[int, str]:
-    """token id -> mean shift, in words, of an impactful.json, largest first; a table made by hand
-    may have no shifts."""
+def mean_shifts(file: str | Path) -> dict[int, str]:
+    """token id -> mean shift of an impactful.json, in its order: largest first. A table made by
+    hand may have no shifts."""
     found = read_json(Path(file)).items()
-    with_shift = {i: v[1] for i, v in found if isinstance(v, list) and len(v) == 2}
-    return {int(i): f"{with_shift[i]:+.1f}" if i in with_shift else "" for i, _ in found}
+    shifts = {i: v[1] for i, v in found if isinstance(v, list) and len(v) == 2}
+    known = {i for i, shift in shifts.items() if isinstance(shift, int | float)}
+    return {int(i): f"{shifts[i]:+.1f}" if i in known else "" for i, _ in found}
 
 
-def tell_types(ranked: dict[int, str], source: str, ids: Tensor, starts: Tensor, tokenizer) -> None:
-    """The first of the impactful types that the text holds, each with a sentence that it is in."""
-    count = torch.bincount(ids, minlength=tokenizer.vocab_size)
-    table = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
-    table[list(ranked)] = True
+def tell_types(
+    file: str | Path | None, impactful: Tensor, ids: Tensor, starts: Tensor, tokenizer
+) -> None:
+    """The first of the impactful types, bool (V,), that the text holds, each with a sentence of it.
+    file: where they are from, by mean shift; None: types with a digit, by count."""
+    count = torch.bincount(ids, minlength=len(impactful))
+    if file is None:
+        print(NO_ANALYSIS)
+        ranked = dict.fromkeys(
+            count.masked_fill(~impactful, -1).argsort(descending=True).tolist(), ""
+        )
+    else:
+        ranked = mean_shifts(file)
     print(
-        f"impactful types: {len(ranked):,} of {tokenizer.vocab_size:,}, {source};"
-        f" {table[ids].double().mean():.1%} of this text's tokens are of them"
+        f"impactful types: {int(impactful.sum()):,} of {len(impactful):,}"
+        f" ({file or 'those with a digit'}); {impactful[ids].double().mean():.1%} of this text's"
+        " tokens are of them"
     )
     print("   shift  times  type, in [] within a sentence of the text")
-    for v in [v for v in ranked if count[v]][:8]:
+    for v in [v for v in ranked if count[v] and impactful[v]][:8]:
         t = int((ids == v).nonzero()[0])
         segment = int(torch.searchsorted(starts, t, right=True)) - 1
         begin, end = starts.tolist()[segment], [*starts.tolist(), len(ids)][segment + 1]
@@ -166,7 +92,7 @@ def mean_share(share: Tensor, of: Tensor) -> str:
     return f"{share[of].mean():.0%} on average" if of.any() else "none"
 
 
-def tell_positions(positions: dict[str, Tensor], found: dict[str, Distances]) -> None:
+def tell_positions(found: dict[str, Distances]) -> None:
     """Where each method puts the tokens of the sample, and which distances it trains."""
     draws = max(d.draws for d in found.values())
     print(
@@ -175,9 +101,7 @@ def tell_positions(positions: dict[str, Tensor], found: dict[str, Distances]) ->
         f"  {'by one sample':>13}  {f'by {draws}':>6}"
     )
     for method, d in found.items():
-        p = positions.get(method)
-        last = len(d.counts) - 1 if p is None else int(p[-1])
-        jumps = 0 if p is None else int((p.diff() > 1).sum())
+        last, jumps = int(d.positions[-1]), int((d.positions.diff() > 1).sum())
         print(
             f"{method:>12}  {f'0..{last:,}':<12}  {jumps:>8,}  {d.mean:>13,.0f}"
             f"  {d.covered_by_one:>13.1%}  {d.covered:>6.1%}"

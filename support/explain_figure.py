@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from support.explain import FULL, Angles, Distances
+from support.config_files import read_window
+from support.coverage import FULL, Angles, Distances
 
 # The methods for the legend, in drawing order: longrecipe comes last, on top.
 METHODS = {
@@ -15,47 +16,53 @@ METHODS = {
     "rpes": "rpes: random positions",
     "longrecipe": "longrecipe: jumps between sentences",
 }
-COLORS = {"none": "C0", "pose": "C1", "rpes": "C2", "longrecipe": "C3", FULL: "black"}
+# rpes runs along longrecipe, so that is drawn wide and below the others
+WIDE, THIN = {"linewidth": 6, "alpha": 0.45, "zorder": 1.5}, {"linewidth": 1.3}
+STYLES = {
+    FULL: {"color": "black", "linestyle": "--", **THIN},
+    "none": {"color": "C0", **THIN},
+    "pose": {"color": "C1", **THIN},
+    "rpes": {"color": "C2", **THIN},
+    "longrecipe": {"color": "C3", **WIDE},
+}
 ZOOM, BINS = 300, 128  # positions shown one by one; bins of the distances
 
 
 def draw(
     path: str | Path,
-    share: Tensor,
-    sizes: Tensor,
-    taken: Tensor,
-    what: str,
-    positions: dict[str, Tensor],
+    folder: str | Path,
+    selection: tuple[Tensor, Tensor, Tensor, str],
     distances: dict[str, Distances],
     angles: Angles | str,
-    old_window: int | None,
 ) -> None:
-    """share, sizes, taken (N,): the text's segments, `what` their impactful tokens are; positions:
-    method -> (L,); distances: method (and FULL) -> Distances; angles: or why there are none."""
+    """folder: the model's. selection: the share of impactful tokens of the text's segments (N,),
+    their sizes, which were taken, and what those tokens are called. distances: of each method and
+    FULL. angles: or why there are none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 9.5), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
-    target_len = len(distances[FULL].counts)
-    draw_selection(panels[0], share.numpy(), sizes.numpy(), taken.numpy(), what)
-    draw_positions(panels[1], positions, target_len, old_window)
-    draw_strips(panels[2], positions)
+    target_len, old_window = len(distances[FULL].counts), read_window(folder)
+    draw_selection(panels[0], *selection)
+    draw_positions(panels[1], distances, old_window)
+    draw_strips(panels[2], distances)
     draw_distances(panels[3], distances, old_window)
     draw_coverage(panels[4], distances)
     draw_angles(panels[5], angles)
     for letter, axis in zip("ABCDEF", panels, strict=True):
         axis.set_title(f"{letter}. {axis.get_title()}", fontsize=11)
-    n = len(next(iter(positions.values())))
+    n = len(distances["longrecipe"].positions)
     figure.suptitle(
-        f"LongRecipe on one text of {int(sizes.sum()):,} tokens: a sample of {n:,} tokens for a"
-        f" window of {target_len:,} positions",
+        f"LongRecipe on one text of {int(selection[1].sum()):,} tokens: a sample of {n:,} tokens"
+        f" for a window of {target_len:,} positions",
         fontsize=13,
     )
     figure.savefig(path, dpi=110)
 
 
-def draw_selection(axis, share, sizes, taken, what: str) -> None:
+def draw_selection(axis, share: Tensor, sizes: Tensor, taken: Tensor, what: str) -> None:
     """How many tokens stand in segments with this share of impactful tokens."""
+    share, sizes, taken = share.numpy(), sizes.numpy(), taken.numpy()
     edges = np.linspace(0, 1, 26)
     parts, labels = (share[taken], share[~taken]), ("taken", "dropped")
     weights = [sizes[taken] / 1000, sizes[~taken] / 1000]
@@ -69,28 +76,27 @@ def draw_selection(axis, share, sizes, taken, what: str) -> None:
     axis.legend(fontsize=9)
 
 
-def draw_positions(axis, positions: dict, target_len: int, old_window: int | None) -> None:
+def draw_positions(axis, distances: dict[str, Distances], old_window: int | None) -> None:
     """Token index -> position id."""
-    mark_window(axis.axhline, old_window, target_len)
-    for method in sorted(positions, key=list(METHODS).index):
-        p = positions[method].numpy() / 1024
-        thick = {"linewidth": 3, "alpha": 0.7} if method == "longrecipe" else {"linewidth": 1.3}
-        axis.plot(np.arange(len(p)) / 1000, p, label=METHODS[method], color=COLORS[method], **thick)
-    axis.set_title("where each method puts the tokens of the sample")
+    mark_window(axis.axhline, old_window, len(distances[FULL].counts))
+    for method, label in METHODS.items():
+        p = distances[method].positions.numpy() / 1024
+        axis.plot(np.arange(len(p)) / 1000, p, label=label, **STYLES[method])
+    axis.set_title("where the tokens of the sample are put")
     axis.set(xlabel="token in the sample (thousands)", ylabel="position id (units of 1,024)")
     axis.legend(fontsize=9)
 
 
-def draw_strips(axis, positions: dict) -> None:
+def draw_strips(axis, distances: dict[str, Distances]) -> None:
     """Which of the first positions hold a token, method by method."""
     names = [FULL, *METHODS]
     for row, method in enumerate(names):
-        held = np.arange(ZOOM) if method == FULL else positions[method].numpy()
+        held = distances[method].positions.numpy()
         held = held[held < ZOOM]
         begins = np.flatnonzero(np.diff(held, prepend=-2) > 1)
         runs = np.diff(begins, append=len(held))
         bars = list(zip(held[begins].tolist(), runs.tolist(), strict=True))
-        axis.broken_barh(bars, (row - 0.35, 0.7), color=COLORS[method], linewidth=0)
+        axis.broken_barh(bars, (row - 0.35, 0.7), color=STYLES[method]["color"], linewidth=0)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlim(0, ZOOM)
@@ -106,34 +112,38 @@ def draw_distances(axis, distances: dict[str, Distances], old_window: int | None
     for method in (FULL, *METHODS):
         d = distances[method]
         y = np.add.reduceat(d.counts.numpy(), edges[:-1]) / np.diff(edges) / d.draws
-        style = {"linestyle": "--"} if method == FULL else {}
-        style |= {"linewidth": 3, "alpha": 0.7} if method == "longrecipe" else {"linewidth": 1.3}
         y = np.where(y > 0, y, np.nan)  # never: no line
         label = "a text of the full length" if method == FULL else METHODS[method]
-        axis.stairs(y, edges / 1024, baseline=None, label=label, color=COLORS[method], **style)
+        axis.stairs(y, edges / 1024, baseline=None, label=label, **STYLES[method])
     axis.set_yscale("log")
     draws = max(d.draws for d in distances.values())
-    axis.set_title(f"pairs of tokens by distance, exact, n = {draws} samples a method")
+    axis.set_title(f"pairs of tokens by distance, n = {draws} samples")
     axis.set_xlabel("distance of two tokens (units of 1,024 positions)")
     axis.set_ylabel("pairs in one sample at each distance (no line: none)")
     axis.legend(fontsize=9, loc="lower left")
 
 
 def draw_coverage(axis, distances: dict[str, Distances]) -> None:
-    """Which distances are trained at all: dark, and which never: white."""
-    target_len = len(distances[FULL].counts)
+    """Which distances the one sample trains, dark, and which not, white."""
+    target_len, draws = len(distances[FULL].counts), max(d.draws for d in distances.values())
     edges, names = bin_edges(target_len), [FULL, *METHODS]
     rows = [
-        np.add.reduceat(distances[m].counts.numpy() > 0, edges[:-1], dtype=float) / np.diff(edges)
+        np.add.reduceat(distances[m].first.numpy() > 0, edges[:-1], dtype=float) / np.diff(edges)
         for m in names
     ]
     extent = (0, target_len / 1024, len(names) - 0.5, -0.5)
     image = axis.imshow(rows, vmin=0, vmax=1, cmap="Greens", aspect="auto", extent=extent)
-    axis.set_yticks(range(len(names)), [f"{m}\n{distances[m].covered:.1%}" for m in names])
-    draws = max(d.draws for d in distances.values())
-    axis.set_title(f"distances trained by n = {draws} samples, white: never")
-    axis.set_xlabel("distance of two tokens (units of 1,024 positions)")
-    axis.figure.colorbar(image, ax=axis, label="share of the distances with a pair")
+    labels = [
+        f"{m}\none: {distances[m].covered_by_one:.1%}\n{draws}: {distances[m].covered:.1%}"
+        for m in names
+    ]
+    axis.set_yticks(range(len(names)), labels, fontsize=9)
+    axis.set_title("distances that this sample trains (white: not)")
+    axis.set_xlabel(
+        "distance of two tokens (units of 1,024 positions)\n"
+        f"%: of all distances, by one sample on average, by {draws} together"
+    )
+    axis.figure.colorbar(image, ax=axis, label="share of the distances with a pair of tokens")
 
 
 def draw_angles(axis, angles: Angles | str) -> None:
@@ -146,7 +156,9 @@ def draw_angles(axis, angles: Angles | str) -> None:
     a, pairs = angles, np.arange(len(angles.old))
     old = a.old.double().numpy() * a.old_len / (2 * math.pi)
     far, slowed = (f.double().numpy() * a.target_len / (2 * math.pi) for f in (a.old, a.new))
-    axis.axhline(1, color="gray", linestyle=":", label="one turn: above, every angle is known")
+    axis.axhline(
+        1, color="gray", linestyle=":", label="one turn: with — above it, all angles are known"
+    )
     axis.plot(pairs, old, "k_", markersize=9, label=f"old window ({a.old_len:,}), old base")
     for y, new, color, name in ((far, a.before, "C1", "old"), (slowed, a.after, "C0", "new")):
         new = new.numpy()
@@ -156,8 +168,10 @@ def draw_angles(axis, angles: Angles | str) -> None:
         axis.plot(pairs[new], y[new], "o", color=color, fillstyle="none", markersize=9, label=label)
     axis.set_yscale("log")
     axis.set_title("RoPE: how far each pair of dimensions turns")
-    axis.set(xlabel=f"pair of dimensions, n = {len(pairs)}", ylabel="turns within the window")
-    axis.legend(fontsize=9)
+    axis.set_xlabel(f"pair of dimensions, fast to slow, n = {len(pairs)}")
+    axis.set_ylabel("turns within the window")
+    axis.set_ylim(bottom=axis.get_ylim()[0] / 1000)  # room for the legend
+    axis.legend(fontsize=9, loc="lower left")
 
 
 def bin_edges(target_len: int) -> np.ndarray:
@@ -169,3 +183,14 @@ def mark_window(line, old_window: int | None, target_len: int) -> None:
     if old_window and old_window < target_len:
         style = {"color": "gray", "linestyle": ":", "label": f"old window ({old_window:,})"}
         line(old_window / 1024, **style)
+
+
+def check_path(path: str | Path) -> None:
+    """ValueError, before any work, if no figure can be written to `path` (--figure)."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path, formats = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if not path.parent.is_dir():
+        raise ValueError(f"--figure {path}: folder {path.parent} does not exist")
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"--figure {path} must end in one of .{', .'.join(sorted(formats))}")

@@ -33,23 +33,40 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from support.atomic import LOCK, only_writer, replacing, write_atomically
 from support.cli import log, progress, provenance, telling
 from support.config_files import read_json
-from support.run_settings import MAY_DIFFER, NO_SETTINGS
+from support.run_settings import MAY_DIFFER, NO_SETTINGS, Parser
 
 INDEX = "samples.json"
 # settings of train.py that change no sample and say nothing an engine should know
 OTHER = (*NO_SETTINGS, *MAY_DIFFER, "dtype", "optimizer", "analysis_samples", "log_softmax", "top")
-NEEDS_ANALYSIS = (
-    "--export with --select impact needs the impactful types beforehand: --impactful FILE, the"
-    " impactful.json that train.py with the same flags leaves in its --out after the analysis (then"
-    " give its --probe_steps, too); or --select random"
-)
 
 
-def sample_settings(args, impactful: torch.Tensor | None, corpora) -> dict:
+def export_flag() -> Parser:
+    """The flag --export alone: what is left of a command line with it goes to train.py's parser."""
+    p = Parser("recipe.py", "The samples of a run as files.", add_help=False)
+    what = "write the samples that train.py would see to DIR, and nothing else; all other flags are"
+    where = "then train.py's (format: support/export.py)"
+    p.add_argument("--export", type=Path, metavar="DIR", help=f"{what} {where}")
+    return p
+
+
+def check_exportable(args) -> None:
+    """ValueError for flags of train.py, resolved, that leave open which samples it would see."""
+    if args.resume or args.plan:
+        raise ValueError("--export goes with neither --resume nor --plan")
+    if args.select == "impact" and not args.impactful:
+        raise ValueError(
+            "--export with --select impact needs the impactful types beforehand: --impactful FILE,"
+            " the impactful.json that train.py with the same flags leaves in its --out after the"
+            " analysis (then give its --probe_steps, too); or --select random"
+        )
+
+
+def sample_settings(args, impactful: Tensor | None, corpora) -> dict:
     """What the samples hang on, and what an engine needs beside them."""
     settings = {k: v for k, v in vars(args).items() if k not in OTHER}
     types = None if impactful is None else impactful.nonzero()[:, 0].tolist()
@@ -59,13 +76,25 @@ def sample_settings(args, impactful: torch.Tensor | None, corpora) -> dict:
 def write_samples(
     folder: Path,
     settings: dict,
-    steps: list[dict],
-    draw: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+    stages: list,
+    learning_rate: Callable,
+    draw: Callable[..., Iterable[tuple[Tensor, Tensor]]],
 ) -> None:
-    """steps: stage, samples, tokens, lr of each; draw(step) -> its (input_ids, position_ids), each
-    (tokens,). ValueError if the folder holds anything else than samples of these settings."""
+    """stages: those of train.py; draw(stage, step) -> (input_ids, position_ids) of each sample of
+    an optimizer step, counted over all stages. ValueError if the folder holds anything else than
+    samples of these settings."""
     started = time.time()
-    steps = [{"file": f"step_{i:05d}.safetensors", **row} for i, row in enumerate(steps)]
+    plan = [(stage, i) for stage in stages for i in range(stage.steps)]
+    steps = [
+        {
+            "file": f"step_{step:05d}.safetensors",
+            "stage": stage.name,
+            "samples": settings["batch_sequences"],
+            "tokens": stage.tokens,
+            "lr": learning_rate(stage, i, settings["warmup_steps"], step - i),
+        }
+        for step, (stage, i) in enumerate(plan)
+    ]
     index = {"settings": settings, "steps": steps}
     check_folder(folder, index)
     with only_writer(folder), telling(lambda: whole(folder, steps)):
@@ -75,7 +104,9 @@ def write_samples(
         for i, row in enumerate(progress(steps, "export", unit="step")):
             if (folder / row["file"]).is_file():
                 continue
-            ids, positions = (torch.stack(column).int() for column in zip(*draw(i), strict=True))
+            ids, positions = (
+                torch.stack(column).int() for column in zip(*draw(plan[i][0], i), strict=True)
+            )
             with replacing(folder / row["file"]) as file:
                 file.write(save({"input_ids": ids, "position_ids": positions}))
         if read_json(folder / INDEX)["status"] != "done":

@@ -100,14 +100,3 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
         axis.set(xlabel="position (units of 1,024 tokens)", ylabel="loss, nats per token")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-
-
-def check_figure_path(path: str | Path) -> None:
-    """ValueError, before any work, if no figure can be written to `path` (--figure)."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    path, formats = Path(path), FigureCanvasBase.get_supported_filetypes()
-    if not path.parent.is_dir():
-        raise ValueError(f"--figure {path}: folder {path.parent} does not exist")
-    if path.suffix[1:].lower() not in formats:
-        raise ValueError(f"--figure {path} must end in one of .{', .'.join(sorted(formats))}")
