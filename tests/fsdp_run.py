@@ -136,10 +136,10 @@ def torchrun(folder: Path, losses: Path, *more: str, processes: int = 2) -> dict
 
 
 def tolerance(loss: float, tokens: int) -> float:
-    """How far two fp32 sums of the same n terms, of one sign, in other orders are apart: each of
-    the n additions rounds by at most u = 2^-24 of the sum, at random, so that they add up to about
-    sqrt(n) u. A bound for the kernels' sums, which go by blocks and round less. Weights that differ
-    by rounding alone, in no direction, add far less to the loss."""
+    """How far rounding may move a mean loss: each of n additions, one after the other in fp32,
+    rounds by up to u = 2^-24 of the sum so far, evenly both ways; together that is sqrt(n) u / 3 of
+    the sum at most (one standard deviation): sqrt(n) u is three. Kernels add by blocks, round less;
+    weights that differ by rounding, in no direction, move the loss by less still."""
     return math.sqrt(tokens) * 2.0**-24 * loss
 
 

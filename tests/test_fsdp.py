@@ -37,17 +37,17 @@ def test_two_processes_with_fsdp_learn_what_train_py_learns(tmp_path):
 
 
 def test_the_tolerance_holds_for_sums_in_any_order():
-    """One number after the other in fp32, which rounds more than a kernel does. The largest of 40
-    is within 1 x the bound; by 4 standard deviations, as a step rounds by u / sqrt(3) on average
-    and by less before the sum is whole, the chance of an accident is below 1e-3."""
+    """One number after the other in fp32, in 40 orders (seeded): at most a third of the
+    tolerance is their standard deviation, as derived, and all are within."""
     random = np.random.default_rng(0)
     terms = random.exponential(4.0, 2044).astype(np.float32)
     exact = terms.astype(np.float64).mean()
     sums = []
     for _ in range(40):
         sums.append(np.cumsum(random.permutation(terms), dtype=np.float32)[-1] / np.float32(2044))
-    worst = max(abs(float(s) - exact) for s in sums)
-    assert 0 < worst <= fsdp_run.tolerance(exact, 2044)
+    off = np.array(sums, dtype=np.float64) - exact
+    tolerance = fsdp_run.tolerance(exact, 2044)
+    assert abs(off).max() <= tolerance and 0.05 < np.sqrt((off**2).mean()) / tolerance < 1 / 3
 
 
 def test_an_export_that_is_not_complete_is_refused(tmp_path):
