@@ -438,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--text", metavar="FILE", help="(None: Python's language reference)")
     add("--target_len", type=int, default=131_072, help="tokens")
     add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
-    add("--impactful", metavar="FILE", help="impactful.json of a run (None: the model's own)")
+    add("--impactful", metavar="FILE", help="impactful.json (None: the model's own, else digits)")
     add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
     add("--seed", type=int, default=0)
     with report_errors():

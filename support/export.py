@@ -16,8 +16,9 @@ samples, tokens and lr. As a data set for transformers (targets are shifted insi
             return len(self.rows)
         def __getitem__(self, n):
             file, i = self.rows[n]
-            step = safetensors.torch.load_file(f"{self.folder}/{file}")
-            ids, positions = step["input_ids"][i].long(), step["position_ids"][i].long()
+            with safetensors.safe_open(f"{self.folder}/{file}", "pt") as step:
+                ids = step.get_slice("input_ids")[i].long()
+                positions = step.get_slice("position_ids")[i].long()
             return {"input_ids": ids, "labels": ids, "position_ids": positions,
                     "attention_mask": torch.ones_like(ids)}   # without it gaps cut attention!
 

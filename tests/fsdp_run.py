@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 OUT = ROOT / "assets" / "results" / "fsdp.json"
@@ -48,16 +49,18 @@ class Samples(torch.utils.data.Dataset):
         self.index = json.loads((folder / "samples.json").read_text())
         if self.index["status"] != "done":
             raise ValueError(f"{folder} is not complete: give the same --export again")
-        self.steps = [load_file(folder / step["file"]) for step in self.index["steps"]]
-        self.rows = [(s, i) for s in self.steps for i in range(len(s["input_ids"]))]
+        steps = self.index["steps"]
+        self.rows = [(folder / s["file"], i) for s in steps for i in range(s["samples"])]
         self.mask = mask
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, n: int) -> dict:
-        step, i = self.rows[n]
-        ids, positions = step["input_ids"][i].long(), step["position_ids"][i].long()
+        file, i = self.rows[n]
+        with safe_open(file, "pt") as step:
+            ids = step.get_slice("input_ids")[i].long()
+            positions = step.get_slice("position_ids")[i].long()
         sample = {"input_ids": ids, "labels": ids, "position_ids": positions}
         # subtle: without a mask transformers takes each gap of the positions for the border of two
         # packed documents, and cuts attention there

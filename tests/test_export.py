@@ -158,7 +158,7 @@ def test_one_writer_at_a_time(trained, toy_dir, prose_file, tmp_path, capsys):
 
 
 def test_the_data_set_of_the_docstring_reads_them(trained, toy_dir, prose_file, tmp_path):
-    import safetensors.torch
+    import safetensors
 
     from support import export as module
 
