@@ -701,6 +701,15 @@ def test_why_there_are_no_angles(toy_dir, tmp_path):
     assert read_window(toy_dir) == 64 and read_window(tmp_path) is None
 
 
+def test_a_folder_with_a_tokenizer_only_is_explained_too(toy_dir, prose_file, tmp_path, capsys):
+    """All but the RoPE, and why not that."""
+    (tmp_path / "tokenizer.json").write_bytes((toy_dir / "tokenizer.json").read_bytes())
+    flags = ("--model", tmp_path, "--text", prose_file, "--target_len", 4000)
+    out = explain(capsys, *flags, "--figure", tmp_path / "r.png")
+    assert f"\nnothing to say of the RoPE: model folder {tmp_path} holds no config.json\n" in out
+    assert (tmp_path / "r.png").is_file()
+
+
 # ---- the figure --------------------------------------------------------------------------------
 
 
