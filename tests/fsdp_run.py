@@ -75,6 +75,8 @@ def worker(folder: Path, losses: Path, mask: bool) -> None:
     samples, rows = Samples(folder, mask), []
     steps, settings = samples.index["steps"], samples.index["settings"]
     processes = int(os.environ["WORLD_SIZE"])
+    if settings["batch_sequences"] % processes:
+        raise ValueError(f"batches of {settings['batch_sequences']} for {processes} processes")
 
     class OurSchedule(Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
