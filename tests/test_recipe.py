@@ -1,5 +1,7 @@
 """recipe.py: slow twins, hand-worked examples, distributions with a stated chance of accident."""
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -575,8 +577,9 @@ def test_without_text_the_sample_is_prose(toy_dir, tmp_path, capsys, monkeypatch
 TYPE = re.compile(r"^ *([+-][\d.]+)? +([\d,]+)  (.*?)\[(.*?)\](.*)$", re.MULTILINE)
 
 
-def test_the_types_that_the_analysis_found_are_shown_within_the_text(tmp_path, capsys):
+def test_the_types_that_the_analysis_found_are_shown_within_the_text(tmp_path, capsys, monkeypatch):
     """The toy's kept analysis by default: its shifts, its order, and sentences of the text."""
+    monkeypatch.setattr(explain_figure, "draw", lambda *_: None)
     types = json.loads((ROOT / "assets/results/tiny_128k/impactful.json").read_text())
     text = tmp_path / "a.txt"
     text.write_text("The caption was long. " * 30 + "Nobody plemented it, level or not. " * 60)
@@ -595,7 +598,8 @@ def test_the_types_that_the_analysis_found_are_shown_within_the_text(tmp_path, c
     assert f"{share:.1%} of this text's tokens" in out
 
 
-def test_a_table_made_by_hand_needs_no_shifts(toy_dir, prose_file, tmp_path, capsys):
+def test_a_table_made_by_hand_needs_no_shifts(toy_dir, prose_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(explain_figure, "draw", lambda *_: None)
     table = tmp_path / "types.json"
     table.write_text('{"42": 1, "300": ["x"], "301": ["x", -2], "302": ["x", "y"]}')
     assert recipe.words.mean_shifts(table) == {42: "", 300: "", 301: "-2.0", 302: ""}
@@ -713,23 +717,19 @@ def test_a_folder_with_a_tokenizer_only_is_explained_too(toy_dir, prose_file, tm
 # ---- the figure --------------------------------------------------------------------------------
 
 
-@pytest.fixture()
-def drawn(monkeypatch):
-    """Figures instead of files."""
+@pytest.fixture(scope="module")
+def told_and_drawn(toy_dir, prose_file):
+    """What the command says, and its figure instead of a file."""
     import matplotlib.figure
 
-    figures = []
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self)
-    )
-    return figures
-
-
-@pytest.fixture()
-def told_and_drawn(toy_dir, prose_file, tmp_path, capsys, drawn):
-    flags = ("--model", toy_dir, "--text", prose_file, "--target_len", 4000)
-    out = explain(capsys, *flags, "--figure", tmp_path / "r.png")
-    return out, drawn[0]
+    drawn, said = [], io.StringIO()
+    flags = f"--model {toy_dir} --text {prose_file} --target_len 4000"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(
+            matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self)
+        )
+        recipe.main(flags.split())
+    return said.getvalue(), drawn[0]
 
 
 def test_the_figure_can_be_read_alone(told_and_drawn):
