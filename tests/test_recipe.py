@@ -692,6 +692,19 @@ def test_the_toys_and_the_papers_angles():
     assert toy.bases == (10_000, ntk_rope_base(10_000, 64, 8192, 131_072))
 
 
+@pytest.mark.parametrize(
+    ("theta", "head_dim", "old_len", "target", "before"),
+    [(5e5, 128, 8192, 131_072, 29), (5e5, 128, 8192, 81_920, 29), (1e6, 128, 32_768, 131_072, 24)],
+)
+def test_new_angles_in_the_papers_settings(theta, head_dim, old_len, target, before):
+    """Llama 3 and Qwen2 (LOG.md): none under the paper's base, all of them under x T / L."""
+    old = inverse_frequencies(head_dim, theta)
+    bases = (theta, theta * target / old_len, ntk_rope_base(theta, head_dim, old_len, target))
+    new = (inverse_frequencies(head_dim, base) for base in bases)
+    met = [int(coverage.meets_new_angles(old, now, old_len, target).sum()) for now in new]
+    assert met == [before, before, 0]
+
+
 def test_why_there_are_no_angles(toy_dir, tmp_path):
     formulas = (inverse_frequencies, ntk_rope_base)
     assert "reaches 64 tokens as it is" in coverage.angles(toy_dir, 64, *formulas)
