@@ -82,6 +82,7 @@ def draw_positions(axis, distances: dict[str, Distances], old_window: int | None
     for method, label in METHODS.items():
         p = distances[method].positions.numpy() / 1024
         axis.plot(np.arange(len(p)) / 1000, p, label=label, **STYLES[method])
+    axis.set_ylim(top=1.45 * len(distances[FULL].counts) / 1024)  # room for the legend
     axis.set_title("where the tokens of the sample are put")
     axis.set(xlabel="token in the sample (thousands)", ylabel="position id (units of 1,024)")
     axis.legend(fontsize=9)
@@ -116,6 +117,7 @@ def draw_distances(axis, distances: dict[str, Distances], old_window: int | None
         label = "a text of the full length" if method == FULL else METHODS[method]
         axis.stairs(y, edges / 1024, baseline=None, label=label, **STYLES[method])
     axis.set_yscale("log")
+    axis.set_ylim(bottom=axis.get_ylim()[0] / 10)  # room for the legend
     draws = max(d.draws for d in distances.values())
     axis.set_title(f"pairs of tokens by distance, n = {draws} samples")
     axis.set_xlabel("distance of two tokens (units of 1,024 positions)")
