@@ -1,15 +1,14 @@
 """A Llama from scratch whose position ids are yours to choose.
 
-What it is: the decoder-only transformer of the Llama family in plain PyTorch, bottom-up: norm,
-rotary position embedding, attention, block, model, a loss that never holds all logits, a
-key-value cache with greedy generation, and reading and writing of Hugging Face folders. fp32
-logits and gradients equal those of `transformers` (tests/test_model.py).
+What it is: the decoder-only transformer of the Llama family in plain PyTorch, bottom-up, with a
+loss that never holds all logits and a cache for greedy generation. fp32 logits and gradients equal
+those of `transformers`. This file works alone, copied into a project of yours; only Hugging Face
+folders (chapter 9) and one lever of activation checkpointing take support/ beside it.
 
 Why it exists beside `transformers`: LongRecipe (Hu et al., ACL 2025, section 4.2) trains on
 samples whose position ids have gaps. Here a position id is a RoPE position and nothing else;
 attention is causal in token order, whatever the ids say. (transformers takes a gap for the border
-between two packed documents and silently cuts attention there, unless it is given an all-ones
-attention mask.)
+of two packed documents and silently cuts attention there, unless given an all-ones mask.)
 
     from model import load_pretrained, load_tokenizer, generate
     model, tokenizer = load_pretrained("models/smollm2"), load_tokenizer("models/smollm2")
@@ -30,9 +29,10 @@ Glossary (one for all four files)
 """
 
 import dataclasses
-import json
+import math
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -43,10 +43,14 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from support import atomic, checkpoint_files, config_files
-from support.activations import LayerInputsOnHost, keep_attention
-from support.rope_scaling import scale_frequencies
-from support.tokenizer import load_tokenizer  # noqa: F401  (part of the public face)
+
+def support(name: str):
+    """A module of support/, imported where it is needed: all else works without."""
+    try:
+        return import_module(f"support.{name}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"this takes support/ beside model.py: {error}") from None
+
 
 # ---- 1. Configuration --------------------------------------------------------------------------
 
@@ -75,7 +79,7 @@ class LlamaConfig:
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
         """Read `path`/config.json. ValueError names the field that we miss or cannot honour."""
-        return cls(**config_files.read_config(path))
+        return cls(**support("folders").read_config(path))
 
     def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
         """The same shape with another RoPE base and window: all that extension changes here."""
@@ -102,10 +106,20 @@ class RMSNorm(nn.Module):
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
-    """Radians per position of each pair of dimensions, (d/2,) fp32."""
+    """Radians per position of each pair of dimensions, (d/2,) fp32, scaled as config.json says."""
     j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
     inv_freq = 1.0 / theta ** (j / head_dim)
-    return scale_frequencies(inv_freq, scaling) if scaling else inv_freq
+    if scaling is None:
+        return inv_freq
+    slow = inv_freq / scaling["factor"]  # position interpolation
+    if scaling["rope_type"] == "linear":
+        return slow
+    # llama3: pairs that turn often within the original window stay as they are, those that turn
+    # rarely slow down by the factor, the ones between are blended.
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    stay = ((turns - low) / (high - low)).clamp(0, 1)
+    return stay * inv_freq + (1 - stay) * slow
 
 
 def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +236,7 @@ class Llama(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.keep_attention = True
-        self.layer_inputs: LayerInputsOnHost | None = None  # None: they stay on the device
+        self.layer_inputs = None  # they stay on the device; else support's LayerInputsOnHost
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -246,9 +260,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Last hidden states after the final norm: input_ids (B, T) int64 -> (B, T, D).
 
-        position_ids (B, T) int64 may have gaps and may exceed the window; None means the next T
-        positions (cache length .. cache length + T - 1). With a cache, keys and values are
-        appended to it."""
+        position_ids (B, T) int64 may have gaps and exceed the window; None means cache length ..
+        cache length + T - 1. With a cache, keys and values are appended to it."""
         B, T = input_ids.shape
         start = cache.length if cache is not None else 0
         if self.config.sliding_window is not None and start + T > self.config.sliding_window:
@@ -266,7 +279,8 @@ class Llama(nn.Module):
         cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
         x = self.model["embed_tokens"](input_ids)
         training = self.activation_checkpointing and torch.is_grad_enabled()
-        options = {"context_fn": keep_attention} if self.keep_attention else {}
+        keep = training and self.keep_attention
+        options = {"context_fn": support("activations").keep_attention} if keep else {}
         on_host = self.layer_inputs.forward_pass if training and self.layer_inputs else nullcontext
         with on_host():
             for i, block in enumerate(self.model["layers"]):
@@ -292,9 +306,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, ignore_index, chunk_tokens):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        training = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if training else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if training else None
         for i in range(0, len(hidden), chunk_tokens):
             h, y = hidden[i : i + chunk_tokens], targets[i : i + chunk_tokens]
             valid = y != ignore_index
@@ -303,15 +317,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             lse = logits.logsumexp(-1, keepdim=True)
             # [E9] loss = sum over valid t of  log sum_v exp(z[t, v]) - z[t, y_t]
             loss += ((lse - logits.gather(-1, index))[:, 0] * valid).sum()
-            if need_hidden or need_weight:
+            if training:
                 # d loss / d z[t, v] = softmax(z)[t, v] - [v == y_t]
                 grad = logits.sub_(lse).exp_()
                 grad.scatter_add_(-1, index, -torch.ones_like(lse))
                 grad = grad.mul_(valid[:, None]).to(hidden.dtype)
-                if need_hidden:
-                    grad_hidden[i : i + chunk_tokens] = grad @ weight
-                if need_weight:
-                    grad_weight += grad.T @ h
+                grad_hidden[i : i + chunk_tokens] = grad @ weight
+                grad_weight += grad.T @ h
             logits = grad = None  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -321,11 +333,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype)
+        return grad_hidden, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
 
 
 def linear_cross_entropy(
@@ -357,9 +366,8 @@ def linear_cross_entropy(
 class KVCache:
     """Keys and values of the tokens seen so far, one pair of (B, KV, capacity, d) tensors a layer.
 
-    `length` tokens are valid; `truncate(n)` forgets all but the first n, so that prompts with a
-    common beginning share its prefill. `reserve(n)` sets the capacity, so that long prompts are
-    not copied about."""
+    `truncate(n)` forgets all but the first n of the `length` tokens, so that prompts share the
+    prefill of a common beginning. `reserve(n)` makes room, so that long ones are not copied."""
 
     def __init__(self):
         self.length = 0
@@ -428,6 +436,11 @@ def generate(
 # ---- 9. Hugging Face folders -------------------------------------------------------------------
 
 
+def load_tokenizer(path: str | Path):
+    """The tokenizer of a folder: see support/tokenizer.py."""
+    return support("folders").load_tokenizer(path)
+
+
 def load_pretrained(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Llama:
@@ -435,24 +448,13 @@ def load_pretrained(
 
     dtype None: bf16 on CUDA, fp32 on CPU (where bf16 can be 50 times slower than fp32).
     ValueError names tensors that are missing, superfluous or of the wrong shape."""
-    device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = LlamaConfig.from_dir(path)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    state = checkpoint_files.read_tensors(path, shapes, dtype, device, config.tie_word_embeddings)
-    model.load_state_dict(state, assign=True, strict=False)
-    model.tie_weights()
-    return model
+    return support("folders").fill(model, path, dtype, torch.device(device))
 
 
 def save_pretrained(model: Llama, path: str | Path, tokenizer_from: str | Path | None = None):
     """Write a folder that transformers opens unedited: config.json, safetensors, and the tokenizer
     files of `tokenizer_from`. Written beside `path`, then renamed."""
-    config = config_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
-    with atomic.write_folder(path) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        checkpoint_files.write_tensors(folder, model.named_parameters())
-        if tokenizer_from is not None:
-            checkpoint_files.copy_tokenizer(tokenizer_from, folder)
+    support("folders").save(model, path, tokenizer_from)

@@ -7,12 +7,12 @@
     5. RoPE base        slower rotation for a longer window                           (NTK, paper 5)
     6. merge            average the tuned weights with the original ones              (paper 4.3)
 
-    python recipe.py    # explains one sample, in words and as a figure
+    python recipe.py                  # explains one sample, in words and as a figure
+    python recipe.py --export DIR ... # the samples that `python train.py ...` would see, as files
 
-Everything here works on one sample of token ids (T,); nothing trains (train.py does) and nothing
-needs a GPU. Does NOT do: content jumps of the published PoSE (all methods get the same tokens),
-parts of speech (the paper groups impactful types by them; we keep the types themselves), RoPE
-types other than `default`. Glossary: see model.py.
+Everything here works on one sample of token ids (T,); nothing trains, nothing needs a GPU. Does NOT
+do: content jumps of the published PoSE (all methods get the same tokens), parts of speech (the
+paper groups impactful types by them), RoPE types other than `default`. Glossary: see model.py.
 """
 
 import functools
@@ -22,17 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Llama, load_tokenizer
-from support import atomic, checkpoint_files, config_files, figures
+from model import Llama, inverse_frequencies, load_tokenizer
+from support import atomic, checkpoint_files, config_files, coverage, explain_figure
+from support import explain as words
 from support.cli import check_ranges, report_errors
+from support.corpora import load_corpora
+from support.export import check_exportable, export_flag, sample_settings, write_samples
 from support.hub import SMALL, local_folder
 from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
+from support.tokenizer import check_fits
 from support.toy import TINY
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")
 STRATEGIES = ("impact", "digits", "random", "first")
-EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
 
 
 class TooFewSegments(ValueError):
@@ -372,78 +375,85 @@ def merge(
         checkpoint_files.copy_tokenizer(tuned_dir, folder)
 
 
-# ---- 7. `python recipe.py`: one sample explained -----------------------------------------------
+# ---- 7. `python recipe.py`: one sample explained, or the samples of a run written ---------------
 
 
-def explain_selection(ids: Tensor, tokenizer, args, generator: torch.Generator) -> Tensor:
-    """Print what the selection does to a text (T,) -> where the kept segments begin, (M,)."""
-    if args.impactful:
-        select, impactful = "impact", read_impactful(args.impactful, tokenizer.vocab_size)
-    else:
-        select, impactful = "digits", digit_types(tokenizer)
-        print(
-            "no --impactful FILE: tokens with a digit stand in for the impactful ones here, as in"
-            " the released code;\ntrain.py finds them by its analysis. What it found for SmolLM2:"
-            f"\n    --model models/smollm2 --impactful {EXAMPLE}\n"
-        )
+def explain(args, folder: str) -> None:
+    """Print and draw what chapters 2 to 5 do to one text."""
+    tokenizer, train_len, target_len = load_tokenizer(folder), args.train_len, args.target_len
+    tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
+    remedy = "give a longer --text, or lower --train_len or --target_len"
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = Corpus(tokens, train_len, remedy).window(target_len, generator)
     starts = split_segments(ids, tokenizer)
-    share = impactful_share(ids, starts, impactful)
-    kept, new_starts = select_segments(ids, starts, args.train_len, select, generator, impactful)
-    taken, hit = torch.isin(starts, kept[new_starts]), share > 0
-    print(
-        f"text: {len(ids):,} tokens in {len(starts):,} segments;"
-        f" {(~hit).double().mean():.1%} hold no impactful token (the paper drops those)\n"
-        f"sample: {len(kept):,} tokens in {len(new_starts):,} segments, chosen by {select}\n"
-        f"   keep: {int((taken & hit).sum()):,} that hold impactful tokens\n"
-        f"   fill: {int((taken & ~hit).sum()):,} that hold none, where the others are too few\n\n"
-        "verdict  impactful  segment (the first 12; impactful: share of its tokens)"
-    )
-    for i, segment in enumerate(ids.tensor_split(starts[1:13])[:12]):
-        verdict = ("keep" if hit[i] else "fill") if taken[i] else "drop"
-        print(f"{verdict:>7}  {share[i]:>9.0%}  {tokenizer.decode(segment.tolist())!r}")
-    return new_starts
+
+    file = args.impactful or words.known_analysis(folder)
+    select = "impact" if file else "digits"
+    impactful = read_impactful(file, tokenizer.vocab_size) if file else digit_types(tokenizer)
+    words.tell_types(file, impactful, ids, starts, tokenizer)
+
+    share, sizes = impactful_share(ids, starts, impactful), segment_lengths(starts, len(ids))
+    kept, new_starts = select_segments(ids, starts, train_len, select, generator, impactful)
+    taken = torch.isin(starts, kept[new_starts])
+    words.tell_selection(ids, starts, share, taken, len(kept), tokenizer, select)
+
+    lengths = (train_len, target_len, new_starts, generator)
+    methods = [m for m in METHODS if m != "full"]
+    draws = {m: [sample_position_ids(m, *lengths) for _ in range(coverage.DRAWS)] for m in methods}
+    draws[coverage.FULL] = [torch.arange(target_len)]
+    distances = {m: coverage.Distances.of(each, target_len) for m, each in draws.items()}
+    words.tell_positions(distances)
+
+    angles = coverage.angles(folder, target_len, inverse_frequencies, ntk_rope_base)
+    words.tell_angles(angles)
+    selection = (share, sizes, taken, "impactful" if file else "digits")
+    explain_figure.draw(args.figure, folder, selection, distances, angles)
+    print(f"\nfigure: {args.figure}")
 
 
-def explain_positions(starts: Tensor, old_window: int | None, args, generator) -> None:
-    """Print and draw where each method puts the tokens of a sample with these segments (M,)."""
-    sample = (args.train_len, args.target_len, starts, generator)
-    positions = {m: sample_position_ids(m, *sample) for m in METHODS if m != "full"}
-    full = args.target_len / 3
-    print(f"\n    method  position ids     jumps  mean distance of two tokens (full: {full:,.0f})")
-    for method, p in positions.items():
-        jumps, distance = int((p.diff() > 1).sum()), figures.mean_distance(p)
-        print(f"{method:>10}  {f'{p[0]}..{p[-1]:,}':<12}  {jumps:>8,}  {distance:,.0f}")
-    figures.draw_positions(args.figure, positions, args.target_len, old_window)
-    print(f"figure: {args.figure}")
+def export(folder: Path, flags: list[str]) -> None:
+    """Write what train.py would see with these flags of its own, without training."""
+    import train  # not above: train.py imports this file
+
+    args = train.parse(flags)
+    config = train.resolve(args)
+    check_exportable(args)
+    tokenizer = load_tokenizer(args.model)
+    check_fits(tokenizer, config.vocab_size)
+    impactful = read_impactful(args.impactful, config.vocab_size) if args.impactful else None
+    corpora = load_corpora(args, tokenizer)
+
+    def draw(stage: train.Stage, step: int):
+        return train.draw(stage, step, corpora[stage.name == "replay"], tokenizer, args, impactful)
+
+    settings = sample_settings(args, impactful, corpora)
+    write_samples(folder, settings, train.plan_stages(args), train.learning_rate, draw)
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = Parser("recipe.py", "What LongRecipe does to one text.")
+    export_to = export_flag()
+    p = Parser("recipe.py", "What LongRecipe does to one text.", parents=[export_to])
     add = p.add_argument
-    add("--model", default=TINY, metavar="DIR", help="its tokenizer is used")
+    add("--model", default=TINY, metavar="DIR", help="its tokenizer and RoPE are used")
     add("--text", metavar="FILE", help="(None: Python's language reference)")
     add("--target_len", type=int, default=131_072, help="tokens")
     add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
-    add("--impactful", metavar="FILE", help="impactful.json of a run (None: digits)")
+    add("--impactful", metavar="FILE", help="impactful.json (None: the model's own, else digits)")
     add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
     add("--seed", type=int, default=0)
     with report_errors():
-        args = p.parse_args(argv)
+        to, flags = export_to.parse_known_args(argv)
+        if to.export is not None:
+            return export(to.export, flags)
+        args = p.parse_args(flags)
         check_ranges(args, above_1=("target_len",), seed=("seed",))
         args.train_len = train_length(args.target_len) if args.train_len is None else args.train_len
         if not 2 <= args.train_len <= args.target_len:
             raise ValueError(
                 f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
             )
-        figures.check_figure_path(args.figure)
-        folder = local_folder(args.model, SMALL)
-        tokenizer, old_window = load_tokenizer(folder), config_files.read_window(folder)
-        tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
-        remedy = "give a longer --text, or lower --train_len or --target_len"
-        generator = torch.Generator().manual_seed(args.seed)
-        ids = Corpus(tokens, args.train_len, remedy).window(args.target_len, generator)
-        starts = explain_selection(ids, tokenizer, args, generator)
-        explain_positions(starts, old_window, args, generator)
+        explain_figure.check_path(args.figure)
+        explain(args, local_folder(args.model, SMALL))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -185,21 +186,26 @@ def sample(
     positions, so every --method sees the same tokens at the same step."""
     prefix = args.prefix and stage.method == "longrecipe"
     options = {"method": stage.method, "select": stage.select, "prefix": prefix}
+    options |= {"impactful": impactful, "generator": generator}
     for _ in range(100):
         ids = corpus.window(stage.target_len, generator)
         try:
-            return recipe.make_example(
-                ids,
-                tokenizer,
-                stage.tokens,
-                stage.target_len,
-                impactful=impactful,
-                generator=generator,
-                **options,
-            )
+            return recipe.make_example(ids, tokenizer, stage.tokens, stage.target_len, **options)
         except recipe.TooFewSegments as error:  # a window without sentences, say a long table
             reason = error
     raise reason
+
+
+def draw(
+    stage: Stage, step: int, corpus: Corpus, tokenizer, args, impactful
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples of optimizer step `step` (0-based, over all stages), each drawn from (--seed,
+    step, number in the batch) alone. `python recipe.py --export` writes the same."""
+    for b in range(args.batch_sequences):
+        # one generator a sample: how many numbers a method draws moves no other sample
+        seed = args.seed * 1_000_003 + step + 100_000_000 * b
+        generator = torch.Generator().manual_seed(seed)
+        yield sample(stage, corpus, tokenizer, args, impactful, generator)
 
 
 def next_token_targets(input_ids: Tensor) -> Tensor:
@@ -281,14 +287,9 @@ class Trainer:
         self.bar.set_description(stage.name)
         for i in range(max(0, self.step - first), stage.steps):
             started = time.monotonic()
+            drawn = draw(stage, self.step, corpus, self.tokenizer, self.args, self.impactful)
             batch = []
-            for b in range(self.args.batch_sequences):
-                # one generator a sample: how many numbers a method draws moves no other sample
-                seed = self.args.seed * 1_000_003 + self.step + 100_000_000 * b
-                generator = torch.Generator().manual_seed(seed)
-                ids, positions = sample(
-                    stage, corpus, self.tokenizer, self.args, self.impactful, generator
-                )
+            for ids, positions in drawn:
                 corpus.look_at(ids)  # the toy corpus counts its questions; others do nothing
                 batch.append((ids[None], positions[None], next_token_targets(ids[None])))
             loss = accumulate(self.model, batch, lambda: self.bar.update(stage.tokens))
@@ -329,18 +330,12 @@ def analyse(
     20k tokens."""
     V = base.config.vocab_size
     total, count = torch.zeros(V, dtype=torch.float64), torch.zeros(V, dtype=torch.int64)
+    options = {"first_position": args.base_len, "log_softmax": args.log_softmax}
     texts = []
     for i in progress(range(args.analysis_samples), "analysis", unit="sample"):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000 + i)
         ids, positions = sample(stage, corpus, tokenizer, args, None, generator)
-        _, s, c = recipe.logit_shift(
-            base,
-            extended,
-            ids,
-            positions,
-            first_position=args.base_len,
-            log_softmax=args.log_softmax,
-        )
+        _, s, c = recipe.logit_shift(base, extended, ids, positions, **options)
         total, count = total + s, count + c
         texts.append(corpus.window(args.target_len, generator))
     impactful = recipe.impactful_types(total, count, args.top)

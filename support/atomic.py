@@ -87,7 +87,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             alone = False
         if not alone:
-            raise ValueError(f"another run is writing to {folder}: wait for it, or another --out")
+            raise ValueError(f"another run is writing to {folder}: wait for it, or take another")
         try:
             yield
         finally:

@@ -20,9 +20,9 @@ PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings th
 class Parser(argparse.ArgumentParser):
     """--help shows the defaults; what is refused goes through report_errors as any other error."""
 
-    def __init__(self, prog: str, doc: str):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(prog=prog, description=doc.split("\n")[0], formatter_class=formatter)
+    def __init__(self, prog: str, doc: str, **more):
+        more |= {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+        super().__init__(prog=prog, description=doc.split("\n")[0], **more)
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message} (--help)")

@@ -1,6 +1,10 @@
 """model.py against transformers, tokenizers, float64 and slow loops."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from conftest import make_hf_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from smollm2 import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
@@ -565,3 +570,62 @@ def test_the_real_checkpoint_speaks(smollm2_dir):
     model, tokenizer = load_pretrained(smollm2_dir), load_tokenizer(smollm2_dir)
     ids = torch.tensor(tokenizer.encode("The capital of France is"))
     assert tokenizer.decode(generate(model, ids, 2)) == " Paris."
+
+
+# ---- this file alone, in a project of yours -----------------------------------------------------
+
+ALONE = """
+import sys, torch
+from model import *
+
+def answers(scaling):
+    torch.manual_seed(0)
+    config = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64, rope_scaling=scaling)
+    model, pos = Llama(config), torch.tensor([[0, 1, 2, 9, 10, 40, 41, 42, 43, 99]])
+    model.activation_checkpointing, model.keep_attention = True, False
+    ids = torch.randint(97, (1, 10))
+    logits = model(ids, pos)
+    loss, n = linear_cross_entropy(model.hidden(ids, pos), model.lm_head.weight, ids.roll(-1))
+    (loss / n).backward()
+    out = generate(model, ids[0], 5)
+    cache = prefill(model, ids[0, :4], chunk_tokens=3)[1]
+    assert generate(model, ids[0, 4:], 5, cache) == out
+    return [logits.detach(), loss.detach(), model.lm_head.weight.grad, torch.tensor(out)]
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+results = [answers(scaling) for scaling in (None, LLAMA3)]
+"""
+ASKS = """
+import model as m
+errors = []
+for ask in (
+    lambda: m.load_pretrained("x"),
+    lambda: m.load_tokenizer("x"),
+    lambda: LlamaConfig.from_dir("x"),
+    lambda: m.save_pretrained(Llama(LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)), "x"),
+):
+    try:
+        ask()
+    except ModuleNotFoundError as error:
+        errors.append(str(error))
+assert "support" not in sys.modules
+torch.save((results, errors), "results.pt")
+"""
+
+
+def test_model_py_works_alone(tmp_path):
+    """Copied into an empty folder: forward, loss, gradients, cache and generation give what they
+    give here; what reads or writes model folders says in one line what it lacks."""
+    shutil.copy(ROOT / "model.py", tmp_path)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", ALONE + ASKS]
+    subprocess.run(command, check=True, cwd=tmp_path, env=env)
+    theirs, errors = torch.load(tmp_path / "results.pt", weights_only=True)
+    here: dict = {}
+    exec(ALONE, here)
+    for a, b in zip(sum(theirs, []), sum(here["results"], []), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert (theirs[0][0] - theirs[1][0]).abs().max() > 5e-5  # llama3's scaling does act
+    line = "this takes support/ beside model.py: No module named 'support'"
+    assert errors == [line] * 4

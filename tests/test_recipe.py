@@ -1,6 +1,9 @@
 """recipe.py: slow twins, hand-worked examples, distributions with a stated chance of accident."""
 
+import contextlib
+import io
 import json
+import math
 import re
 import time
 
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from smollm2 import ROOT
 
 import recipe
-from model import load_pretrained, load_tokenizer
+from model import inverse_frequencies, load_pretrained, load_tokenizer
 from recipe import (
     impactful_share,
     impactful_types,
@@ -24,9 +27,10 @@ from recipe import (
     select_segments,
     split_segments,
 )
-from support import figures
+from support import coverage, explain_figure
 from support.config_files import read_window
 from support.text import standard_library_text, standard_library_topics
+from support.toy import TINY
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -526,8 +530,10 @@ def test_recipe_explains_one_sample(toy_dir, prose_file, tmp_path, capsys):
     flags = ("--model", toy_dir, "--text", prose_file, "--target_len", 4000, "--figure", figure)
     out = explain(capsys, *flags)
     assert "sample: 1,280 tokens" in out and "(the paper drops those)" in out
-    header = "verdict  impactful  segment"
-    assert out.index("no --impactful FILE") < out.index(header) < out.index("mean distance of two")
+    story = ("no --impactful FILE", "impactful types:", "verdict  impactful  segment")
+    story += ("mean distance", "RoPE: 6 pairs of dimensions", f"figure: {figure}")
+    places = [out.index(part) for part in story]
+    assert places == sorted(places)
     assert len(verdicts(out)) == 12 and {v for v, _ in verdicts(out)} == {"keep", "drop"}
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
@@ -561,56 +567,238 @@ def test_the_analysis_that_recipe_suggests_is_there_and_fits(smollm2_dir, tmp_pa
 
 def test_without_text_the_sample_is_prose(toy_dir, tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(recipe, "explain_positions", lambda *_: None)
-    monkeypatch.setattr(recipe, "explain_selection", lambda ids, t, *_: seen.append(t.decode(ids)))
+    monkeypatch.setattr(recipe.words, "tell_types", lambda *found: seen.append(found))
+    monkeypatch.setattr(explain_figure, "draw", lambda *_: None)
     recipe.main(f"--model {toy_dir} --target_len 9000 --figure {tmp_path / 'r.png'}".split())
-    assert seen[0] in standard_library_topics()
+    _, _, ids, _, tokenizer = seen[0]
+    assert tokenizer.decode(ids.tolist()) in standard_library_topics()
 
 
-@pytest.mark.parametrize("old_window", [64, None])
-def test_the_figure_can_be_read_alone(old_window, tmp_path, monkeypatch):
-    """Its words, not its pixels: axes with units, n, the old window, longrecipe last and widest."""
+TYPE = re.compile(r"^ *([+-][\d.]+)? +([\d,]+)  (.*?)\[(.*?)\](.*)$", re.MULTILINE)
+
+
+def test_the_types_that_the_analysis_found_are_shown_within_the_text(tmp_path, capsys, monkeypatch):
+    """The toy's kept analysis by default: its shifts, its order, and sentences of the text."""
+    monkeypatch.setattr(explain_figure, "draw", lambda *_: None)
+    types = json.loads((ROOT / "assets/results/tiny_128k/impactful.json").read_text())
+    text = tmp_path / "a.txt"
+    text.write_text("The caption was long. " * 30 + "Nobody plemented it, level or not. " * 60)
+    flags = ("--text", text, "--target_len", 9000, "--train_len", 300)
+    out = explain(capsys, *flags, "--figure", tmp_path / "r.png")
+    assert "(assets/results/tiny_128k/impactful.json)" in out and "chosen by impact" in out
+    ids = torch.tensor(load_tokenizer(TINY).encode(text.read_text()))
+    count = torch.bincount(ids, minlength=2048)
+    expected = [(f"{v[1]:+.1f}", int(count[int(i)]), v[0].strip()) for i, v in types.items()]
+    expected = [row for row in expected if row[1]][:8]
+    shown = [(m[1], int(m[2].replace(",", "")), m[4]) for m in TYPE.finditer(out)]
+    assert shown == expected and len(shown) >= 3
+    for m in TYPE.finditer(out):
+        assert (m[3] + m[4] + m[5]).strip() in text.read_text()
+    share = sum(int(count[int(i)]) for i in types) / len(ids)
+    assert f"{share:.1%} of this text's tokens" in out
+
+
+def test_a_table_made_by_hand_needs_no_shifts(toy_dir, prose_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(explain_figure, "draw", lambda *_: None)
+    table = tmp_path / "types.json"
+    table.write_text('{"42": 1, "300": ["x"], "301": ["x", -2], "302": ["x", "y"]}')
+    assert recipe.words.mean_shifts(table) == {42: "", 300: "", 301: "-2.0", 302: ""}
+    flags = ("--model", toy_dir, "--text", prose_file, "--target_len", 4000, "--impactful", table)
+    assert f"4 of 318 ({table})" in explain(capsys, *flags, "--figure", tmp_path / "r.png")
+
+
+def test_a_model_that_train_py_made_brings_its_own_types(toy_dir, tmp_path):
+    assert recipe.words.known_analysis(str(toy_dir)) is None
+    (tmp_path / "impactful.json").write_text('{"42": ["x", 1.0]}')
+    assert recipe.words.known_analysis(str(tmp_path)) == tmp_path / "impactful.json"
+    assert recipe.words.known_analysis(f"./{TINY}/") == recipe.words.OF_THE_TOY
+
+
+# ---- what it counts: distances and angles ------------------------------------------------------
+
+
+@given(st.integers(2, 60), st.integers(0, 40), st.integers(0, 9))
+def test_distance_counts_equal_a_slow_loop(L, more, seed):
+    positions = sample_position_ids("rpes", L, L + more, None, generator(seed))
+    slow = [0] * (L + more)
+    for i in range(L):
+        for j in range(i + 1, L):
+            slow[positions[j] - positions[i]] += 1
+    assert coverage.distance_counts(positions, L + more).tolist() == slow
+
+
+def test_distances_of_many_samples():
+    """Shares, mean and sums against sets and loops; of the full length every distance, T - d pairs
+    of each."""
+    draws = [sample_position_ids("pose", 40, 100, None, generator(i)) for i in range(5)]
+    found = coverage.Distances.of(draws, 100)
+    pairs = [[int(b - a) for i, a in enumerate(p) for b in p[i + 1 :]] for p in draws]
+    together = sum(pairs, [])
+    assert found.counts.tolist() == [together.count(d) for d in range(100)]
+    assert found.first.tolist() == [pairs[0].count(d) for d in range(100)]
+    assert found.covered == len(set(together)) / 99
+    assert abs(found.covered_by_one - sum(len(set(p)) for p in pairs) / 5 / 99) < 1e-12
+    assert abs(found.mean - sum(together) / len(together)) < 1e-9
+    assert found.covered_by_one < found.covered < 1  # all three say something
+    full = coverage.Distances.of([torch.arange(100)], 100)
+    assert full.counts[1:].tolist() == list(range(99, 0, -1)) and full.covered == 1
+
+
+def new_angles_one_by_one(old: float, now: float, old_len: int, target_len: int) -> bool:
+    """Does a position of the target put the pair into a gap between angles met in the old window
+    that is wider than one of its steps? (A turn and more: every gap is at most a step.)"""
+    turn = 2 * math.pi
+    seen = sorted((p * old) % turn for p in range(old_len))
+    for a, b in zip(seen, [*seen[1:], seen[0] + turn], strict=True):
+        if b - a > old * (1 + 1e-9):  # a gap: this pair has not been everywhere
+            inside = [a + 1e-9 < (p * now) % turn < b - 1e-9 for p in range(target_len)]
+            if any(inside):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("old_len", [64, 200])
+@pytest.mark.parametrize("times", [2, 16])
+@pytest.mark.parametrize("theta", [500.0, 10_000.0])
+def test_new_angles_equal_a_brute_force_over_positions(old_len, times, theta):
+    """Before and after the change of base; and for a base that is changed too little."""
+    target, freq = old_len * times, inverse_frequencies(24, theta)
+    bases = (theta, theta * 2, ntk_rope_base(theta, 24, old_len, target))
+    some = []
+    for base in bases:
+        now = inverse_frequencies(24, base)
+        pairs = zip(freq.tolist(), now.tolist(), strict=True)
+        slow = [new_angles_one_by_one(a, b, old_len, target) for a, b in pairs]
+        assert coverage.meets_new_angles(freq, now, old_len, target).tolist() == slow
+        some.append(sum(slow))
+    assert some[0] > 0 and some[0] >= some[1] >= some[2]
+
+
+def test_the_borders_of_a_new_angle():
+    """Wavelength of the old window: a whole circle. One position more is beyond an arc."""
+    w = torch.tensor([2 * math.pi / 64], dtype=torch.float64)
+    assert not coverage.meets_new_angles(w * (1 + 1e-12), w, 64, 1000)
+    slower = w * (1 - 1e-6)
+    assert coverage.meets_new_angles(slower, slower, 64, 65)
+    assert not coverage.meets_new_angles(slower, slower, 64, 64)
+    assert not coverage.meets_new_angles(slower, slower * 63 / 64.001, 64, 65)
+    assert coverage.meets_new_angles(slower, slower * 63 / 63.999, 64, 65)
+
+
+def test_the_toys_and_the_papers_angles():
+    """README says that under the paper's base no pair of the toy's meets a new angle."""
+    toy = coverage.angles(TINY, 131_072, inverse_frequencies, ntk_rope_base)
+    assert (int(toy.before.sum()), int(toy.after.sum()), len(toy.old)) == (7, 0, 32)
+    assert toy.bases == (10_000, ntk_rope_base(10_000, 64, 8192, 131_072))
+
+
+@pytest.mark.parametrize(
+    ("theta", "head_dim", "old_len", "target", "before"),
+    [(5e5, 128, 8192, 131_072, 29), (5e5, 128, 8192, 81_920, 29), (1e6, 128, 32_768, 131_072, 24)],
+)
+def test_new_angles_in_the_papers_settings(theta, head_dim, old_len, target, before):
+    """Llama 3 and Qwen2 (LOG.md): none under the paper's base, all of them under x T / L."""
+    old = inverse_frequencies(head_dim, theta)
+    bases = (theta, theta * target / old_len, ntk_rope_base(theta, head_dim, old_len, target))
+    new = (inverse_frequencies(head_dim, base) for base in bases)
+    met = [int(coverage.meets_new_angles(old, now, old_len, target).sum()) for now in new]
+    assert met == [before, before, 0]
+
+
+def test_why_there_are_no_angles(toy_dir, tmp_path):
+    formulas = (inverse_frequencies, ntk_rope_base)
+    assert "reaches 64 tokens as it is" in coverage.angles(toy_dir, 64, *formulas)
+    assert "holds no config.json" in coverage.angles(tmp_path, 999, *formulas)
+    config = json.loads((toy_dir / "config.json").read_text())
+    scaled = config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(scaled))
+    assert "scales it already (train.py: --rope_base)" in coverage.angles(tmp_path, 999, *formulas)
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    assert "model_type 'other'" in coverage.angles(tmp_path, 999, *formulas)
+    assert read_window(toy_dir) == 64 and read_window(tmp_path) is None
+
+
+def test_a_folder_with_a_tokenizer_only_is_explained_too(toy_dir, prose_file, tmp_path, capsys):
+    """All but the RoPE, and why not that."""
+    (tmp_path / "tokenizer.json").write_bytes((toy_dir / "tokenizer.json").read_bytes())
+    flags = ("--model", tmp_path, "--text", prose_file, "--target_len", 4000)
+    out = explain(capsys, *flags, "--figure", tmp_path / "r.png")
+    assert f"\nnothing to say of the RoPE: model folder {tmp_path} holds no config.json\n" in out
+    assert (tmp_path / "r.png").is_file()
+
+
+# ---- the figure --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told_and_drawn(toy_dir, prose_file):
+    """What the command says, and its figure instead of a file."""
     import matplotlib.figure
 
-    figures_drawn = []
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures_drawn.append(self)
-    )
-    methods = [m for m in recipe.METHODS if m != "full"]
-    positions = {m: sample_position_ids(m, 600, 2000, STARTS, generator()) for m in methods}
-    figures.draw_positions(tmp_path / "r.png", positions, 2000, old_window)
-    left, right = figures_drawn[0].axes
-    assert right.get_ylabel() == "density of the pairs per 1,024 positions"
-    assert right.get_xlabel() == "distance of two tokens (units of 1,024 positions)"
-    assert left.get_ylabel() == "position id (units of 1,024)"
-    assert right.get_legend().get_title().get_text() == "n = 400,000 random pairs a method"
-    for panel in (left, right):
+    drawn, said = [], io.StringIO()
+    flags = f"--model {toy_dir} --text {prose_file} --target_len 4000"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(
+            matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self)
+        )
+        recipe.main(flags.split())
+    return said.getvalue(), drawn[0]
+
+
+def test_the_figure_can_be_read_alone(told_and_drawn):
+    """Its words, not its pixels: panels, axes with units, n, the old window, one name a method."""
+    _, figure = told_and_drawn
+    panels = figure.axes[:6]
+    assert [p.get_title()[:3] for p in panels] == [f"{x}. " for x in "ABCDEF"]
+    assert all(p.get_xlabel() for p in panels) and "for a window of 4,000" in figure.get_suptitle()
+    for panel in panels[1], panels[3]:
         labels = [text.get_text() for text in panel.get_legend().get_texts()]
-        assert ("old window (64)" in labels) == (old_window is not None)
-        assert labels[-1].startswith("longrecipe") and len(labels) >= 4
-    for drawn in ([line for line in left.lines if ":" in line.get_label()], right.patches):
-        assert len(drawn) == 4 and drawn[-1].get_label().startswith("longrecipe")
-        assert drawn[-1].get_linewidth() > max(d.get_linewidth() for d in drawn[:-1])
-    # a density: its area is 1, in units of 1,024 positions
-    for stairs in right.patches:
-        values, edges, _ = stairs.get_data()
-        assert abs(float((values * (edges[1:] - edges[:-1])).sum()) - 1) < 1e-9
+        assert "old window (64)" in labels and set(explain_figure.METHODS.values()) < set(labels)
+    for part, name in zip(
+        ("thousand tokens", "units of 1,024", "pairs in one sample at each distance", "turns"),
+        (panels[0], panels[1], panels[3], panels[5]),
+        strict=True,
+    ):
+        assert part in name.get_ylabel()
+    assert f"n = {coverage.DRAWS} samples" in panels[3].get_title()
+    assert "n = 6" in panels[5].get_xlabel()
 
 
-def test_the_old_window_is_the_models_own(toy_dir, tmp_path, monkeypatch):
-    marked = []
-    monkeypatch.setattr(figures, "draw_positions", lambda *args: marked.append(args[3]))
-    recipe.main(f"--model {toy_dir} --target_len 4000 --figure {tmp_path / 'r.png'}".split())
-    assert marked == [read_window(toy_dir)] == [64]
-    assert read_window(tmp_path) is None
-    (tmp_path / "config.json").write_text('{"model_type": "other"}')
-    assert read_window(tmp_path) is None
+def number(pattern: str, text: str) -> int:
+    return int(re.search(pattern, text)[1].replace(",", ""))
 
 
-def test_mean_distance_equals_a_slow_loop():
-    p = sample_position_ids("rpes", 30, 100, None, generator())
-    pairs = [abs(int(a - b)) for i, a in enumerate(p) for b in p[:i]]
-    assert abs(figures.mean_distance(p) - sum(pairs) / len(pairs)) < 1e-9
+def test_the_words_agree_with_the_figure(told_and_drawn):
+    out, figure = told_and_drawn
+    selection, index, strips, pairs, covered, angles = figure.axes[:6]
+    # A: the tokens of the bars are those of the sample and of the text
+    bars = [sum(bar.get_height() for bar in c) for c in selection.containers]
+    text, sample = number("text: ([\\d,]+) tokens", out), number("sample: ([\\d,]+) tok", out)
+    labels = [t.get_text() for t in selection.get_legend().get_texts()]
+    taken, dropped = (number("segments, ([\\d,]+) tok", x) for x in labels)
+    assert abs(1000 * sum(bars) - text) < 1e-6 and taken + dropped == text
+    assert f"keep: {labels[0].split(':')[1].split()[0]} that hold" in out and taken >= sample
+    # B to E, by method: last position, jumps, distances
+    row = r"^ *([a-z]+(?: length)?)  0\.\.([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)% +([\d.]+)%$"
+    rows = re.findall(row, out, re.MULTILINE)
+    table = {name: [float(x.replace(",", "")) for x in row] for name, *row in rows}
+    assert set(table) == {*explain_figure.METHODS, coverage.FULL}
+    lines = {line.get_label(): line for line in index.lines}
+    ticks = [t.get_text().split("\n") for t in covered.get_yticklabels()]
+    image = covered.images[0].get_array()
+    widths = explain_figure.bin_edges(4000)[1:] - explain_figure.bin_edges(4000)[:-1]
+    for row, (name, one, many) in enumerate(ticks):
+        last, jumps, _, by_one, by_many = table[name]
+        assert (one, many) == (f"one: {by_one}%", f"{coverage.DRAWS}: {by_many}%")
+        if name == coverage.FULL or name == "none":
+            assert abs((image[row] * widths).sum() / 3999 - by_one / 100) < 6e-4
+        if name in explain_figure.METHODS:
+            y = lines[explain_figure.METHODS[name]].get_ydata() * 1024
+            assert round(y[-1]) == last and sum(y[1:] - y[:-1] > 1.5) == jumps
+    # F: the circled pairs
+    circled = [len(line.get_xdata()) for line in angles.lines if line.get_marker() == "o"]
+    said = [int(re.search(rf"{w}: +(\d+) of 6", out)[1]) for w in ("before", "after")]
+    assert circled == said and said[0] > 0
 
 
 def test_a_tokenizer_without_digits_still_splits(tmp_path):

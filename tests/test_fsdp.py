@@ -1,0 +1,56 @@
+"""Exported samples in another engine: see fsdp_run.py."""
+
+import json
+
+import fsdp_run
+import numpy as np
+import pytest
+
+
+def check(found: dict) -> None:
+    """The loss of every step is train.py's up to fp32 rounding, from half of the weights in each
+    process; without a mask it is another."""
+    loss, tokens = found["loss"], found["tokens_of_a_step"]
+    assert len(tokens) == 12 and found["share_of_the_weights_per_process"] == 0.5
+    for ours, theirs, n in zip(loss["train.py"], loss["FSDP"], tokens, strict=True):
+        assert abs(ours - theirs) <= fsdp_run.tolerance(ours, n)
+    assert found["within"] and max(found["tolerance_nats"]) < 2e-5
+    for name, gap in found["largest_difference_nats"].items():
+        pairs = zip(loss["train.py"], loss[name], strict=True)
+        assert gap == max(abs(a - b) for a, b in pairs)
+    assert found["largest_difference_nats"]["FSDP without a mask"] > 0.1
+    assert found["largest_difference_of_a_weight"] < 0.01 * 1e-3  # a hundredth of one step's --lr
+
+
+def test_the_kept_run_is_within_fp32_rounding():
+    check(json.loads(fsdp_run.OUT.read_text()))
+
+
+@pytest.mark.slow
+def test_two_processes_with_fsdp_learn_what_train_py_learns(tmp_path):
+    """A minute. Needs accelerate, and a transformers that can shard while it loads."""
+    pytest.importorskip("accelerate")
+    distributed = pytest.importorskip("transformers.distributed")
+    if not hasattr(distributed, "DistributedConfig"):
+        pytest.skip("this transformers has no DistributedConfig")
+    check(fsdp_run.measure(tmp_path))
+
+
+def test_the_tolerance_holds_for_sums_in_any_order():
+    """One number after the other in fp32, in 40 orders (seeded): at most a third of the
+    tolerance is their standard deviation, as derived, and all are within."""
+    random = np.random.default_rng(0)
+    terms = random.exponential(4.0, 2044).astype(np.float32)
+    exact = terms.astype(np.float64).mean()
+    sums = []
+    for _ in range(40):
+        sums.append(np.cumsum(random.permutation(terms), dtype=np.float32)[-1] / np.float32(2044))
+    off = np.array(sums, dtype=np.float64) - exact
+    tolerance = fsdp_run.tolerance(exact, 2044)
+    assert abs(off).max() <= tolerance and 0.05 < np.sqrt((off**2).mean()) / tolerance < 1 / 3
+
+
+def test_an_export_that_is_not_complete_is_refused(tmp_path):
+    (tmp_path / "samples.json").write_text('{"status": "running", "steps": [], "settings": {}}')
+    with pytest.raises(ValueError, match="is not complete: give the same --export again"):
+        fsdp_run.Samples(tmp_path)
