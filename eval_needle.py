@@ -183,7 +183,7 @@ def make_sample(
     row, decode = make_row(task, haystack, length, row_seed), haystack.tokenizer.decode
     asked = min(int(depth * task.needles), task.needles - 1) if task.ask == "each" else 0
     fractions = row.fractions if task.ask == "each" else [depth, *row.fractions[1:]]
-    # [E11] depth d of M haystack tokens: the last sentence end at or before token d * M
+    # [E11] place = the last sentence end at or before token depth * room
     places = [row.ends[bisect.bisect_right(row.ends, d * row.room) - 1] for d in fractions]
     parts, done = [row.head], 0
     for place, needle in sorted(zip(places, row.needles, strict=True), key=lambda pair: pair[0]):
@@ -202,6 +202,7 @@ def make_sample(
 
 def score(expected: list[str], output: str) -> float:
     """Share of the expected answers that occur in the output, case-insensitive (RULER's rule)."""
+    # [E19] score = (expected answers that occur in the output) / (expected answers)
     return sum(answer.lower() in output.lower() for answer in expected) / len(expected)
 
 
@@ -236,7 +237,7 @@ class SharedPrefix:
 
 @torch.no_grad()
 def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[float, int]]:
-    """(mean loss in nats per token, tokens) of ids (N,), for each run of bin_tokens positions."""
+    """(mean loss in nats per token, tokens) of ids (T,), for each run of bin_tokens positions."""
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]
     targets = ids[1:].to(hidden.device)
     losses = []

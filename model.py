@@ -8,8 +8,7 @@ logits and gradients equal those of `transformers` (tests/test_model.py).
 Why it exists beside `transformers`: LongRecipe (Hu et al., ACL 2025, section 4.2) trains on
 samples whose position ids have gaps. Here a position id is a RoPE position and nothing else;
 attention is causal in token order, whatever the ids say. (transformers takes a gap for the border
-between two packed documents and silently cuts attention there, unless it is given an all-ones
-attention mask.)
+of two packed documents and silently cuts attention there, unless given an all-ones mask.)
 
     from model import load_pretrained, load_tokenizer, generate
     model, tokenizer = load_pretrained("models/smollm2"), load_tokenizer("models/smollm2")
@@ -25,8 +24,9 @@ Glossary (one for all four files)
     pos        position ids (B, T) int64: what RoPE rotates by. NOT the token index
     window L0  longest context of the checkpoint (max_position_embeddings, --base_len)
     target T*  the window we extend to (--target_len); sample L: tokens trained on (--train_len)
-    segment    a sentence or line; inside it positions step by 1
+    segment    a sentence or line, N in a text, M of them kept; inside it positions step by 1
     prefix r   length of the contiguous start that the released code puts before the spread-out rest
+    H and H'   in the paper's equations: the base model; the same one after some long training
 """
 
 import dataclasses
@@ -79,8 +79,7 @@ class LlamaConfig:
 
     def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
         """The same shape with another RoPE base and window: all that extension changes here."""
-        rope = {"rope_theta": float(theta), "max_position_embeddings": int(max_len)}
-        return dataclasses.replace(self, **rope)
+        return dataclasses.replace(self, rope_theta=float(theta), max_position_embeddings=max_len)
 
 
 # ---- 2. Norm -----------------------------------------------------------------------------------
@@ -104,13 +103,14 @@ class RMSNorm(nn.Module):
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
     """Radians per position of each pair of dimensions, (d/2,) fp32."""
     j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
+    # [E1] theta_j = theta^(-2j/d)   the first pair turns fastest, by 1 radian a position
     inv_freq = 1.0 / theta ** (j / head_dim)
     return scale_frequencies(inv_freq, scaling) if scaling else inv_freq
 
 
 def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE (Su et al., 2021), (B, 1, T, d/2) fp32, for position ids (B, T)."""
-    # [E1] angle[t, j] = pos[t] * theta^(-2j/d)   pos is the position ID, not the index t
+    # [E1] angle[t, j] = pos[t] * theta_j   pos is the position ID, not the index t
     angle = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, d/2) fp32, radians
     return angle.cos(), angle.sin()
 
@@ -118,6 +118,7 @@ def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[j], x[j + d/2]) of x (B, H, T, d) by its angle, in fp32."""
     a, b = x.chunk(2, dim=-1)  # (B, H, T, d/2) each; bf16 times fp32 is fp32
+    # [E1] (a, b) -> (a cos - b sin, b cos + a sin)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -139,7 +140,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         a, lse_a = flash(q, k[:, :, : S - T], v[:, :, : S - T])  # the past, without a mask
         b, lse_b = flash(q, k[:, :, S - T :], v[:, :, S - T :], is_causal=True)  # the T themselves
-        share = torch.sigmoid(lse_a - lse_b)[..., None]  # e^lse_a / (e^lse_a + e^lse_b), fp32
+        # [E12] out = share * past + (1 - share) * own,  share = e^lse_a / (e^lse_a + e^lse_b)
+        share = torch.sigmoid(lse_a - lse_b)[..., None]  # (B, H, T, 1) fp32
         return (share * a + (1 - share) * b).to(q.dtype)
     # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0, not
     # S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.

@@ -176,6 +176,7 @@ def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
 
 def impactful_share(ids: Tensor, starts: Tensor, impactful: Tensor) -> Tensor:
     """Share of impactful tokens of each segment, (N,) fp64. The paper's rule drops those at 0."""
+    # [E13] share(s) = (tokens of s whose type is impactful) / |s|
     hits = torch.cat((torch.zeros(1, dtype=torch.int64), impactful[ids].long().cumsum(0)))
     size = segment_lengths(starts, len(ids))
     return (hits[starts + size] - hits[starts]).double() / size
@@ -256,6 +257,7 @@ def sample_position_ids(
     if method == "longrecipe":
         positions = spread_segments(starts, L, T, generator)
         if prefix:
+            # [E14] pos(i) = i for i < r;   r ~ U{1..(L+1)//2}   (released code, not the paper)
             r = uniform(1, (L + 1) // 2)
             positions[:r] = plain[:r]
         return positions
@@ -264,6 +266,7 @@ def sample_position_ids(
         r, u = uniform(1, (L + 1) // 2), uniform(0, T - L)
         return torch.cat((plain[:r], plain[r:] + u))
     if method == "rpes":
+        # [E15] pos = L of the T* positions, each subset alike, in order
         return torch.randperm(T, generator=generator)[:L].sort().values
     if method == "full" and L != T:
         raise ValueError(f"method full wants --train_len {L} to equal --target_len {T}")
@@ -318,6 +321,7 @@ def train_length(target_len: int) -> int:
     >>> train_length(131072)
     39424
     """
+    # [E16] L = 128 * ceil(0.3 T* / 128), at most T*
     return min(target_len, -(-target_len * 3 // 1280) * 128)
 
 

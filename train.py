@@ -223,6 +223,7 @@ def accumulate(
     valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
     if valid == 0:
         raise ValueError("a step without a single target token")
+    # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
     total = 0.0
     for input_ids, position_ids, targets in micro_batches:
         device = model.lm_head.weight.device
@@ -241,6 +242,7 @@ def accumulate(
 def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 0) -> float:
     """Rate of step `step` (0-based) of a stage: warm-up then constant; replay falls linearly to
     zero."""
+    # [E18] replay: lr * (1 - i / steps);   before it: lr * min(1, (i + 1) / warm-up steps)
     if stage.name == "replay":
         return stage.lr * (1 - step / stage.steps)
     return stage.lr * min(1.0, (first_step + step + 1) / max(1, warmup_steps))
