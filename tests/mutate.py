@@ -188,7 +188,8 @@ def fails(folder: Path, tests: list[str]) -> bool:
 
 def killer(folder: Path, file: str, right: str, wrong: str, tests: list[str]) -> str | None:
     """Who notices the wrong text: the named tests, or the files they are in. None: nobody."""
-    path, text = folder / file, (ROOT / file).read_text()
+    path = folder / file
+    text = path.read_text()
     if text.count(right) != 1:
         raise ValueError(f"{file} must hold {right!r} once: mend MUTANTS")
     path.write_text(text.replace(right, wrong))

@@ -599,7 +599,7 @@ def test_the_figure_can_be_read_alone(old_window, tmp_path, monkeypatch):
         assert ("old window (64)" in labels) == (old_window is not None)
         assert labels[-1].startswith("longrecipe") and len(labels) >= 4
     for drawn in ([line for line in left.lines if ":" in line.get_label()], right.patches):
-        assert len(drawn) == 4 and drawn[-1].get_label().startswith("longrecipe")
+        assert len(drawn) == len(methods) and drawn[-1].get_label().startswith("longrecipe")
         assert drawn[-1].get_linewidth() > max(d.get_linewidth() for d in drawn[:-1])
     # a density: its area is 1, in units of 1,024 positions
     for stairs in right.patches:
