@@ -54,7 +54,12 @@ from support.run_settings import Parser, base_of_run
 from support.tasks import TASKS, Task
 from support.templates import resolve_grid, resolve_tasks
 
-# ---- 1. Prompts, in token space (what is hidden and asked: support/tasks.py) -------------------
+# ---- 1. Prompts, in token space ----------------------------------------------------------------
+
+# A Task (support/tasks.py has all of them) says how many `needles` are hidden and in which words;
+# whether they are values of `one_key`; which of them to `ask` for: the "first", "all" in one
+# question, or "each" in turn after the same text; and what the `haystack` is: "text", "noise" (a
+# few sentences that repeat) or "needles" (nothing but lines like the needle).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +296,8 @@ def sample_of(row: dict, tasks: dict[str, Task], haystack: Haystack, removed: bo
 def plan(
     candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, setups: dict, args
 ) -> list[tuple[dict, float]]:
-    """All cells of one candidate, deepest needle first: (row without its output, FLOPs).
+    """All cells of one candidate, deepest needle first: (row without its output, FLOPs). setups:
+    task -> fingerprint of its wording and haystack, by which rows of other runs are told apart.
 
     ValueError for what some cell would refuse, before anything is run."""
     names = [*args.tasks, "loss"] if args.ppl and not candidate.removed else args.tasks

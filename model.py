@@ -153,6 +153,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """cache: keys and values of the tokens before these, when text is generated (chapter 8)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
@@ -252,18 +254,15 @@ class Llama(nn.Module):
         positions (cache length .. cache length + T - 1). With a cache, keys and values are
         appended to it."""
         B, T = input_ids.shape
-        start = cache.length if cache is not None else 0
-        if self.config.sliding_window is not None and start + T > self.config.sliding_window:
-            raise ValueError(
-                f"{start + T} tokens exceed sliding_window {self.config.sliding_window}"
-            )
+        start, c = cache.length if cache is not None else 0, self.config
+        if c.sliding_window is not None and start + T > c.sliding_window:
+            raise ValueError(f"{start + T} tokens exceed sliding_window {c.sliding_window}")
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=input_ids.device).expand(B, T)
         if position_ids.shape != (B, T):
             raise ValueError(f"position_ids {tuple(position_ids.shape)} must be shaped {(B, T)}")
         # subtle: computed anew at each call and kept nowhere. As a buffer the frequencies would be
         # cast by model.to(bfloat16), which holds integers exactly only up to 256.
-        c = self.config
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
         x = self.model["embed_tokens"](input_ids)

@@ -30,6 +30,7 @@ from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
 from support.toy import TINY
 
+# ways of drawing position ids (chapter 4), and of choosing segments (chapter 3)
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")
 STRATEGIES = ("impact", "digits", "random", "first")
 EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
@@ -57,7 +58,8 @@ def logit_shift(
 
     ids, position_ids (T,) int64 -> delta (T,) fp32 in logits, per_type_sum (V,) fp64, count (V,)
     int64. delta[0] = 0: nothing predicts the first token, which is not counted either. Tokens at
-    positions below first_position are left out of sum and count. Raw logits as in the paper carry
+    positions below first_position (train.py: inside the old window, where there is nothing to
+    gain) are left out of sum and count. Raw logits as in the paper carry
     an arbitrary offset per position; log_softmax=True takes it out (the shift in log-probability,
     in nats)."""
     V = base.config.vocab_size
@@ -72,7 +74,7 @@ def logit_shift(
             score = (h.float() * head[y].float()).sum(-1)
             if log_softmax:
                 score = score - (h @ head.T).float().logsumexp(-1)
-            # [E2] delta_t = S_H'(x_t | x_<t) - S_H(x_t | x_<t)
+            # [E2] delta_t = S_H'(x_t | x_<t) - S_H(x_t | x_<t)     S: logits of the models H, H'
             delta[i + 1 : i + 1 + len(y)] += sign * score.float().cpu()
     counted = positions >= first_position
     counted[0] = False

@@ -252,8 +252,8 @@ def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 
 
 
 class Trainer:
-    """Model, optimizer and the position in the run. Each sample is drawn from (seed, step, number)
-    alone, so the data position needs no state of its own."""
+    """Model, optimizer and the position in the run; run: its folder, with metrics and saves. Each
+    sample is drawn from (seed, step, number) alone, so the data position needs no state."""
 
     def __init__(self, model: Llama, stages: list[Stage], tokenizer, args, run: RunFolder):
         self.model, self.stages, self.tokenizer = model, stages, tokenizer
@@ -314,7 +314,7 @@ class Trainer:
         row = {"stage": stage.name, "step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
         self.run.append_metrics(row | speed | {"peak_GiB": round(peak_gib(), 2)})
         shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "norm": f"{norm:.2f}"}
-        shown |= {"MFU": speed["causal_mfu"]} if speed["causal_mfu"] else {}
+        shown |= {"MFU": mfu} if (mfu := speed["causal_mfu"]) else {}  # share of the GPU's peak
         self.bar.set_postfix(shown | {"GiB": f"{peak_gib():.1f}"})
 
 
