@@ -70,7 +70,8 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     "E7": (
         "recipe.py",
         ("r, u = uniform(1, (L + 1) // 2), uniform(", "r, u = uniform(0, T - L), uniform("),
-        ("uniform(1, (L + 1) // 2), uniform(0, T - L)", "uniform(1, (L + 1) // 2), uniform(1, T)"),
+        ("uniform(1, (L + 1) // 2), uniform(0, T - L)", "uniform(1, L // 2), uniform(0, T - L)"),
+        ("uniform(0, T - L)\n", "uniform(0, T - L - 1)\n"),
         ("plain[r:] + u", "plain[r:] - u"),
     ),
     "E8": (

@@ -1,5 +1,6 @@
 """recipe.py: slow twins, hand-worked examples, distributions with a stated chance of accident."""
 
+import itertools
 import json
 import re
 import time
@@ -322,16 +323,17 @@ def test_longrecipe_jumps_only_at_segments_and_every_gap_has_the_same_mean():
 
 
 def test_pose_and_prefix_equal_their_slow_twins():
-    """[E14] Fed with the same draws: two numbers for pose; algorithm 1 and one for the prefix."""
-    for seed in range(40):
+    """[E14] Fed with the same draws: two numbers for pose; algorithm 1 and one for the prefix. Of
+    an odd length, the larger half is (L + 1) // 2: 300 of 599, as of 600."""
+    for seed, L in itertools.product(range(40), (600, 599)):
         g = generator(seed)
-        r, u = (int(torch.randint(*b, (1,), generator=g)) for b in ((1, 301), (0, 1401)))
-        slow = [i if i < r else i + u for i in range(600)]
-        assert sample_position_ids("pose", 600, 2000, None, generator(seed)).tolist() == slow
+        r, u = (int(torch.randint(*b, (1,), generator=g)) for b in ((1, 301), (0, 2001 - L)))
+        slow = [i if i < r else i + u for i in range(L)]
+        assert sample_position_ids("pose", L, 2000, None, generator(seed)).tolist() == slow
         g = generator(seed)
-        slow = sample_position_ids("longrecipe", 600, 2000, STARTS, g).tolist()
+        slow = sample_position_ids("longrecipe", L, 2000, STARTS, g).tolist()
         slow[:r] = range(r := int(torch.randint(1, 301, (1,), generator=g)))
-        fast = sample_position_ids("longrecipe", 600, 2000, STARTS, generator(seed), prefix=True)
+        fast = sample_position_ids("longrecipe", L, 2000, STARTS, generator(seed), prefix=True)
         assert fast[r:].tolist() == slow[r:] and fast[:r].tolist() == list(range(r))
 
 
