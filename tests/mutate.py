@@ -176,6 +176,15 @@ def named_tests() -> dict[str, list[str]]:
     return {tag: [f"tests/{test}" for test in tests] for tag, tests in named.items()}
 
 
+def line_of(file: str, right: str) -> str:
+    """The whole line: the table is stale when anything in it changes."""
+    text = (ROOT / file).read_text()
+    if text.count(right) != 1:
+        raise ValueError(f"{file} must hold {right!r} once: mend MUTANTS")
+    begin = text.index(right)
+    return text[text.rfind("\n", 0, begin) + 1 : text.index("\n", begin)].strip()
+
+
 def fails(folder: Path, tests: list[str]) -> bool:
     """Run pytest on them in the copy. RuntimeError if it did not get as far as running them."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
@@ -191,8 +200,6 @@ def killer(folder: Path, file: str, right: str, wrong: str, tests: list[str]) ->
     """Who notices the wrong text: the named tests, or the files they are in. None: nobody."""
     path = folder / file
     text = path.read_text()
-    if text.count(right) != 1:
-        raise ValueError(f"{file} must hold {right!r} once: mend MUTANTS")
     path.write_text(text.replace(right, wrong))
     try:
         files = sorted({test.split("::")[0] for test in tests})
@@ -211,15 +218,17 @@ def main() -> None:
     known = json.loads(TABLE.read_text())["mutants"] if TABLE.is_file() else []
     rows = [row for row in known if row["tag"] in MUTANTS and row["tag"] not in args.tags]
     work = [(t, MUTANTS[t][0], *pair) for t in args.tags for pair in MUTANTS[t][1:]]
+    lines = [line_of(file, right) for _, file, right, _ in work]  # before anything is run
     with tempfile.TemporaryDirectory() as folder:
         copy = fresh_copy(Path(folder) / "copy", models=True)
         if fails(copy, sorted({test for tag in args.tags for test in tests[tag]})):
             raise SystemExit("error: the tests fail before anything is broken")
-        for tag, file, right, wrong in progress(work, "mutants", unit="mutant"):
+        bar = progress(zip(lines, work, strict=True), "mutants", total=len(work), unit="mutant")
+        for line, (tag, file, right, wrong) in bar:
             who = killer(copy, file, right, wrong, tests[tag])
             log(f"[{tag}] {right!r} -> {wrong!r}: {who or 'SURVIVES'}")
-            row = {"tag": tag, "file": file, "right": right, "wrong": wrong, "killed_by": who}
-            rows.append(row)
+            row = {"tag": tag, "file": file, "line": line, "right": right, "wrong": wrong}
+            rows.append(row | {"killed_by": who})
     rows.sort(key=lambda row: int(row["tag"][1:]))
     found = {"mutants": rows, "run": provenance(started) | {"tags": args.tags}}
     write_atomically(TABLE, json.dumps(found, indent=1) + "\n")
