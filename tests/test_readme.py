@@ -82,19 +82,18 @@ def test_every_row_of_the_equation_table_names_code_and_a_test_that_exist():
 
 
 def test_each_formula_has_mutants_that_a_test_kills():
-    """Cheaply, from the kept table: it is of the present list, whose right texts stand once in
-    functions that hold the tag. A line that changes asks for `python tests/mutate.py`."""
+    """Cheaply, from the kept table: it is of the present list and of the present lines, which stand
+    in functions that hold the tag. A line that changes asks for `python tests/mutate.py`."""
     kept = json.loads(mutate.TABLE.read_text())["mutants"]
     listed = [(t, m[0], *pair) for t, m in mutate.MUTANTS.items() for pair in m[1:]]
-    assert [(r["tag"], r["file"], r["right"], r["wrong"]) for r in kept] == listed, "stale"
+    listed = [(*mutant, mutate.line_of(*mutant[1:3])) for mutant in listed]
+    fields = ("tag", "file", "right", "wrong", "line")
+    assert [tuple(row[k] for k in fields) for row in kept] == listed, "run python tests/mutate.py"
     assert all(row["killed_by"] for row in kept)
     for tag, (file, *pairs) in mutate.MUTANTS.items():
-        text, tagged = (
-            (ROOT / file).read_text(),
-            "".join(body for body in functions(ROOT / file).values() if f"[{tag}]" in body),
-        )
+        tagged = [body for body in functions(ROOT / file).values() if f"[{tag}]" in body]
         assert len(pairs) >= 2 and all(right != wrong for right, wrong in pairs)
-        assert all(text.count(right) == 1 and right in tagged for right, _ in pairs), tag
+        assert all(right in "".join(tagged) for right, _ in pairs), tag
 
 
 # ---- what README shows, runs -------------------------------------------------------------------
