@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import load_tokenizer
-from support.cli import progress, report_errors
+from support.cli import check_ranges, progress, report_errors
 from support.run_settings import Parser
 
 NAME, SAMPLES = "yaofu/slimpajama-per-source-length-upsample", 10_000
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--samples", type=int, default=SAMPLES, help="rows; the paper's number")
     with report_errors():
         args = p.parse_args(argv)
+        check_ranges(args, at_least_1=("samples",))
         try:
             import datasets  # here, so that --help needs neither
             import transformers

@@ -163,8 +163,9 @@ def test_the_commands_of_readme_run_in_a_fresh_copy(shown, tmp_path):
     assert (copy / "out" / "needle_results.json").is_file()
 
 
-def test_the_papers_data_is_written_as_train_py_reads_it(tmp_path, monkeypatch):
-    """Stand-ins for the two packages that need a network; the text must survive the way."""
+def test_the_papers_data_is_written_as_train_py_reads_it(tmp_path, monkeypatch, capsys):
+    """Stand-ins for the two packages that need a network; the text must survive the way. Bad input
+    is one line."""
     asked = []
 
     class Rows(list):
@@ -199,6 +200,15 @@ def test_the_papers_data_is_written_as_train_py_reads_it(tmp_path, monkeypatch):
     assert len(tokens.documents) == 3
     first = tokens.parts[0]
     assert tokenizer.decode(first.tolist()) == "Row [0, 1]. " * 20
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    for argv, match in (
+        ([str(tiny)], 'pip install datasets "transformers>=5"'),
+        ([str(tiny), "--samples", "0"], "--samples 0 must be at least 1"),
+        ([], "the following arguments are required: DIR"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            slimpajama.main(argv)
+        assert stop.value.code == 2 and match in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- links, words, numbers, sizes --------------------------------------------------------------

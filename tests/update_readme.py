@@ -451,14 +451,12 @@ REGIONS = {
     "files": files,
     "mutants": mutants,
     "plan": plan_8b,
-    "8bit": adamw_8bit,
-    "cost by length": cost_by_length,
     "tiny": tiny,
     "study 32768": lambda: study(32_768),
     "study 131072": lambda: study(131_072),
     "results": results,
     "smallest": smallest,
-    "cost": cost,
+    "costs": lambda: "\n".join(f"- {make()}" for make in (cost, cost_by_length, adamw_8bit)),
     "eval": judge,
 }
 
