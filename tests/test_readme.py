@@ -1,6 +1,7 @@
 """README cannot rot: its numbers come from JSON, its equation table from the code and the tests."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -27,14 +28,16 @@ def tags(text: str) -> set[str]:
     return set(re.findall(r"\[(E\d+)\]", text))
 
 
+@functools.cache
 def functions(path: Path) -> dict[str, str]:
     """Name -> source of each function or class."""
     text = path.read_text()
-    found = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = ast.get_source_segment(text, node)
-    return found
+    lines = text.splitlines()
+    return {
+        node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
 
 
 def test_numbers_come_from_the_json_files():
