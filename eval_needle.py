@@ -332,6 +332,19 @@ def plan(
     return rows
 
 
+def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
+    started = time.monotonic()
+    if row["task"] == "loss":
+        bins = text_loss(shared.model, sample.ids)
+        row["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
+        row["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
+    else:
+        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        row["output"] = tokenizer.decode(shared.answer(sample.ids, sample.answer_tokens, stop))
+        row["score"] = score(sample.expected, row["output"])
+    return row | {"seconds": round(time.monotonic() - started, 2)}
+
+
 def run_candidate(
     candidate: Candidate, planned: list, tasks, haystack: Haystack, results: Results, bar, args
 ) -> list[dict]:
@@ -347,19 +360,6 @@ def run_candidate(
             bar.done(candidate.label, work)
         rows.append(known | {"model": candidate.label})
     return rows
-
-
-def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
-    started = time.monotonic()
-    if row["task"] == "loss":
-        bins = text_loss(shared.model, sample.ids)
-        row["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
-        row["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
-    else:
-        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        row["output"] = tokenizer.decode(shared.answer(sample.ids, sample.answer_tokens, stop))
-        row["score"] = score(sample.expected, row["output"])
-    return row | {"seconds": round(time.monotonic() - started, 2)}
 
 
 # ---- 4. The command ----------------------------------------------------------------------------
@@ -391,32 +391,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    with report_errors():
-        args, started = parse(argv), time.time()
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-        default = "bfloat16" if args.device == "cuda" else "float32"
-        args.torch_dtype = getattr(torch, args.dtype or default)
-        candidates, tasks = resolve(args)
-        text, source = load_haystack(args.haystack)
-        haystack = Haystack(text, load_tokenizer(args.model))
-        setups = {
-            name: setup_of(task, haystack.text) for name, task in (tasks | {"loss": None}).items()
-        }
-        planned = [plan(c, tasks, haystack, setups, args) for c in candidates]
-        out = Path(args.out or args.model)
-        results = Results(out)
-        missing = [cell for cells in planned for cell in cells if results.find(cell[0]) is None]
-        announce(source, haystack, candidates, [row for row, _ in missing], args)
-        bar, rows = WorkBar(sum(work for _, work in missing)), []
-        with results.writing():
-            for candidate, cells in zip(candidates, planned, strict=True):
-                rows += run_candidate(candidate, cells, tasks, haystack, results, bar, args)
-            bar.close()
-            rows = results.of_setup(rows, setups, [(c.identity, c.label) for c in candidates], args)
-            write_report(rows, candidates, tasks, source, out, args, started)
-
-
 def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
     """Who is judged, and all tasks by name. Writes nothing."""
     if args.model == RESULT and not Path(RESULT).exists():
@@ -442,6 +416,32 @@ def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
         label = result.folder + NO_NEEDLE
         candidates.append(Candidate(label, result.folder, result.config, removed=True))
     return candidates, tasks
+
+
+def main(argv: list[str] | None = None) -> None:
+    with report_errors():
+        args, started = parse(argv), time.time()
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        default = "bfloat16" if args.device == "cuda" else "float32"
+        args.torch_dtype = getattr(torch, args.dtype or default)
+        candidates, tasks = resolve(args)
+        text, source = load_haystack(args.haystack)
+        haystack = Haystack(text, load_tokenizer(args.model))
+        setups = {
+            name: setup_of(task, haystack.text) for name, task in (tasks | {"loss": None}).items()
+        }
+        planned = [plan(c, tasks, haystack, setups, args) for c in candidates]
+        out = Path(args.out or args.model)
+        results = Results(out)
+        missing = [cell for cells in planned for cell in cells if results.find(cell[0]) is None]
+        announce(source, haystack, candidates, [row for row, _ in missing], args)
+        bar, rows = WorkBar(sum(work for _, work in missing)), []
+        with results.writing():
+            for candidate, cells in zip(candidates, planned, strict=True):
+                rows += run_candidate(candidate, cells, tasks, haystack, results, bar, args)
+            bar.close()
+            rows = results.of_setup(rows, setups, [(c.identity, c.label) for c in candidates], args)
+            write_report(rows, candidates, tasks, source, out, args, started)
 
 
 if __name__ == "__main__":

@@ -227,6 +227,21 @@ def select_segments(
 # ---- 4. Position index transformation (paper 4.2, algorithm 1) ---------------------------------
 
 
+def spread_segments(starts: Tensor | None, L: int, T: int, generator) -> Tensor:
+    """Algorithm 1: position ids (L,) below T that jump only at the segment starts (N,)."""
+    if starts is None or len(starts) < 2:
+        raise TooFewSegments("longrecipe needs at least two segments: one would be plain `none`")
+    if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
+        raise ValueError(f"segment starts must increase from 0 and stay below the length {L}")
+    N = len(starts)
+    # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
+    #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
+    #      (the paper's equation 6 adds one too many at each border; its algorithm 1 does not)
+    slots = 1 + torch.randperm(T - L + N - 1, generator=generator)[: N - 1].sort().values
+    skipped = torch.cat((torch.zeros(1, dtype=torch.int64), slots)) - torch.arange(N)
+    return torch.arange(L) + skipped.repeat_interleave(segment_lengths(starts, L))
+
+
 def sample_position_ids(
     method: str,
     train_len: int,
@@ -273,21 +288,6 @@ def sample_position_ids(
     if method == "full" and L != T:
         raise ValueError(f"method full wants --train_len {L} to equal --target_len {T}")
     return plain
-
-
-def spread_segments(starts: Tensor | None, L: int, T: int, generator) -> Tensor:
-    """Algorithm 1: position ids (L,) below T that jump only at the segment starts (N,)."""
-    if starts is None or len(starts) < 2:
-        raise TooFewSegments("longrecipe needs at least two segments: one would be plain `none`")
-    if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
-        raise ValueError(f"segment starts must increase from 0 and stay below the length {L}")
-    N = len(starts)
-    # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
-    #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
-    #      (the paper's equation 6 adds one too many at each border; its algorithm 1 does not)
-    slots = 1 + torch.randperm(T - L + N - 1, generator=generator)[: N - 1].sort().values
-    skipped = torch.cat((torch.zeros(1, dtype=torch.int64), slots)) - torch.arange(N)
-    return torch.arange(L) + skipped.repeat_interleave(segment_lengths(starts, L))
 
 
 def make_example(

@@ -365,6 +365,49 @@ def analyse(
 # ---- 5. The story ------------------------------------------------------------------------------
 
 
+def plan_stages(args: argparse.Namespace) -> list[Stage]:
+    first_select = "random" if args.select == "impact" else args.select  # nothing is known yet
+    long = (args.train_len, args.target_len, args.method)
+    short = (args.replay_len, args.replay_len, "none", "first")
+    return [
+        Stage("probe", args.probe_steps, *long, first_select, args.lr),
+        Stage("extend", args.steps - args.probe_steps, *long, args.select, args.lr),
+        Stage("replay", args.replay_steps, *short, args.replay_lr),
+    ]
+
+
+def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
+    """probe -> analysis -> extend -> replay -> merge, from where the run stands."""
+    args, run, model = trainer.args, trainer.run, trainer.model
+    probe, extend, replay = trainer.stages
+    if args.resume and (state := run.load()) is not None:
+        trainer.load_state(state)
+        log(f"resumed at step {trainer.step}")
+
+    trainer.train(probe, corpus)
+
+    if args.select == "impact" and trainer.impactful is None:
+        base, extended = load_pretrained(args.model, model.dtype, args.device), model
+        if args.extended:
+            extended = load_pretrained(args.extended, model.dtype, args.device)
+        trainer.impactful = analyse(base, extended, probe, corpus, trainer.tokenizer, args, run)
+        del base, extended
+        trainer.save()
+
+    trainer.train(extend, corpus)
+    if args.keep_stages and trainer.step == args.steps:  # not when resumed within the replay
+        save_pretrained(model, run.path / "extended", tokenizer_from=args.model)
+
+    trainer.train(replay, replay_corpus)
+    trainer.bar.close()
+    save_pretrained(model, run.path / "replayed", tokenizer_from=args.model)
+
+    recipe.merge(args.model, run.path / "replayed", run.path / "merged", args.merge_weight)
+    if not args.keep_stages:
+        shutil.rmtree(run.path / "replayed")
+    run.publish(run.path / "merged")
+
+
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
         args = parse(argv)
@@ -410,49 +453,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.device == "cpu" and args.model != TINY:  # the default grid takes a CPU long
             judge += f" --lengths {min(2048, args.target_len)} --n 1"
         log(f"next: {judge}")
-
-
-def plan_stages(args: argparse.Namespace) -> list[Stage]:
-    first_select = "random" if args.select == "impact" else args.select  # nothing is known yet
-    long = (args.train_len, args.target_len, args.method)
-    short = (args.replay_len, args.replay_len, "none", "first")
-    return [
-        Stage("probe", args.probe_steps, *long, first_select, args.lr),
-        Stage("extend", args.steps - args.probe_steps, *long, args.select, args.lr),
-        Stage("replay", args.replay_steps, *short, args.replay_lr),
-    ]
-
-
-def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
-    """probe -> analysis -> extend -> replay -> merge, from where the run stands."""
-    args, run, model = trainer.args, trainer.run, trainer.model
-    probe, extend, replay = trainer.stages
-    if args.resume and (state := run.load()) is not None:
-        trainer.load_state(state)
-        log(f"resumed at step {trainer.step}")
-
-    trainer.train(probe, corpus)
-
-    if args.select == "impact" and trainer.impactful is None:
-        base, extended = load_pretrained(args.model, model.dtype, args.device), model
-        if args.extended:
-            extended = load_pretrained(args.extended, model.dtype, args.device)
-        trainer.impactful = analyse(base, extended, probe, corpus, trainer.tokenizer, args, run)
-        del base, extended
-        trainer.save()
-
-    trainer.train(extend, corpus)
-    if args.keep_stages and trainer.step == args.steps:  # not when resumed within the replay
-        save_pretrained(model, run.path / "extended", tokenizer_from=args.model)
-
-    trainer.train(replay, replay_corpus)
-    trainer.bar.close()
-    save_pretrained(model, run.path / "replayed", tokenizer_from=args.model)
-
-    recipe.merge(args.model, run.path / "replayed", run.path / "merged", args.merge_weight)
-    if not args.keep_stages:
-        shutil.rmtree(run.path / "replayed")
-    run.publish(run.path / "merged")
 
 
 if __name__ == "__main__":

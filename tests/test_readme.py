@@ -236,6 +236,21 @@ def test_the_glossary_has_every_symbol_of_the_shapes_and_equations():
             assert symbols <= known | {"T*", "L"}, (name, line, symbols - known)
 
 
+@pytest.mark.parametrize("name", CODE)
+def test_the_four_files_read_from_top_to_bottom(name):
+    """No function, class or constant is used above the lines that define it."""
+    body = ast.parse((ROOT / name).read_text()).body
+    defined = {n.name: n.lineno for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    for n in body:
+        names = (
+            [t.id for t in n.targets if isinstance(t, ast.Name)] if hasattr(n, "targets") else []
+        )
+        defined |= dict.fromkeys(names, n.lineno)
+    assert len(defined) > 10
+    used = [n for n in ast.walk(ast.Module(body, [])) if isinstance(n, ast.Name)]
+    assert not [n.id for n in used if n.lineno < defined.get(n.id, 0)]
+
+
 MEASURED = r"\d[\d.,]* ?(?:%|seconds|minutes|hours|s\b|GB\b|GiB|nats?\b|tokens/s|x\b)|\d+ of \d+"
 NOT_MEASURED = {  # what such a number outside a region may be: a rule, a size, a goal
     "30 %": "the paper's share of the target",
