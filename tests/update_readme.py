@@ -99,8 +99,8 @@ def claims() -> str:
             f" {share(real[0])}; untrained: {share(real[1])}. So far {verdict} |",
             "| over 85 % less compute | counted, not measured:"
             f" {min(saved):.1%} to {max(saved):.1%}, by convention |",
-            "| 8k to 128k in one day on one 80 GB GPU (its own run of Llama-3-8B at 128k, by its table"
-            " 4: 104 GB on two) | **not run**: no GPU so far;"
+            "| 8k to 128k in one day on one 80 GB GPU (its own run of Llama-3-8B at 128k, by its"
+            " table 4: 104 GB on two) | **not run**: no GPU so far;"
             f" {chosen['seconds'] / 3600:.0f} hours at an assumed speed |",
             "| RULER 76.0 at 128k | a needle test with its structure; RULER itself **not run**:"
             " `lm_eval --model hf --model_args pretrained=out,max_length=131072 --tasks ruler"
