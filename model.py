@@ -153,8 +153,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """cache: keys and values of the tokens before these, when text is generated (chapter 8)."""
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
@@ -169,7 +167,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None", layer: int
     ) -> Tensor:
-        B, T, _ = x.shape
+        B, T, _ = x.shape  # cache: the tokens before these T, when text is generated (chapter 8)
 
         def heads(y: Tensor) -> Tensor:  # (B, T, n*d) -> (B, n, T, d)
             return y.view(B, T, -1, self.head_dim).transpose(1, 2)

@@ -30,9 +30,8 @@ from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
 from support.toy import TINY
 
-# ways of drawing position ids (chapter 4), and of choosing segments (chapter 3)
-METHODS = ("longrecipe", "pose", "rpes", "full", "none")
-STRATEGIES = ("impact", "digits", "random", "first")
+METHODS = ("longrecipe", "pose", "rpes", "full", "none")  # of drawing positions (4)
+STRATEGIES = ("impact", "digits", "random", "first")  # of choosing segments (3)
 EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
 
 
@@ -57,11 +56,10 @@ def logit_shift(
     """How much more does the extended model expect each token that really comes? (eq. 2 and 3)
 
     ids, position_ids (T,) int64 -> delta (T,) fp32 in logits, per_type_sum (V,) fp64, count (V,)
-    int64. delta[0] = 0: nothing predicts the first token, which is not counted either. Tokens at
-    positions below first_position (train.py: inside the old window, where there is nothing to
-    gain) are left out of sum and count. Raw logits as in the paper carry
-    an arbitrary offset per position; log_softmax=True takes it out (the shift in log-probability,
-    in nats)."""
+    int64. delta[0] = 0: nothing predicts the first token. It is not counted, nor are tokens at
+    positions below first_position (inside the old window there is nothing to gain). Raw logits as
+    in the paper carry an arbitrary offset per position; log_softmax=True takes it out (the shift
+    in log-probability, in nats)."""
     V = base.config.vocab_size
     positions = torch.arange(len(ids)) if position_ids is None else position_ids
     delta = torch.zeros(len(ids))
@@ -178,10 +176,9 @@ def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
 
 def impactful_share(ids: Tensor, starts: Tensor, impactful: Tensor) -> Tensor:
     """Share of impactful tokens of each segment, (N,) fp64. The paper's rule drops those at 0."""
-    # [E13] share(s) = (tokens of s whose type is impactful) / |s|
     hits = torch.cat((torch.zeros(1, dtype=torch.int64), impactful[ids].long().cumsum(0)))
     size = segment_lengths(starts, len(ids))
-    return (hits[starts + size] - hits[starts]).double() / size
+    return (hits[starts + size] - hits[starts]).double() / size  # [E13] (impactful in s) / |s|
 
 
 def select_segments(
@@ -220,8 +217,7 @@ def select_segments(
     starts, size = starts[chosen], size[chosen]
     new_starts = size.cumsum(0) - size
     kept = torch.arange(int(size.sum())) + (starts - new_starts).repeat_interleave(size)
-    kept, new_starts = kept[:train_len], new_starts[new_starts < train_len]
-    return kept, new_starts
+    return kept[:train_len], new_starts[new_starts < train_len]
 
 
 # ---- 4. Position index transformation (paper 4.2, algorithm 1) ---------------------------------
@@ -323,8 +319,7 @@ def train_length(target_len: int) -> int:
     >>> train_length(131072)
     39424
     """
-    # [E16] L = 128 * ceil(0.3 T* / 128), at most T*
-    return min(target_len, -(-target_len * 3 // 1280) * 128)
+    return min(target_len, -(-target_len * 3 // 1280) * 128)  # [E16] 128 * ceil(0.3 T* / 128)
 
 
 # ---- 5. RoPE base (paper 5; NTK-aware scaling) -------------------------------------------------
