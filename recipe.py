@@ -30,8 +30,8 @@ from support.run_settings import Parser, read_impactful
 from support.text import Corpus, load_reference, load_tokens
 from support.toy import TINY
 
-METHODS = ("longrecipe", "pose", "rpes", "full", "none")  # of drawing positions (4)
-STRATEGIES = ("impact", "digits", "random", "first")  # of choosing segments (3)
+METHODS = ("longrecipe", "pose", "rpes", "full", "none")  # of drawing positions, 4
+STRATEGIES = ("impact", "digits", "random", "first")
 EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
 
 
