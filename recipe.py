@@ -279,8 +279,7 @@ def sample_position_ids(
         r, u = uniform(1, (L + 1) // 2), uniform(0, T - L)
         return torch.cat((plain[:r], plain[r:] + u))
     if method == "rpes":
-        # [E15] pos = L of the T* positions, each subset alike, in order
-        return torch.randperm(T, generator=generator)[:L].sort().values
+        return torch.randperm(T, generator=generator)[:L].sort().values  # [E15] any L of T*, alike
     if method == "full" and L != T:
         raise ValueError(f"method full wants --train_len {L} to equal --target_len {T}")
     return plain
