@@ -54,7 +54,12 @@ from support.run_settings import Parser, base_of_run
 from support.tasks import TASKS, Task
 from support.templates import resolve_grid, resolve_tasks
 
-# ---- 1. Prompts, in token space (what is hidden and asked: support/tasks.py) -------------------
+# ---- 1. Prompts, in token space ----------------------------------------------------------------
+
+# A Task (support/tasks.py has all of them) says how many `needles` are hidden and in which words;
+# whether they are values of `one_key`; which of them to `ask` for: the "first", "all" in one
+# question, or "each" in turn after the same text; and what the `haystack` is: "text", "noise" (a
+# few sentences that repeat) or "needles" (nothing but lines like the needle).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +188,7 @@ def make_sample(
     row, decode = make_row(task, haystack, length, row_seed), haystack.tokenizer.decode
     asked = min(int(depth * task.needles), task.needles - 1) if task.ask == "each" else 0
     fractions = row.fractions if task.ask == "each" else [depth, *row.fractions[1:]]
-    # [E11] depth d of M haystack tokens: the last sentence end at or before token d * M
+    # [E11] place = the last sentence end at or before token depth * room
     places = [row.ends[bisect.bisect_right(row.ends, d * row.room) - 1] for d in fractions]
     parts, done = [row.head], 0
     for place, needle in sorted(zip(places, row.needles, strict=True), key=lambda pair: pair[0]):
@@ -202,6 +207,7 @@ def make_sample(
 
 def score(expected: list[str], output: str) -> float:
     """Share of the expected answers that occur in the output, case-insensitive (RULER's rule)."""
+    # [E19] score = (expected answers that occur in the output) / (expected answers)
     return sum(answer.lower() in output.lower() for answer in expected) / len(expected)
 
 
@@ -236,7 +242,7 @@ class SharedPrefix:
 
 @torch.no_grad()
 def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[float, int]]:
-    """(mean loss in nats per token, tokens) of ids (N,), for each run of bin_tokens positions."""
+    """(mean loss in nats per token, tokens) of ids (T,), for each run of bin_tokens positions."""
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]
     targets = ids[1:].to(hidden.device)
     losses = []
@@ -290,7 +296,8 @@ def sample_of(row: dict, tasks: dict[str, Task], haystack: Haystack, removed: bo
 def plan(
     candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, setups: dict, args
 ) -> list[tuple[dict, float]]:
-    """All cells of one candidate, deepest needle first: (row without its output, FLOPs).
+    """All cells of one candidate, deepest needle first: (row without its output, FLOPs). setups:
+    task -> fingerprint of its wording and haystack, by which rows of other runs are told apart.
 
     ValueError for what some cell would refuse, before anything is run."""
     names = [*args.tasks, "loss"] if args.ppl and not candidate.removed else args.tasks
@@ -325,6 +332,19 @@ def plan(
     return rows
 
 
+def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
+    started = time.monotonic()
+    if row["task"] == "loss":
+        bins = text_loss(shared.model, sample.ids)
+        row["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
+        row["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
+    else:
+        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        row["output"] = tokenizer.decode(shared.answer(sample.ids, sample.answer_tokens, stop))
+        row["score"] = score(sample.expected, row["output"])
+    return row | {"seconds": round(time.monotonic() - started, 2)}
+
+
 def run_candidate(
     candidate: Candidate, planned: list, tasks, haystack: Haystack, results: Results, bar, args
 ) -> list[dict]:
@@ -340,19 +360,6 @@ def run_candidate(
             bar.done(candidate.label, work)
         rows.append(known | {"model": candidate.label})
     return rows
-
-
-def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
-    started = time.monotonic()
-    if row["task"] == "loss":
-        bins = text_loss(shared.model, sample.ids)
-        row["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
-        row["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
-    else:
-        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        row["output"] = tokenizer.decode(shared.answer(sample.ids, sample.answer_tokens, stop))
-        row["score"] = score(sample.expected, row["output"])
-    return row | {"seconds": round(time.monotonic() - started, 2)}
 
 
 # ---- 4. The command ----------------------------------------------------------------------------
@@ -384,32 +391,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    with report_errors():
-        args, started = parse(argv), time.time()
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-        default = "bfloat16" if args.device == "cuda" else "float32"
-        args.torch_dtype = getattr(torch, args.dtype or default)
-        candidates, tasks = resolve(args)
-        text, source = load_haystack(args.haystack)
-        haystack = Haystack(text, load_tokenizer(args.model))
-        setups = {
-            name: setup_of(task, haystack.text) for name, task in (tasks | {"loss": None}).items()
-        }
-        planned = [plan(c, tasks, haystack, setups, args) for c in candidates]
-        out = Path(args.out or args.model)
-        results = Results(out)
-        missing = [cell for cells in planned for cell in cells if results.find(cell[0]) is None]
-        announce(source, haystack, candidates, [row for row, _ in missing], args)
-        bar, rows = WorkBar(sum(work for _, work in missing)), []
-        with results.writing():
-            for candidate, cells in zip(candidates, planned, strict=True):
-                rows += run_candidate(candidate, cells, tasks, haystack, results, bar, args)
-            bar.close()
-            rows = results.of_setup(rows, setups, [(c.identity, c.label) for c in candidates], args)
-            write_report(rows, candidates, tasks, source, out, args, started)
-
-
 def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
     """Who is judged, and all tasks by name. Writes nothing."""
     if args.model == RESULT and not Path(RESULT).exists():
@@ -435,6 +416,32 @@ def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
         label = result.folder + NO_NEEDLE
         candidates.append(Candidate(label, result.folder, result.config, removed=True))
     return candidates, tasks
+
+
+def main(argv: list[str] | None = None) -> None:
+    with report_errors():
+        args, started = parse(argv), time.time()
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        default = "bfloat16" if args.device == "cuda" else "float32"
+        args.torch_dtype = getattr(torch, args.dtype or default)
+        candidates, tasks = resolve(args)
+        text, source = load_haystack(args.haystack)
+        haystack = Haystack(text, load_tokenizer(args.model))
+        setups = {
+            name: setup_of(task, haystack.text) for name, task in (tasks | {"loss": None}).items()
+        }
+        planned = [plan(c, tasks, haystack, setups, args) for c in candidates]
+        out = Path(args.out or args.model)
+        results = Results(out)
+        missing = [cell for cells in planned for cell in cells if results.find(cell[0]) is None]
+        announce(source, haystack, candidates, [row for row, _ in missing], args)
+        bar, rows = WorkBar(sum(work for _, work in missing)), []
+        with results.writing():
+            for candidate, cells in zip(candidates, planned, strict=True):
+                rows += run_candidate(candidate, cells, tasks, haystack, results, bar, args)
+            bar.close()
+            rows = results.of_setup(rows, setups, [(c.identity, c.label) for c in candidates], args)
+            write_report(rows, candidates, tasks, source, out, args, started)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ Glossary (one for all four files)
     pos        position ids (B, T) int64: what RoPE rotates by. NOT the token index
     window L0  longest context of the checkpoint (max_position_embeddings, --base_len)
     target T*  the window we extend to (--target_len); sample L: tokens trained on (--train_len)
-    segment    a sentence or line; inside it positions step by 1
+    segment    a sentence or line, N in a text, M of them kept; inside it positions step by 1
     prefix r   length of the contiguous start that the released code puts before the spread-out rest
+    H and H'   in the paper's equations: the base model; the same one after some long training
 """
 
 import dataclasses
@@ -83,8 +84,7 @@ class LlamaConfig:
 
     def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
         """The same shape with another RoPE base and window: all that extension changes here."""
-        rope = {"rope_theta": float(theta), "max_position_embeddings": int(max_len)}
-        return dataclasses.replace(self, **rope)
+        return dataclasses.replace(self, rope_theta=float(theta), max_position_embeddings=max_len)
 
 
 # ---- 2. Norm -----------------------------------------------------------------------------------
@@ -108,6 +108,7 @@ class RMSNorm(nn.Module):
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
     """Radians per position of each pair of dimensions, (d/2,) fp32, scaled as config.json says."""
     j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
+    # [E1] theta_j = theta^(-2j/d)   the first pair turns fastest, by 1 radian a position
     inv_freq = 1.0 / theta ** (j / head_dim)
     if scaling is None:
         return inv_freq
@@ -124,7 +125,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None
 
 def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE (Su et al., 2021), (B, 1, T, d/2) fp32, for position ids (B, T)."""
-    # [E1] angle[t, j] = pos[t] * theta^(-2j/d)   pos is the position ID, not the index t
+    # [E1] angle[t, j] = pos[t] * theta_j   pos is the position ID, not the index t
     angle = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, d/2) fp32, radians
     return angle.cos(), angle.sin()
 
@@ -132,6 +133,7 @@ def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[j], x[j + d/2]) of x (B, H, T, d) by its angle, in fp32."""
     a, b = x.chunk(2, dim=-1)  # (B, H, T, d/2) each; bf16 times fp32 is fp32
+    # [E1] (a, b) -> (a cos - b sin, b cos + a sin)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -153,7 +155,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         a, lse_a = flash(q, k[:, :, : S - T], v[:, :, : S - T])  # the past, without a mask
         b, lse_b = flash(q, k[:, :, S - T :], v[:, :, S - T :], is_causal=True)  # the T themselves
-        share = torch.sigmoid(lse_a - lse_b)[..., None]  # e^lse_a / (e^lse_a + e^lse_b), fp32
+        # [E12] out = share * past + (1 - share) * own,  share = e^lse_a / (e^lse_a + e^lse_b)
+        share = torch.sigmoid(lse_a - lse_b)[..., None]  # (B, H, T, 1) fp32
         return (share * a + (1 - share) * b).to(q.dtype)
     # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0, not
     # S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.
@@ -179,7 +182,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None", layer: int
     ) -> Tensor:
-        B, T, _ = x.shape
+        B, T, _ = x.shape  # cache: the tokens before these T, when text is generated (chapter 8)
 
         def heads(y: Tensor) -> Tensor:  # (B, T, n*d) -> (B, n, T, d)
             return y.view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -263,18 +266,15 @@ class Llama(nn.Module):
         position_ids (B, T) int64 may have gaps and exceed the window; None means cache length ..
         cache length + T - 1. With a cache, keys and values are appended to it."""
         B, T = input_ids.shape
-        start = cache.length if cache is not None else 0
-        if self.config.sliding_window is not None and start + T > self.config.sliding_window:
-            raise ValueError(
-                f"{start + T} tokens exceed sliding_window {self.config.sliding_window}"
-            )
+        start, c = cache.length if cache is not None else 0, self.config
+        if c.sliding_window is not None and start + T > c.sliding_window:
+            raise ValueError(f"{start + T} tokens exceed sliding_window {c.sliding_window}")
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=input_ids.device).expand(B, T)
         if position_ids.shape != (B, T):
             raise ValueError(f"position_ids {tuple(position_ids.shape)} must be shaped {(B, T)}")
         # subtle: computed anew at each call and kept nowhere. As a buffer the frequencies would be
         # cast by model.to(bfloat16), which holds integers exactly only up to 256.
-        c = self.config
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
         x = self.model["embed_tokens"](input_ids)

@@ -34,7 +34,7 @@ from support.text import Corpus, load_reference, load_tokens
 from support.tokenizer import check_fits
 from support.toy import TINY
 
-METHODS = ("longrecipe", "pose", "rpes", "full", "none")
+METHODS = ("longrecipe", "pose", "rpes", "full", "none")  # of drawing positions, 4
 STRATEGIES = ("impact", "digits", "random", "first")
 
 
@@ -59,10 +59,10 @@ def logit_shift(
     """How much more does the extended model expect each token that really comes? (eq. 2 and 3)
 
     ids, position_ids (T,) int64 -> delta (T,) fp32 in logits, per_type_sum (V,) fp64, count (V,)
-    int64. delta[0] = 0: nothing predicts the first token, which is not counted either. Tokens at
-    positions below first_position are left out of sum and count. Raw logits as in the paper carry
-    an arbitrary offset per position; log_softmax=True takes it out (the shift in log-probability,
-    in nats)."""
+    int64. delta[0] = 0: nothing predicts the first token. It is not counted, nor are tokens at
+    positions below first_position (inside the old window there is nothing to gain). Raw logits as
+    in the paper carry an arbitrary offset per position; log_softmax=True takes it out (the shift
+    in log-probability, in nats)."""
     V = base.config.vocab_size
     positions = torch.arange(len(ids)) if position_ids is None else position_ids
     delta = torch.zeros(len(ids))
@@ -75,7 +75,7 @@ def logit_shift(
             score = (h.float() * head[y].float()).sum(-1)
             if log_softmax:
                 score = score - (h @ head.T).float().logsumexp(-1)
-            # [E2] delta_t = S_H'(x_t | x_<t) - S_H(x_t | x_<t)
+            # [E2] delta_t = S_H'(x_t | x_<t) - S_H(x_t | x_<t)     S: logits of the models H, H'
             delta[i + 1 : i + 1 + len(y)] += sign * score.float().cpu()
     counted = positions >= first_position
     counted[0] = False
@@ -181,7 +181,7 @@ def impactful_share(ids: Tensor, starts: Tensor, impactful: Tensor) -> Tensor:
     """Share of impactful tokens of each segment, (N,) fp64. The paper's rule drops those at 0."""
     hits = torch.cat((torch.zeros(1, dtype=torch.int64), impactful[ids].long().cumsum(0)))
     size = segment_lengths(starts, len(ids))
-    return (hits[starts + size] - hits[starts]).double() / size
+    return (hits[starts + size] - hits[starts]).double() / size  # [E13] (impactful in s) / |s|
 
 
 def select_segments(
@@ -220,11 +220,25 @@ def select_segments(
     starts, size = starts[chosen], size[chosen]
     new_starts = size.cumsum(0) - size
     kept = torch.arange(int(size.sum())) + (starts - new_starts).repeat_interleave(size)
-    kept, new_starts = kept[:train_len], new_starts[new_starts < train_len]
-    return kept, new_starts
+    return kept[:train_len], new_starts[new_starts < train_len]
 
 
 # ---- 4. Position index transformation (paper 4.2, algorithm 1) ---------------------------------
+
+
+def spread_segments(starts: Tensor | None, L: int, T: int, generator) -> Tensor:
+    """Algorithm 1: position ids (L,) below T that jump only at the segment starts (N,)."""
+    if starts is None or len(starts) < 2:
+        raise TooFewSegments("longrecipe needs at least two segments: one would be plain `none`")
+    if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
+        raise ValueError(f"segment starts must increase from 0 and stay below the length {L}")
+    N = len(starts)
+    # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
+    #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
+    #      (the paper's equation 6 adds one too many at each border; its algorithm 1 does not)
+    slots = 1 + torch.randperm(T - L + N - 1, generator=generator)[: N - 1].sort().values
+    skipped = torch.cat((torch.zeros(1, dtype=torch.int64), slots)) - torch.arange(N)
+    return torch.arange(L) + skipped.repeat_interleave(segment_lengths(starts, L))
 
 
 def sample_position_ids(
@@ -259,6 +273,7 @@ def sample_position_ids(
     if method == "longrecipe":
         positions = spread_segments(starts, L, T, generator)
         if prefix:
+            # [E14] pos(i) = i for i < r;   r ~ U{1..(L+1)//2}   (released code, not the paper)
             r = uniform(1, (L + 1) // 2)
             positions[:r] = plain[:r]
         return positions
@@ -267,25 +282,10 @@ def sample_position_ids(
         r, u = uniform(1, (L + 1) // 2), uniform(0, T - L)
         return torch.cat((plain[:r], plain[r:] + u))
     if method == "rpes":
-        return torch.randperm(T, generator=generator)[:L].sort().values
+        return torch.randperm(T, generator=generator)[:L].sort().values  # [E15] any L of T*, alike
     if method == "full" and L != T:
         raise ValueError(f"method full wants --train_len {L} to equal --target_len {T}")
     return plain
-
-
-def spread_segments(starts: Tensor | None, L: int, T: int, generator) -> Tensor:
-    """Algorithm 1: position ids (L,) below T that jump only at the segment starts (N,)."""
-    if starts is None or len(starts) < 2:
-        raise TooFewSegments("longrecipe needs at least two segments: one would be plain `none`")
-    if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
-        raise ValueError(f"segment starts must increase from 0 and stay below the length {L}")
-    N = len(starts)
-    # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
-    #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
-    #      (the paper's equation 6 adds one too many at each border; its algorithm 1 does not)
-    slots = 1 + torch.randperm(T - L + N - 1, generator=generator)[: N - 1].sort().values
-    skipped = torch.cat((torch.zeros(1, dtype=torch.int64), slots)) - torch.arange(N)
-    return torch.arange(L) + skipped.repeat_interleave(segment_lengths(starts, L))
 
 
 def make_example(
@@ -321,7 +321,7 @@ def train_length(target_len: int) -> int:
     >>> train_length(131072)
     39424
     """
-    return min(target_len, -(-target_len * 3 // 1280) * 128)
+    return min(target_len, -(-target_len * 3 // 1280) * 128)  # [E16] 128 * ceil(0.3 T* / 128)
 
 
 # ---- 5. RoPE base (paper 5; NTK-aware scaling) -------------------------------------------------

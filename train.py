@@ -229,6 +229,7 @@ def accumulate(
     valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
     if valid == 0:
         raise ValueError("a step without a single target token")
+    # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
     total = 0.0
     for input_ids, position_ids, targets in micro_batches:
         device = model.lm_head.weight.device
@@ -247,6 +248,7 @@ def accumulate(
 def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 0) -> float:
     """Rate of step `step` (0-based) of a stage: warm-up then constant; replay falls linearly to
     zero."""
+    # [E18] replay: lr * (1 - i / steps);   before it: lr * min(1, (i + 1) / warm-up steps)
     if stage.name == "replay":
         return stage.lr * (1 - step / stage.steps)
     return stage.lr * min(1.0, (first_step + step + 1) / max(1, warmup_steps))
@@ -256,8 +258,8 @@ def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 
 
 
 class Trainer:
-    """Model, optimizer and the position in the run. Each sample is drawn from (seed, step, number)
-    alone, so the data position needs no state of its own."""
+    """Model, optimizer and the position in the run; run: its folder, with metrics and saves. Each
+    sample is drawn from (seed, step, number) alone, so the data position needs no state."""
 
     def __init__(self, model: Llama, stages: list[Stage], tokenizer, args, run: RunFolder):
         self.model, self.stages, self.tokenizer = model, stages, tokenizer
@@ -313,7 +315,7 @@ class Trainer:
         row = {"stage": stage.name, "step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
         self.run.append_metrics(row | speed | {"peak_GiB": round(peak_gib(), 2)})
         shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "norm": f"{norm:.2f}"}
-        shown |= {"MFU": speed["causal_mfu"]} if speed["causal_mfu"] else {}
+        shown |= {"MFU": mfu} if (mfu := speed["causal_mfu"]) else {}  # share of the GPU's peak
         self.bar.set_postfix(shown | {"GiB": f"{peak_gib():.1f}"})
 
 
@@ -356,6 +358,51 @@ def analyse(
 
 
 # ---- 5. The story ------------------------------------------------------------------------------
+
+
+def plan_stages(args: argparse.Namespace) -> list[Stage]:
+    first_select = "random" if args.select == "impact" else args.select  # nothing is known yet
+    long = (args.train_len, args.target_len, args.method)
+    short = (args.replay_len, args.replay_len, "none", "first")
+    return [
+        Stage("probe", args.probe_steps, *long, first_select, args.lr),
+        Stage("extend", args.steps - args.probe_steps, *long, args.select, args.lr),
+        Stage("replay", args.replay_steps, *short, args.replay_lr),
+    ]
+
+
+def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
+    """probe -> analysis -> extend -> replay -> merge, from where the run stands."""
+    args, run, model = trainer.args, trainer.run, trainer.model
+    probe, extend, replay = trainer.stages
+    if args.resume and (state := run.load()) is not None:
+        trainer.load_state(state)
+        log(f"resumed at step {trainer.step}")
+
+    trainer.train(probe, corpus)
+
+    if args.select == "impact" and trainer.impactful is None:
+        base, extended = load_pretrained(args.model, model.dtype, args.device), model
+        if args.extended:
+            extended = load_pretrained(args.extended, model.dtype, args.device)
+        if args.rebased_analysis:  # the shift is then what was learnt, not where the old base fails
+            base.config = model.config
+        trainer.impactful = analyse(base, extended, probe, corpus, trainer.tokenizer, args, run)
+        del base, extended
+        trainer.save()
+
+    trainer.train(extend, corpus)
+    if args.keep_stages and trainer.step == args.steps:  # not when resumed within the replay
+        save_pretrained(model, run.path / "extended", tokenizer_from=args.model)
+
+    trainer.train(replay, replay_corpus)
+    trainer.bar.close()
+    save_pretrained(model, run.path / "replayed", tokenizer_from=args.model)
+
+    recipe.merge(args.model, run.path / "replayed", run.path / "merged", args.merge_weight)
+    if not args.keep_stages:
+        shutil.rmtree(run.path / "replayed")
+    run.publish(run.path / "merged")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -404,51 +451,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.device == "cpu" and args.model != TINY:  # the default grid takes a CPU long
             judge += f" --lengths {min(2048, args.target_len)} --n 1"
         log(f"next: {judge}")
-
-
-def plan_stages(args: argparse.Namespace) -> list[Stage]:
-    first_select = "random" if args.select == "impact" else args.select  # nothing is known yet
-    long = (args.train_len, args.target_len, args.method)
-    short = (args.replay_len, args.replay_len, "none", "first")
-    return [
-        Stage("probe", args.probe_steps, *long, first_select, args.lr),
-        Stage("extend", args.steps - args.probe_steps, *long, args.select, args.lr),
-        Stage("replay", args.replay_steps, *short, args.replay_lr),
-    ]
-
-
-def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
-    """probe -> analysis -> extend -> replay -> merge, from where the run stands."""
-    args, run, model = trainer.args, trainer.run, trainer.model
-    probe, extend, replay = trainer.stages
-    if args.resume and (state := run.load()) is not None:
-        trainer.load_state(state)
-        log(f"resumed at step {trainer.step}")
-
-    trainer.train(probe, corpus)
-
-    if args.select == "impact" and trainer.impactful is None:
-        base, extended = load_pretrained(args.model, model.dtype, args.device), model
-        if args.extended:
-            extended = load_pretrained(args.extended, model.dtype, args.device)
-        if args.rebased_analysis:  # the shift is then what was learnt, not where the old base fails
-            base.config = model.config
-        trainer.impactful = analyse(base, extended, probe, corpus, trainer.tokenizer, args, run)
-        del base, extended
-        trainer.save()
-
-    trainer.train(extend, corpus)
-    if args.keep_stages and trainer.step == args.steps:  # not when resumed within the replay
-        save_pretrained(model, run.path / "extended", tokenizer_from=args.model)
-
-    trainer.train(replay, replay_corpus)
-    trainer.bar.close()
-    save_pretrained(model, run.path / "replayed", tokenizer_from=args.model)
-
-    recipe.merge(args.model, run.path / "replayed", run.path / "merged", args.merge_weight)
-    if not args.keep_stages:
-        shutil.rmtree(run.path / "replayed")
-    run.publish(run.path / "merged")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def attention_flops(config, tokens: int) -> float:
 
 def training_flops(config, tokens: int) -> float:
     """FLOPs of one sequence, forward and backward, causal attention, nothing computed twice."""
+    # [E23] 6 N T + 6 L H d T^2, N without the input embedding: 2 N T + 2 L H d T^2, three times
     return 6.0 * matmul_parameters(config) * tokens + 6.0 * attention_flops(config, tokens)
 
 
@@ -61,6 +62,7 @@ def executed_flops(config, tokens: int, keep_attention: bool) -> float:
 
 def noncausal_flops(config, tokens: int) -> float:
     """training_flops, had attention no causal half: a convention that some papers count by."""
+    # [E23] without the causal half: 6 N T + 12 L H d T^2
     return training_flops(config, tokens) + 6.0 * attention_flops(config, tokens)
 
 

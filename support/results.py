@@ -104,6 +104,7 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
     >>> [round(x, 3) for x in wilson(10, 10)]
     [0.722, 1.0]
     """
+    # [E20] (p + z2/2n +- z sqrt(p(1 - p)/n + z2/4n2)) / (1 + z2/n),   z2 = z * z, n2 = n * n
     p, z2 = successes / n, z * z
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -112,6 +113,7 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def mean_of(*groups: list[list[float]]) -> float:
     """Mean over the groups (tasks) of the mean score of each; a group is a list of clusters."""
+    # [E21] NIAH(M) = (mean of multikey + mean of multivalue + mean of multiquery) / 3
     means = [sum(map(sum, clusters)) / sum(map(len, clusters)) for clusters in groups]
     return sum(means) / len(means)
 
@@ -123,6 +125,7 @@ def resampled(*groups: list[list[float]], draws: int = 2000) -> tuple[float, flo
     >>> resampled([[1, 1, 0, 1], [1, 1, 0, 1]])  # clusters that agree
     (0.75, 0.75)
     """
+    # [E22] the means of `draws` sets of whole clusters, from their 2.5th to their 97.5th percentile
     rng = random.Random(0)
     means = sorted(mean_of(*(rng.choices(g, k=len(g)) for g in groups)) for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws)]

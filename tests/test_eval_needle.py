@@ -223,20 +223,21 @@ def test_the_answer_is_redrawn_if_the_haystack_holds_it(toy_dir):
 
 
 def test_score_by_hand():
+    """[E19]"""
     assert score(["123"], "is 123.") == 1 and score(["123"], "is 12 3") == 0
     assert score(["AbC", "x"], "abc") == 0.5
 
 
 def test_wilson_by_hand():
-    """Against the published closed form at n = 10: 5 of 10 -> 23.7 % to 76.3 %; 0 of 10 -> 27.8
-    %."""
+    """[E20] Against the published closed form at n = 10: 5 of 10 -> 23.7 % to 76.3 %; 0 of 10 ->
+    27.8 %."""
     assert [round(x, 3) for x in wilson(5, 10)] == [0.237, 0.763]
     assert [round(x, 3) for x in wilson(0, 10)] == [0.0, 0.278]
 
 
 def test_multiquery_interval_draws_whole_haystacks():
-    """Two haystacks, one all right and one all wrong: resampling gives 0, 1/2 or 1, while Wilson
-    on the 16 answers, taken for independent, would be far too sure."""
+    """[E22] Two haystacks, one all right and one all wrong: resampling gives 0, 1/2 or 1, while
+    Wilson on the 16 answers, taken for independent, would be far too sure."""
     row = {"model": "m", "length": 100}
     rows = [row | {"task": "multiquery", "repeat": r, "score": float(r)} for r in (0, 1)] * 8
     assert summarise(rows)[0]["interval_95"] == [0.0, 1.0]
@@ -724,6 +725,7 @@ def test_the_control_without_needles_gets_the_same_texts(toy_dir, prose_file, tm
 
 
 def test_niah_m_is_the_mean_of_its_three_tasks():
+    """[E21]"""
     row = {"model": "m", "length": 9}
     scores = {"multikey": (1.0, 1.0), "multivalue": (0.5, 0.0), "multiquery": (0.25, 0.25)}
     rows = [

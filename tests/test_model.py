@@ -200,6 +200,7 @@ def test_only_differences_of_positions_matter(tmp_path):
 
 
 def test_rotation_equals_a_slow_loop():
+    """[E1] angles from the position ids, and each pair turned by them, in float64."""
     pos, d, theta = torch.tensor([[0, 7, 131071]]), 8, 10000.0
     x = torch.randn(1, 2, 3, d, dtype=torch.float64)
     cos, sin = rotary_angles(pos, inverse_frequencies(d, theta))
@@ -298,7 +299,8 @@ def test_activation_checkpointing_keeps_less():
 
 @pytest.mark.parametrize(("T", "S"), [(7, 7), (1, 9), (5, 12), (128, 300)])
 def test_attention_equals_a_slow_loop(T, S):
-    """The T queries are the last of the S tokens, whatever T and S are."""
+    """[E12] The T queries are the last of the S tokens, whatever T and S are; where there is a
+    past, it is taken apart and joined by its logsumexp."""
     torch.manual_seed(0)
     q = torch.randn(1, 4, T, 8, dtype=torch.float64)
     k, v = torch.randn(2, 1, 2, S, 8, dtype=torch.float64)

@@ -214,8 +214,9 @@ def test_an_8b_is_within_a_tenth_of_its_simulation(keep, llama3):
 
 
 def test_the_share_saved_depends_on_the_convention(llama3):
-    """At 30 % of 131,072. The paper's ">85 %" names no convention: it is true for what is executed
-    with attention computed twice and for attention without its causal half, not for the rest."""
+    """[E23] At 30 % of 131,072. The paper's ">85 %" names no convention: it is true for what is
+    executed with attention computed twice and for attention without its causal half, not for the
+    rest."""
     config, lengths = LlamaConfig.from_dir(llama3), (39_322, 131_072)
     saved = [
         round(100 * (1 - f(lengths[0]) / f(lengths[1])), 1)

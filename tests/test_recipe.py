@@ -26,6 +26,7 @@ from recipe import (
     sample_position_ids,
     select_segments,
     split_segments,
+    train_length,
 )
 from support import coverage, explain_figure
 from support.config_files import read_window
@@ -185,6 +186,7 @@ def slow_select(ids, starts, train_len, rank):
 
 @pytest.mark.parametrize("strategy", recipe.STRATEGIES)
 def test_selection_equals_a_slow_loop_and_is_aligned(strategy):
+    """[E13] shares too."""
     for seed in range(30):
         ids = torch.randint(0, 50, (400,), generator=generator(seed))
         cuts = torch.randperm(399, generator=generator(seed + 1))[:40].sort().values + 1
@@ -324,16 +326,17 @@ def test_longrecipe_jumps_only_at_segments_and_every_gap_has_the_same_mean():
 
 
 def test_pose_and_prefix_equal_their_slow_twins():
-    """Fed with the same draws: two numbers for pose; algorithm 1 and one number for the prefix."""
-    for seed in range(40):
+    """[E14] Fed with the same draws: two numbers for pose; algorithm 1 and one for the prefix. Of
+    an odd length, the larger half is (L + 1) // 2: 300 of 599, as of 600."""
+    for seed, L in ((seed, 600 - seed % 2) for seed in range(80)):
         g = generator(seed)
-        r, u = (int(torch.randint(*b, (1,), generator=g)) for b in ((1, 301), (0, 1401)))
-        slow = [i if i < r else i + u for i in range(600)]
-        assert sample_position_ids("pose", 600, 2000, None, generator(seed)).tolist() == slow
+        r, u = (int(torch.randint(*b, (1,), generator=g)) for b in ((1, 301), (0, 2001 - L)))
+        slow = [i if i < r else i + u for i in range(L)]
+        assert sample_position_ids("pose", L, 2000, None, generator(seed)).tolist() == slow
         g = generator(seed)
-        slow = sample_position_ids("longrecipe", 600, 2000, STARTS, g).tolist()
+        slow = sample_position_ids("longrecipe", L, 2000, STARTS, g).tolist()
         slow[:r] = range(r := int(torch.randint(1, 301, (1,), generator=g)))
-        fast = sample_position_ids("longrecipe", 600, 2000, STARTS, generator(seed), prefix=True)
+        fast = sample_position_ids("longrecipe", L, 2000, STARTS, generator(seed), prefix=True)
         assert fast[r:].tolist() == slow[r:] and fast[:r].tolist() == list(range(r))
 
 
@@ -394,8 +397,8 @@ def test_pose_has_one_uniform_split_and_a_uniform_skip():
 
 
 def test_rpes_is_a_uniform_subset():
-    """Each of 2000 positions is in a draw with chance 0.3: over 2,000 draws 600 times, std 20.5;
-    further than 6.5 of those for any position: chance below 2e-7."""
+    """[E15] Each of 2000 positions is in a draw with chance 0.3: over 2,000 draws 600 times, std
+    20.5; further than 6.5 of those for any position: chance below 2e-7."""
     hits, g = torch.zeros(2000), generator()
     for _ in range(2000):
         hits[sample_position_ids("rpes", 600, 2000, None, g)] += 1
@@ -464,6 +467,14 @@ def test_131072_tokens_take_a_tenth_of_a_second(smollm2_dir):
         )
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.1, seconds
+
+
+def test_sample_length_is_30_percent_rounded_up_to_whole_blocks():
+    """[E16] the smallest multiple of 128 that is not below 30 % (in whole numbers), at most all."""
+    for target in [*range(1, 3000), 32_768, 81_920, 131_072]:
+        enough = next(n for n in range(0, target + 128, 128) if 10 * n >= 3 * target)
+        assert train_length(target) == min(target, enough), target
+    assert train_length(131_072) == 39_424
 
 
 # ---- 5. and 6. RoPE base, merge ----------------------------------------------------------------

@@ -22,7 +22,7 @@ CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 
 
 def test_four_times_one_equals_one_times_four_at_unequal_lengths():
-    """Normalised by the valid tokens of the whole step: same loss, same gradients (float64)."""
+    """[E17] Normalised by the valid tokens of the whole step: same loss and gradients (float64)."""
     torch.manual_seed(0)
     lengths = [5, 12, 30, 17]
     ids = [torch.randint(97, (1, n)) for n in lengths]
@@ -106,6 +106,7 @@ def test_weight_decay_spares_norms():
 
 
 def test_learning_rate_warms_up_then_stays_and_replay_falls():
+    """[E18]"""
     stage = train.Stage("extend", 10, 1, 1, "none", "first", lr=8.0)
     assert [train.learning_rate(stage, i, 4) for i in range(6)] == [2, 4, 6, 8, 8, 8]
     assert train.learning_rate(stage, 0, 4, first_step=2) == 6  # goes on where the probe was
@@ -114,7 +115,7 @@ def test_learning_rate_warms_up_then_stays_and_replay_falls():
 
 
 def test_flops_are_those_of_the_papers_model():
-    """design figures for Llama-3-8B: 7.505e9 parameters without the input embedding, 2.99e15
+    """[E23] design figures for Llama-3-8B: 7.505e9 parameters without the input embedding, 2.99e15
     FLOPs."""
     llama3 = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192)
     assert abs(matmul_parameters(llama3) / 7.505e9 - 1) < 1e-3

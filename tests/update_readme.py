@@ -4,8 +4,8 @@ A region is what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 tests/test_readme.py fails when a region is stale. A result that has no JSON says "not run".
 """
 
+import ast
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 from tiny_study import SETTINGS  # noqa: E402
 
 import train  # noqa: E402
+from model import LlamaConfig  # noqa: E402
+from support import budget  # noqa: E402
 from support.results import clustered  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results"
@@ -47,14 +49,100 @@ def table_order(labels) -> list[str]:
     return sorted(labels, key=lambda m: next(i for i, k in enumerate(NAMES) if m.endswith(k)))
 
 
+def entry(table: list[dict], model: str, task: str, length: int) -> dict | None:
+    wanted = (model, task, length)
+    return next((e for e in table if (e["model"], e["task"], e["length"]) == wanted), None)
+
+
 def cell(table: list[dict], model: str, task: str, length: int) -> str:
-    for e in table:
-        if (e["model"], e["task"], e["length"]) == (model, task, length):
-            if task == "loss":
-                return f"{e['mean']:.3f}"
-            low, high = e["interval_95"]
-            return f"{e['mean']:.0%} ({low:.0%}-{high:.0%})"
-    return "not run"
+    e = entry(table, model, task, length)
+    if e is None:
+        return "not run"
+    if task == "loss":
+        return f"{e['mean']:.3f}"
+    low, high = e["interval_95"]
+    return f"{e['mean']:.0%} ({low:.0%}-{high:.0%})"
+
+
+def beyond(better: dict, worse: dict) -> bool:
+    """The one is above the other by more than both intervals allow."""
+    return better["interval_95"][0] > worse["interval_95"][1]
+
+
+def claims() -> str:
+    """What the paper claims, and how much of it has been shown here."""
+    toy, run = (read(TINY / f) for f in ("needle_results.json", "run.json"))
+    rows, plans = read(RUN / "rows" / "needle_results.json"), read(RESULTS / "plan_8b.json")
+    target = run["settings"]["target_len"]
+    labels = {plain_name(m): m for m in rows["models"]}
+    names = ("longrecipe (merged)", "base with the new RoPE base, untrained")
+    real = [entry(rows["table"], labels[name], "niah_single", 16_384) for name in names]
+    tiny = [entry(toy["table"], m, "multiquery", target) for m in list(toy["models"])[:0:-1]]
+
+    size = sum(budget.parameters(LlamaConfig.from_dir(ROOT / train.TOY["model"]))) / 1e6
+
+    def share(e: dict) -> str:
+        low, high = e["interval_95"]
+        return f"{e['mean']:.0%} ({low:.0%}-{high:.0%}, n = {e['n']})"
+
+    gains = beyond(*tiny) or beyond(*real)
+    verdict = "training adds to it" if gains else "**training adds nothing beyond the intervals**"
+    chosen = plans["rows"][plans["chosen"]]
+    saved = [1 - a / b for a, b in chosen["one_sample"].values()]
+    return "\n".join(
+        [
+            f"| the paper claims | shown here ({run['threads']} cores of {run['hardware']}) |",
+            "|---|---|",
+            "| samples of 30 % of the target are enough: Llama-3-8B at 128k, NIAH(M) 82.6 |"
+            f" a toy of {size:.1f} M parameters at {target:,}: {share(tiny[0])}; its base under the"
+            f" new RoPE base, untrained: {share(tiny[1])}, 95 % intervals. SmolLM2-135M at 16,384:"
+            f" {share(real[0])}; untrained: {share(real[1])}. So far {verdict} |",
+            "| over 85 % less compute | counted, not measured:"
+            f" {min(saved):.1%} to {max(saved):.1%}, by convention |",
+            "| 8k to 128k in one day on one 80 GB GPU (its own run of Llama-3-8B at 128k, by its"
+            " table 4: 104 GB on two) | **not run**: no GPU so far;"
+            f" {chosen['seconds'] / 3600:.0f} hours at an assumed speed |",
+            "| RULER 76.0 at 128k | a needle test with its structure; RULER itself **not run**:"
+            " `lm_eval --model hf --model_args pretrained=out,max_length=131072 --tasks ruler"
+            """ --metadata '{"max_seq_lengths": [131072]}'` |""",
+            "| general skill kept (at 80k: MMLU 65.7 to 63.0, GSM8K 71.4 to 57.9, HumanEval 37.5 to"
+            " 29.3) | **not run**: `lm_eval --model hf --model_args pretrained=out --tasks"
+            " mmlu,gsm8k,humaneval --confirm_run_unsafe_code` |",
+            "| close to GPT-4 | **not tested** |",
+        ]
+    )
+
+
+def files() -> str:
+    lines = ["| read in this order | lines | its first line |", "|---|---|---|"]
+    for name in ("model.py", "recipe.py", "train.py", "eval_needle.py"):
+        text = (ROOT / name).read_text()
+        first = ast.get_docstring(ast.parse(text)).splitlines()[0]
+        lines.append(f"| `{name}` | {text.count(chr(10))} | {first} |")
+    notes = {
+        "support": "file formats, optimizer, run state, figures: skip it",
+        "tests": "one file per source file; benchmarks, runs, the answers of the exercises",
+    }
+    for folder, note in notes.items():
+        paths = sorted((ROOT / folder).rglob("*.py"))
+        total = round(sum(p.read_text().count("\n") for p in paths), -2)  # to a hundred: less churn
+        lines.append(f"| `{folder}/` | about {total:,} in {len(paths)} files | {note} |")
+    return "\n".join(lines)
+
+
+def mutants() -> str:
+    found = read(RESULTS / "mutants.json")
+    if not found:
+        return "Not run yet: `python tests/mutate.py`."
+    rows = found["mutants"]
+    named = sum("::" in (row["killed_by"] or "") for row in rows)
+    alive = [row for row in rows if row["killed_by"] is None]
+    return (
+        "Does the test see a wrong formula? `python tests/mutate.py` breaks the lines under these"
+        f" tags in {len(rows)} ways (a flipped sign, an off-by-one, a dropped factor): {named} fail"
+        f" the test named here, {len(rows) - named - len(alive)} another one of its file,"
+        f" {len(alive)} none ([JSON](assets/results/mutants.json))."
+    )
 
 
 def tiny() -> str:
@@ -172,6 +260,7 @@ def results() -> str:
     )
     run, paper = read(RUN / "longrecipe" / "run.json"), train.parse(["--model", "any"])
     s = run["settings"]
+    lines += ["", what_the_results_say(rows["table"], {plain_name(m): m for m in rows["models"]})]
     lines += [
         "",
         f"Share of needles found: n = {n} per cell, {rows['settings']['n']} haystacks x"
@@ -194,33 +283,64 @@ def results() -> str:
     return "\n".join(lines)
 
 
+def what_the_results_say(table: list[dict], labels: dict[str, str]) -> str:
+    """README's sentences about the table of SmolLM2, with its numbers."""
+    base, bare, none, ours = (
+        labels[name]
+        for name in (
+            "base",
+            "base with the new RoPE base, untrained",
+            "--method none, same tokens (merged)",
+            "longrecipe (merged)",
+        )
+    )
+
+    def found(model: str, length: int) -> str:
+        e = entry(table, model, "niah_single", length)
+        return f"{round(e['mean'] * e['n'])} of {e['n']}"
+
+    def loss(model: str, length: int) -> float:
+        return entry(table, model, "loss", length)["mean"]
+
+    at_16k = {m: entry(table, m, "niah_single", 16_384) for m in labels.values()}
+    apart = [beyond(at_16k[ours], at_16k[m]) for m in (bare, none)]
+    verdict = {
+        (False, False): "are within each other's intervals: n is too small to tell them apart",
+        (True, True): "are below it by more than the intervals",
+    }.get(tuple(apart), "are not both below it by more than the intervals")
+    gaps = [loss(ours, n) - loss(none, n) for n in (2048, 8192, 16_384)]
+    return (
+        f"What the table says: the base finds {found(base, 16_384)} needles at 16k, and"
+        f" {found(base, 8192)} at the end of its own window. The new RoPE base alone takes the loss"
+        f" at 16k from {loss(base, 16_384):.2f} to {loss(bare, 16_384):.2f}, but finds only"
+        f" {found(bare, 16_384)} there and {found(bare, 8192)} at 8k; after training it is"
+        f" {found(ours, 8192)} at 8k, and the loss at 2k has moved by"
+        f" {loss(ours, 2048) - loss(base, 2048):+.3f} nat. What it does not say: against"
+        f" {found(ours, 16_384)} at 16k, {found(bare, 16_384)} (untrained) and"
+        f" {found(none, 16_384)} (`--method none`, the same tokens at plain positions) {verdict};"
+        f" and the loss of longrecipe less that of `none` is {min(gaps):+.2f} to"
+        f" {max(gaps):+.2f} nat."
+    )
+
+
 def cost() -> str:
     found = read(RESULTS / "cost.json")
     if not found:
         return "Not run yet: `python tests/bench_cost.py`."
-    lines = [
-        "| | seconds per step | peak GiB | above weights, gradients, optimizer state |",
-        "|---|---|---|---|",
-    ]
-    for kind, m in found["median"].items():
-        lines.append(
-            f"| {kind} | {m['seconds']:.1f} | {m['peak_GiB']:.2f} | {m['above_state_GiB']:.2f} |"
-        )
     s, seconds, median = found["settings"], found["all_seconds"], found["median"]
+    ours, theirs = median["ours"], median["transformers"]
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["transformers"], strict=True)]
     low, high = min(ratios), max(ratios)
-    peak = median["ours"]["peak_GiB"] / median["transformers"]["peak_GiB"]
-    lines += [
-        "",
-        f"One training step of SmolLM2-135M on {int(s['tokens']):,} tokens in {s['dtype']}, both"
-        f" taking turns in one run: time ratio {found['time_ratio']:.2f}"
-        f" ({low:.2f}-{high:.2f}, {s['steps']} pairs), memory ratio {found['memory_ratio']:.2f}"
-        f" above the state, {peak:.2f} of the peak"
-        " (extra steps, with an allocator that gives freed tensors back at once; more in LOG.md);"
-        f" {found['threads']} cores of {found['hardware']},"
-        " [JSON](assets/results/cost.json), `python tests/bench_cost.py`.",
-    ]
-    return "\n".join(lines)
+    return (
+        f"One training step of SmolLM2-135M on {int(s['tokens']):,} tokens in {s['dtype']}, ours"
+        f" and that of transformers in turns within one run: {ours['seconds']:.1f} s against"
+        f" {theirs['seconds']:.1f} (ratio {found['time_ratio']:.2f}, {low:.2f}-{high:.2f} in"
+        f" {s['steps']} pairs); peak {ours['peak_GiB']:.2f} GiB against {theirs['peak_GiB']:.2f},"
+        f" of which {ours['above_state_GiB']:.2f} against {theirs['above_state_GiB']:.2f} above"
+        f" weights, gradients and optimizer state (ratio {found['memory_ratio']:.2f};"
+        f" [how measured](LOG.md#memory-is-harder)); {found['threads']} cores of"
+        f" {found['hardware']}, [JSON](assets/results/cost.json), `python tests/bench_cost.py`."
+    )
 
 
 def judge() -> str:
@@ -263,27 +383,15 @@ def plan_8b() -> str:
         return "Not made yet: `python tests/make_plans.py`."
     rows = found["rows"]
     lines = [
-        "| 39,424 tokens, GB (1e9 bytes) | " + " | ".join(f"`{name}`" for name in rows) + " |",
-        "|---" * (len(rows) + 1) + "|",
+        "| 39,424 tokens | GPU, GB | host, GB | disk, GB | hours: probe, analysis, extend"
+        " | hours: replay (68M tokens) | hours: all, with merge and saves | measured on a GPU |",
+        "|---" * 8 + "|",
     ]
-    for part in next(iter(rows.values()))["bytes"]["device"]:
-        cells = [f"{r['bytes']['device'][part] / 1e9:.1f}" for r in rows.values()]
-        lines.append(f"| {part} | " + " | ".join(cells) + " |")
-    for name, column in (("GPU", "device"), ("host", "host"), ("disk", "disk")):
-        cells = [f"**{sum(r['bytes'][column].values()) / 1e9:.1f}**" for r in rows.values()]
-        lines.append(f"| **{name}, sum** | " + " | ".join(cells) + " |")
-    hours = {
-        name: {k: s["seconds"] / 3600 for k, s in r["stages"].items()} for name, r in rows.items()
-    }
-    for name, stages in (("probe, analysis, extend", 3), ("replay (68M tokens)", 1)):
-        cells = []
-        for by_stage in hours.values():
-            values = list(by_stage.values())
-            cells.append(f"{sum(values[:3]) if stages == 3 else values[3]:.1f}")
-        lines.append(f"| hours: {name} | " + " | ".join(cells) + " |")
-    cells = [f"{r['seconds'] / 3600:.1f}" for r in rows.values()]
-    lines.append("| hours: all, with merge and saves | " + " | ".join(cells) + " |")
-    lines.append("| measured on a GPU | " + " | ".join("not run" for _ in rows) + " |")
+    for name, r in rows.items():
+        hours = [stage["seconds"] / 3600 for stage in r["stages"].values()]
+        cells = [sum(r["bytes"][where].values()) / 1e9 for where in ("device", "host", "disk")]
+        cells += [sum(hours[:3]), hours[3], r["seconds"] / 3600]
+        lines.append(f"| `{name}` | " + " | ".join(f"{x:.1f}" for x in cells) + " | not run |")
     chosen = rows[found["chosen"]]
     saved = {k: 1 - a / b for k, (a, b) in chosen["one_sample"].items()}
     full = sum(chosen["device_of_full_length"].values()) / 1e9
@@ -314,7 +422,7 @@ def adamw_8bit() -> str:
         f" (band: {band['mean_of_last_10']}), while the fp32 loss fell by"
         f" {found['fell']['adamw-fp32']:.2f}; with `adamw` (fp32 masters) by at most"
         f" {masters['any_step']:.3f} and {masters['mean_of_last_10']:.3f}: rounded from masters,"
-        f" bf16 weights lag behind at first ([LOG.md](LOG.md)). {run['threads']} core(s) of"
+        f" bf16 weights [lag behind at first](LOG.md#bf16-lags). {run['threads']} core(s) of"
         f" {run['hardware']}, [JSON](assets/results/adamw_8bit.json),"
         " `python tests/optimizer_run.py`."
     )
@@ -324,39 +432,26 @@ def cost_by_length() -> str:
     found = read(RESULTS / "cost_by_length.json")
     if not found:
         return "Cost against length: not run (`python tests/bench_cost.py --lengths`)."
-    kinds = list(found["fit"])
-    lengths = sorted({row["tokens"] for row in found["rows"]})
-    lines = [
-        "| seconds a step | " + " | ".join(f"{n:,}" for n in lengths) + " |",
-        "|---" * (len(lengths) + 1) + "|",
-    ]
-    for kind in kinds:
-        best = {n: [r[kind] for r in found["rows"] if r["tokens"] == n] for n in lengths}
-        cells = [
-            f"{statistics.median(v):.1f}" if None not in v else "not run" for v in best.values()
-        ]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    ratios = found["ratio_by_length"]
-    shown = ", ".join(f"{float(v):.2f} at {int(k):,}" for k, v in ratios.items())
-    lines += [
-        "",
-        f"Ours over transformers, in turns within one run: {shown} ({found['dtype']},"
-        f" {found['threads']} cores of {found['hardware']});"
-        " [JSON](assets/results/cost_by_length.json), [figure](assets/results/cost_by_length.png).",
-    ]
-    return "\n".join(lines)
+    shown = ", ".join(f"{float(v):.2f} at {int(k):,}" for k, v in found["ratio_by_length"].items())
+    return (
+        f"By length, ours over transformers in seconds a step, in turns: {shown} tokens"
+        f" ({found['dtype']}, {found['threads']} cores of {found['hardware']}; one pair of steps a"
+        " length, [LOG.md](LOG.md#time-against-length);"
+        " [JSON](assets/results/cost_by_length.json), [figure](assets/results/cost_by_length.png))."
+    )
 
 
 REGIONS = {
+    "claims": claims,
+    "files": files,
+    "mutants": mutants,
     "plan": plan_8b,
-    "8bit": adamw_8bit,
-    "cost by length": cost_by_length,
     "tiny": tiny,
     "study 32768": lambda: study(32_768),
     "study 131072": lambda: study(131_072),
     "results": results,
     "smallest": smallest,
-    "cost": cost,
+    "costs": lambda: "\n".join(f"- {make()}" for make in (cost, cost_by_length, adamw_8bit)),
     "eval": judge,
 }
 

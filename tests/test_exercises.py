@@ -1,0 +1,86 @@
+"""The answers of README's exercises run, and are right."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from fresh_copy import ROOT, environment, fresh_copy
+
+EXERCISES = Path(__file__).resolve().parent / "exercises"
+sys.path.insert(0, str(EXERCISES))
+import pose_defect  # noqa: E402
+import rope_base  # noqa: E402
+
+from model import LlamaConfig  # noqa: E402
+from recipe import ntk_rope_base  # noqa: E402
+
+
+def test_the_derived_rope_base_is_the_papers(capsys):
+    """To all digits of table 4; by a way that does not use the formula."""
+    rope_base.main()
+    out = capsys.readouterr().out
+    assert all(name in out for name in rope_base.PAPER)
+    for numbers, paper in rope_base.PAPER.values():
+        found = rope_base.base_by_bisection(*numbers)
+        assert round(found / 1e6, 1) == paper
+        assert abs(found / ntk_rope_base(*numbers) - 1) < 1e-9
+
+
+def test_under_the_papers_base_no_pair_meets_a_new_angle():
+    """README says so of the toy at 131,072; it holds for the paper's models as well. With the old
+    base, and with one raised by T / L0 only, some do."""
+    tiny = LlamaConfig.from_dir(ROOT / "assets" / "tiny")
+    toy = (tiny.rope_theta, tiny.head_dim, tiny.max_position_embeddings, 131_072, None)
+    for theta, d, L0, T, f in [toy, *(numbers for numbers, _ in rope_base.PAPER.values())]:
+        bases = theta, theta * T / L0, ntk_rope_base(theta, d, L0, T, f)
+        counts = [rope_base.pairs_with_new_angles(theta, base, d, L0, T) for base in bases]
+        assert counts[0] > 0 and counts[1] > 0 and counts[2] == 0
+
+
+def test_the_defect_shows_in_the_samples_alone():
+    """4,000 samples: the share of plain ones is 801 / 1401 = 0.572 with standard error 0.0078; six
+    of them are allowed on both sides (chance of accident 2e-9). As published it is 1 / 1401: more
+    than 40 of 4,000 has a chance below 1e-20."""
+    L, T = pose_defect.L, pose_defect.T
+    bad = pose_defect.diagnose(pose_defect.black_box(), T)
+    good = pose_defect.diagnose(pose_defect.published(), T)
+    assert abs(bad["plain"] - 801 / 1401) < 6 * 0.0078 and bad["plain"] > 0.5
+    assert good["plain"] < 0.01
+    assert abs(bad["range of the split"] - (T - L + 1)) < 160  # 6 standard errors
+    assert bad["last split / L"] > 0.9 and good["last split / L"] == 0.5
+    assert bad["least skip - split"] >= 0 > good["least skip - split"]
+
+
+def test_the_diagnosis_by_hand():
+    samples = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 5], [0, 3, 4, 5], [0, 1, 2, 9]])
+    assert pose_defect.diagnose(samples, 10) == {
+        "plain": 0.25,
+        "plain, as published": 1 / 7,
+        "range of the split": 4 / 0.75,
+        "last split / L": 0.75,
+        "least skip - split": 0,
+    }
+
+
+def test_a_position_method_of_your_own_is_a_small_patch(tmp_path):
+    """It applies to a fresh copy, its own test and those of all methods pass, the command shows
+    it."""
+    patch = EXERCISES / "own_method.patch"
+    changed = re.findall(r"^[+-](?!\+\+ |-- )", patch.read_text(), re.MULTILINE)
+    assert 10 < len(changed) < 30
+    copy = fresh_copy(tmp_path / "copy")
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            command, check=False, cwd=copy, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    run("git", "apply", str(patch))
+    wanted = "bins or positions_increase or same_tokens"
+    said = run(sys.executable, "-m", "pytest", "tests/test_recipe.py", "-k", wanted)
+    assert re.search(r"\b7 passed", said), said
+    assert "bins" in run(sys.executable, "recipe.py", "--target_len", "9000", "--train_len", "900")
