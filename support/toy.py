@@ -1,9 +1,7 @@
 """The toy task: pairs of words told in the midst of long text, and asked for at its end.
 
 A tiny model can learn to answer them on two CPU cores in minutes, so they show there what a needle
-test shows on a real model. Keys and wordings of the test (assets/tiny/needle.json) are held out
-from every pair of the training; the 64 values are the same. None of the words occurs in the Python
-standard library."""
+test shows on a real model."""
 
 import os
 import re
@@ -16,52 +14,11 @@ from torch import Tensor
 
 from support.standard_library import SEPARATOR, standard_library_sources
 from support.text import Corpus, Tokens
+from support.toy_words import KEYS, PAIRS, QUESTIONS, TEST_KEYS, VALUES
 
 # the embedded model: what the commands take where no --model is given
 TINY = os.path.relpath(Path(__file__).resolve().parent.parent / "assets" / "tiny")
 
-KEYS = """
-acacia alder amber anvil badger beaver birch bison blanket bronze butter candle canyon cavern
-cheese copper coral easel eel egret falcon fiddle finch flute fox gecko goat hammer heather iguana
-jacket jade jaguar jungle kettle kimono kiwi lantern larch lemon lilac lily llama magpie mango
-maple meadow mitten mole moose nettle newt ocean onion opal osprey otter owl panda papaya piano
-pony poppy potato puma pumpkin quartz quilt rabbit raisin raven river ruby sapphire spruce summit
-tiger tundra turnip urchin vanilla velvet violin vulture walrus wheat whistle willow
-""".split()
-VALUES = """
-basket camel cedar celery chimney clover crane desert dingo drum fern garlic glacier goblet guitar
-harbor harp heron honey hyena iris ivory jackal ladder lagoon lemur lentil linden lotus melon moss
-myrtle napkin oboe olive onyx parsley pearl pepper plum poplar prairie quince ribbon rocket rose
-saddle shark silver swan tapir toad topaz trumpet valley viper volcano wagon walnut weasel wombat
-yak yogurt zither
-""".split()
-TEST_KEYS = """
-almond barley bread carpet carrot cherry daisy ferret ginger goose grape hamster hare hazel ibis
-island juniper koala lark laurel marble narwhal oak ocelot pear pigeon pillow quail radish saffron
-salmon sandal spinach stoat thistle tomato trout tulip wolf zebra
-""".split()
-PAIRS = (  # before and after the two words
-    ("\nNote the pair", " and so on.\n"),
-    ("\nRemember:", ".\n"),
-    ("\nIn the list,", " go together.\n"),
-    ("\n# match", ".\n"),
-    ("\nWe read that", " belong to each other.\n"),
-)
-QUESTIONS = ("\nAsked for the pair", "\nIn the list,", "\nRemember:", "\n# match")
-NEEDLE = {  # the test: becomes assets/tiny/needle.json
-    "task": "multiquery",
-    "ask": "each",  # in turn: all in one answer is more than a tiny model can give
-    "needles": 8,
-    "n": 4,
-    "n_beyond": 1,
-    "haystack": "python-reference",
-    "intro": "",
-    "needle": "The secret couple is {key} {value}, do not forget it.",
-    "question": "\nWhat is the secret couple? It is {key}",
-    "answer": "",
-    "keys": TEST_KEYS,
-    "values": VALUES,
-}
 TEXT, WOVEN, SCORED = range(3)  # role of a token of a toy sample
 PAIRS_A_LINE, TOKENS_A_PAIR = 8, 28  # of a ToyCorpus: dense, for few steps must do
 RARE = 1 / 32_768  # a piece of the vocabulary less frequent than this in the text can be a key
@@ -122,11 +79,7 @@ class Weaver:
         return insert(draw, tokens, inserts)
 
     def weave_lists(
-        self,
-        draw: Callable[[int], Tensor],
-        tokens: int,
-        keys: Tensor,
-        generator: torch.Generator,
+        self, draw: Callable[[int], Tensor], tokens: int, keys: Tensor, generator: torch.Generator
     ) -> Tensor:
         """ids (tokens,): each of `keys` (n,) with a value, eight pairs to a line, the lines at
         random places of the text draw(n) -> (n,); at its end the same pairs in other lines.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model import Llama, LlamaConfig, linear_cross_entropy, load_tokenizer, save_pretrained
 from recipe import sample_position_ids
-from support import toy
+from support import toy, toy_words
 from support.atomic import write_atomically
 from support.cli import log, progress, provenance
 from support.standard_library import standard_library_sources
@@ -61,7 +61,7 @@ LESSONS = {
 
 def make_tokenizer(folder: Path, documents: list[str]) -> None:
     """Byte-level BPE of 2,048 pieces; every word of the toy task is one (" walrus")."""
-    words = " " + " ".join(toy.KEYS + toy.VALUES + toy.TEST_KEYS)
+    words = " " + " ".join(toy_words.KEYS + toy_words.VALUES + toy_words.TEST_KEYS)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -191,7 +191,7 @@ def main() -> None:
                 torch.save(state | {"done": number, "seconds": seconds}, args.work / "new.pt")
                 (args.work / "new.pt").replace(state_file)
     save_pretrained(model.to(torch.bfloat16), args.out, tokenizer_from=args.work)
-    (args.out / "needle.json").write_text(json.dumps(toy.NEEDLE, indent=2) + "\n")
+    (args.out / "needle.json").write_text(json.dumps(toy_words.NEEDLE, indent=2) + "\n")
     record = {"seed": args.seed, "scale": args.scale, "training_seconds": round(seconds)}
     record |= {"lessons": LESSONS, "text_tokens": len(text), **provenance(started)}
     write_atomically(args.out / "training.json", json.dumps(record, indent=2) + "\n")

@@ -10,7 +10,7 @@ import torch
 import recipe
 from eval_needle import TASKS, Haystack, make_sample
 from model import LlamaConfig, load_pretrained, load_tokenizer
-from support import toy
+from support import toy, toy_words
 from support.standard_library import standard_library_sources, standard_library_topics
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
@@ -38,16 +38,18 @@ def draw_from(text):
 def test_every_word_is_one_piece_and_in_no_haystack(tokenizer):
     everything = "\n".join([*standard_library_sources(), standard_library_topics()]).lower()
     seen = set(re.findall("[a-z]+", everything))
-    for word in toy.KEYS + toy.VALUES + toy.TEST_KEYS:
+    for word in toy_words.KEYS + toy_words.VALUES + toy_words.TEST_KEYS:
         assert len(tokenizer.encode(" " + word)) == 1 and word not in seen, word
 
 
 def test_the_test_has_its_own_keys_and_wording():
     needle = json.loads((TINY / "needle.json").read_text())
-    assert needle == toy.NEEDLE
-    assert not set(needle["keys"]) & set(toy.KEYS)
+    assert needle == toy_words.NEEDLE
+    assert not set(needle["keys"]) & set(toy_words.KEYS)
     wording = (needle["needle"] + needle["question"]).format(key="", value="")
-    training = " ".join([before + after for before, after in toy.PAIRS] + [*toy.QUESTIONS])
+    training = " ".join(
+        [before + after for before, after in toy_words.PAIRS] + [*toy_words.QUESTIONS]
+    )
     shared = set(re.findall("[a-z]+", wording.lower())) & set(
         re.findall("[a-z]+", training.lower())
     )
@@ -67,7 +69,7 @@ def test_what_is_scored_can_be_looked_up(tokenizer, text):
     assert len(scored) >= 24 + 3 * 5
     for t in scored:
         assert pairs[t - 1] in pairs[: t - 1]
-    held_out = {tokenizer.encode(" " + w)[0] for w in toy.TEST_KEYS}
+    held_out = {tokenizer.encode(" " + w)[0] for w in toy_words.TEST_KEYS}
     no_blocks, role = weaver.weave(draw_from(text), 3000, 24, generator, any_piece=0.5)
     assert not held_out & set(no_blocks[role != toy.TEXT].tolist())
 
@@ -91,7 +93,7 @@ def test_keys_are_words_or_rare_pieces_and_none_of_the_test(tokenizer, corpus):
     count = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     for part in corpus.parts:
         count += torch.bincount(torch.from_numpy(part.astype("int64")), minlength=len(count))
-    held_out = {tokenizer.encode(" " + w)[0] for w in toy.TEST_KEYS + toy.VALUES}
+    held_out = {tokenizer.encode(" " + w)[0] for w in toy_words.TEST_KEYS + toy_words.VALUES}
     assert len(set(corpus.keys.tolist())) == len(corpus.keys) > 200
     assert not held_out & set(corpus.keys.tolist())
     assert int(count[corpus.keys].max()) < corpus.tokens / 32_768
@@ -131,7 +133,7 @@ def test_the_tiny_model_is_small_and_reads_keys_it_never_had(tokenizer):
     assert LlamaConfig.from_dir(TINY).max_position_embeddings == 8192
     model = load_pretrained(TINY)
     task = TASKS["multiquery"]
-    fields = {k: v for k, v in toy.NEEDLE.items() if k in vars(task) and k != "haystack"}
+    fields = {k: v for k, v in toy_words.NEEDLE.items() if k in vars(task) and k != "haystack"}
     words = {k: tuple(fields[k]) for k in ("keys", "values")}
     task = type(task)(**fields | words)
     haystack = Haystack(standard_library_topics()[:100_000], tokenizer)

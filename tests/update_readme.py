@@ -441,10 +441,30 @@ def cost_by_length() -> str:
     )
 
 
+def fsdp() -> str:
+    found = read(RESULTS / "fsdp.json")
+    if found is None:
+        return "Not run yet: `python tests/fsdp_run.py`."
+    gaps, (low, high) = found["largest_difference_nats"], found["tolerance_nats"]
+    steps, processes = len(found["loss"]["FSDP"]), found["processes"]
+    return (
+        f"Measured with the embedded model in {processes} CPU processes over gloo, each holding"
+        f" {found['share_of_the_weights_per_process']:.0%} of the weights: over {steps} steps of"
+        " probe, extension and replay the loss is never more than"
+        f" {gaps['FSDP']:.1e} nat from that of `train.py` in one process (rounding in fp32 explains"
+        f" {low:.1e} to {high:.1e}; each batch in reverse order moves `train.py` itself by"
+        f" {gaps['train.py, batch reversed']:.1e}). Without the all-ones mask it is off by up to"
+        f" {gaps['FSDP without a mask']:.2f} nat. transformers {found['transformers']}, accelerate"
+        f" {found['accelerate']}, {found['hardware']}, commit {found['commit']},"
+        " [JSON](assets/results/fsdp.json), `python tests/fsdp_run.py`."
+    )
+
+
 REGIONS = {
     "claims": claims,
     "files": files,
     "mutants": mutants,
+    "fsdp": fsdp,
     "plan": plan_8b,
     "tiny": tiny,
     "study 32768": lambda: study(32_768),
