@@ -69,7 +69,7 @@ TOY = {
     "model": TINY,
     "steps": 22,
     "batch_sequences": 1,
-    "lr": 1e-3,
+    "lr": 2e-3,
     "warmup_steps": 2,
     "analysis_samples": 2,
     "log_softmax": True,
@@ -94,7 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--select", choices=recipe.STRATEGIES, default="impact", help="which segments stay")
     add("--prefix", action="store_true", help="contiguous prefix, as the released code has")
     add("--train_len", type=int, help="sample, tokens (None: 30 %% of target_len, up to x 128)")
-    add("--probe_steps", type=int, help="steps before the analysis (None: a tenth of --steps)")
+    add("--probe_steps", type=int, help="steps before the analysis (None: a tenth, or 5)")
     add("--extended", metavar="DIR", help="an H' of yours, instead of the probe")
     add("--impactful", metavar="FILE", help="impactful.json of a run, instead of both")
     add("--analysis_samples", type=int, default=8, help="samples the analysis looks at")
@@ -155,7 +155,9 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
         args.replay_steps = math.ceil(68e6 / (args.replay_len * args.batch_sequences))
     needs_probe = args.select == "impact" and not (args.extended or args.impactful)
     if args.probe_steps is None:
-        args.probe_steps = max(1, args.steps // 10) if needs_probe else 0
+        # H' must have learnt something: five steps, or a quarter where there are few
+        probe = max(1, args.steps // 10, min(5, args.steps // 4))
+        args.probe_steps = probe if needs_probe else 0
     check_probe(args, needs_probe)
     on_gpu = torch.cuda.is_available() or args.plan in budget.GPUS
     args.device = "cuda" if on_gpu else "cpu"

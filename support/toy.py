@@ -21,7 +21,7 @@ TINY = os.path.relpath(Path(__file__).resolve().parent.parent / "assets" / "tiny
 
 TEXT, WOVEN, SCORED = range(3)  # role of a token of a toy sample
 PAIRS_A_LINE, TOKENS_A_PAIR = 8, 28  # of a ToyCorpus: dense, for few steps must do
-RARE = 1 / 32_768  # a piece of the vocabulary less frequent than this in the text can be a key
+RARE = 1 / 2048  # a piece less frequent than this in the text can be a key
 
 
 class Weaver:
@@ -134,8 +134,8 @@ def pick(table: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 class ToyCorpus(Corpus):
     """A corpus whose windows have the toy task woven in: a pair per 28 tokens of the sample, as far
-    as there are keys: the words, and letters that the text hardly ever shows as a piece (" hone" of
-    " honey")."""
+    as there are keys: the words, and letters that are a piece and rare in the text (" hone" of
+    " honey"), so that matching is learnt and not some keys (LOG.md)."""
 
     def __init__(self, tokens: Tokens, min_tokens: int, tokenizer):
         super().__init__(tokens, min_tokens)
@@ -149,7 +149,7 @@ class ToyCorpus(Corpus):
             for i in range(n)
             if count[i] < RARE * self.tokens
             and i not in words
-            and re.fullmatch(" ?[a-z]{2,}", tokenizer.decode([i]))
+            and re.fullmatch(" ?[a-zA-Z]{2,}", tokenizer.decode([i]))
         ]
         self.keys = torch.cat((self.weaver.keys, torch.tensor(rare, dtype=torch.int64)))
         self.pairs = max(1, min(len(self.keys), min_tokens // TOKENS_A_PAIR))  # of one window

@@ -28,8 +28,19 @@ PAIRS = (  # before and after the two words
     ("\nIn the list,", " go together.\n"),
     ("\n# match", ".\n"),
     ("\nWe read that", " belong to each other.\n"),
+    ("\nKeep in mind:", " for later.\n"),
+    ("\nA table has", " as rows.\n"),
+    ("\nHere we find", ".\n"),
 )
-QUESTIONS = ("\nAsked for the pair", "\nIn the list,", "\nRemember:", "\n# match")
+QUESTIONS = (
+    "\nAsked for the pair",
+    "\nIn the list,",
+    "\nRemember:",
+    "\n# match",
+    "\nAgain:",
+    "\nThe table has",
+    "\nSo we find",
+)
 NEEDLE = {  # the test: becomes assets/tiny/needle.json
     "task": "multiquery",
     "ask": "each",  # in turn: all in one answer is more than a tiny model can give
