@@ -3,7 +3,8 @@
     python tests/tiny_study.py --seeds 0 1 2         # to 32,768; resumable: what is there stays
     python tests/tiny_study.py --target 131072 --steps 16 --seeds 0 --only longrecipe none pose rpes
     python tests/tiny_study.py --report              # only the table, from the JSON in assets/
-    python tests/tiny_study.py --default             # README's first pair of commands, kept
+    python tests/tiny_study.py --default             # README's first pair of commands, kept;
+                                                     # --target 16384, 65536: to another window
 
 With the same seed every run sees the same number of tokens: 30 % of the target x steps, whatever
 its method and share; replay and merge included. Judged by eval_needle.py with 8 questions a
@@ -150,18 +151,19 @@ def by_length(rows: list[dict]) -> dict:
     return {length: list(haystacks.values()) for length, haystacks in table.items()}
 
 
-def default_run() -> None:
+def default_run(target: int) -> None:
     """The two commands of README's first screen, and the loss by position beside them."""
-    out, kept = Path("runs/tiny_128k"), RESULTS / "tiny_128k"
+    name = f"tiny_{target // 1024}k"
+    out, kept = Path("runs") / name, RESULTS / name
     if not (out / "config.json").is_file():
         resume = "--resume" if (out / "run.json").is_file() else ""
-        run(f"train.py --target_len 131072 --out {out} {resume}")
+        run(f"train.py --target_len {target} --out {out} {resume}")
     kept.mkdir(parents=True, exist_ok=True)
     run(f"eval_needle.py --model {out} --controls")
     for name in ("needle.png", "needle_results.json", "run.json", "metrics.jsonl"):
         shutil.copyfile(out / name, kept / name)
     shutil.copyfile(out / "impactful.json", kept / "impactful.json")
-    run(f"eval_needle.py --model {out} --ppl --n 1 --n_beyond 1 --lengths 8192 131072")
+    run(f"eval_needle.py --model {out} --ppl --n 1 --n_beyond 1 --lengths 8192 {target}")
     shutil.copyfile(out / "curves.png", kept / "curves.png")
     shutil.copyfile(out / "needle_results.json", kept / "loss_results.json")
     shutil.copyfile(out / "needle.jsonl", kept / "needle.jsonl")
@@ -184,7 +186,7 @@ def report(found: dict) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--target", type=int, default=32_768, help="window to reach, tokens")
+    p.add_argument("--target", type=int, help="window to reach (None: 32,768, --default 131,072)")
     p.add_argument("--steps", type=int, default=40, help="optimizer steps of 30 %% of the target")
     p.add_argument("--n", type=int, default=8, help="haystacks per length")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -194,8 +196,9 @@ def main() -> None:
     args = p.parse_args()
     os.chdir(ROOT)
     if args.default:
-        default_run()
+        default_run(args.target or 131_072)
         return
+    args.target = args.target or 32_768
     file = RESULTS / f"tiny_study_{args.target}.json"
     found = json.loads(file.read_text()) if file.is_file() else {"runs": {}}
     if not args.report:
