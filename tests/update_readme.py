@@ -160,11 +160,19 @@ def tiny() -> str:
     for label, name in zip(models, names, strict=True):
         cells = [cell(found["table"], label, "multiquery", n) for n in lengths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    s, target = run["settings"], lengths[-1]
+    base, control, result = (entry(found["table"], m, "multiquery", target) for m in models)
+    adds = "more than" if beyond(result, control) else "no more than"
+    lines += [
+        "",
+        f"At {target:,} tokens the base finds {base['mean']:.0%} of the pairs, its weights under"
+        f" the new RoPE base (10,000 x {s['rope_base'] / 10_000:.0f}) {control['mean']:.0%}, the"
+        f" result of training {result['mean']:.0%}: {adds} the intervals allow.",
+    ]
     base, control, result = (
         ", ".join(str(e["haystacks"]) for e in found["table"] if e["model"] == label)
         for label in models
     )
-    s = run["settings"]
     lines += [
         "",
         f"`train.py`: {run['seconds'] / 60:.1f} minutes with tests running beside,"
@@ -203,6 +211,7 @@ def study(target: int) -> str:
         f"| setting | seeds | questions kept | with their pair | at 8,192 | at {target:,} |",
         "|---|---|---|---|---|---|",
     ]
+    at_target = {}
     for name in (name for name in SETTINGS if name in found["runs"]):
         seeds, cells = found["runs"][name], []
         for length in ("8192", str(target)):
@@ -210,11 +219,20 @@ def study(target: int) -> str:
             scores = [score for c in clusters for score in c]
             low, high = clustered(clusters)
             cells.append(f"{sum(scores) / len(scores):.0%} ({low:.0%}-{high:.0%})")
+            at_target[name] = {"interval_95": (low, high)}
         kept = ["", ""]
         if "questions_kept" in next(iter(seeds.values())):
             keys = ("questions_kept", "their_pair_kept")
             kept = [f"{statistics.mean(s[k] for s in seeds.values()):.0%}" for k in keys]
         lines.append(f"| {' | '.join([name, str(len(seeds)), *kept, *cells])} |")
+    if ours := at_target.pop("longrecipe", None):
+        apart = [name for name, other in at_target.items() if beyond(ours, other)]
+        within = [name for name in at_target if name not in apart]
+        lines += [
+            "",
+            f"At {target:,} tokens longrecipe is above these by more than both intervals allow:"
+            f" {', '.join(apart) or 'none'}; not above these: {', '.join(within) or 'none'}.",
+        ]
     lines += [
         "",
         "Kept: by selection, of what the training texts ask for. At a length: share of questions"
