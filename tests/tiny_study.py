@@ -75,44 +75,72 @@ def same_tokens(flags: str, target: int, steps: int) -> int:
 
 def run(command: str) -> None:
     log(f"$ python {command}")
-    subprocess.run([sys.executable, *command.split()], check=True, stderr=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, *command.split()], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr[-2000:]}\nerror: that command failed")
 
 
-def make_model(name: str, seed: int, args, out: Path) -> dict:
-    """Train (or only re-base) the model of one row into `out`; the flags and their cost."""
+def folder(name: str, seed: int, args) -> Path:
+    return RUNS / str(args.target) / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+
+
+def flags_of(name: str, seed: int, args) -> str:
+    """What train.py is given for a row (its RoPE base alone where nothing is trained)."""
     bases = {"paper": ntk_rope_base(THETA, 64, WINDOW, args.target), "old": THETA}
     linear = THETA * args.target / WINDOW
     if SETTINGS[name] is None:
         base = bases["paper"] if "paper" in name else bases["old"] if "old" in name else linear
-        model = load_pretrained(BASE)
-        model.config = model.config.with_rope(base, args.target)
-        save_pretrained(model, out, tokenizer_from=BASE)
-        return {"flags": f"--rope_base {base:.6g}", "seconds": 0}
+        return f"--rope_base {base}"
     flags = SETTINGS[name].format(
-        impactful=RUNS / str(args.target) / f"longrecipe_{seed}" / "impactful.json",
+        impactful=folder("longrecipe", seed, args) / "impactful.json",
         tenth=args.target // 1280 * 128,
         more=2 * train_length(args.target),
         **bases,
     )
     flags += "" if "--rope_base" in flags else f" --rope_base {linear}"
-    flags += f" --steps {same_tokens(flags, args.target, args.steps)} --seed {seed}"
+    return flags + f" --steps {same_tokens(flags, args.target, args.steps)} --seed {seed}"
+
+
+def make_model(name: str, seed: int, args) -> dict:
+    """Train (or only re-base) the model of one row; the flags and their cost."""
+    out, flags = folder(name, seed, args), flags_of(name, seed, args)
+    if SETTINGS[name] is None:
+        model = load_pretrained(BASE)
+        model.config = model.config.with_rope(float(flags.split()[1]), args.target)
+        save_pretrained(model, out, tokenizer_from=BASE)
+        return {"flags": flags, "seconds": 0}
+    if "--impactful" in flags and not (out.parent / f"longrecipe_{seed}/impactful.json").is_file():
+        make_model("longrecipe", seed, args)  # its analysis is wanted: the run left this machine
     resume = "--resume" if (out / "run.json").is_file() else ""
     run(f"train.py --target_len {args.target} {flags} --out {out} {resume}")
     record = json.loads((out / "run.json").read_text())
     keep = ("seconds", "peak_GiB", "commit")
-    return {"flags": flags, **{k: record[k] for k in keep}}
+    return {"flags": flags, "recipe": recipe_of(args, flags), **{k: record[k] for k in keep}}
+
+
+def recipe_of(args, flags: str) -> dict:
+    """The settings that these flags come to with train.py as it is now: a row made with others,
+    by an older version, is made again."""
+    settings = vars(train.parse(["--target_len", str(args.target), *flags.split()]))
+    paths = ("impactful", "model", "out", "plan", "resume")
+    return {k: v for k, v in settings.items() if k not in paths}
+
+
+def is_done(row: dict | None, name: str, seed: int, args) -> bool:
+    if row is None or row.get("haystacks") != args.n:
+        return False
+    flags = flags_of(name, seed, args)
+    return SETTINGS[name] is None or row.get("recipe") == recipe_of(args, flags)
 
 
 def measure(name: str, seed: int, args) -> dict:
-    plain = "".join(c if c.isalnum() else "_" for c in name)
-    out = RUNS / str(args.target) / f"{plain}_{seed}"
-    record = make_model(name, seed, args, out)
+    out, record = folder(name, seed, args), make_model(name, seed, args)
     for length, n in ((WINDOW, args.n), (args.target, args.n)):
         run(f"eval_needle.py --model {out} --compare --lengths {length} --n {n}")
     rows = [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
     if SETTINGS[name] is not None:
         record |= kept(out)
-    return record | {"scores": by_length(rows)}
+    return record | {"haystacks": args.n, "scores": by_length(rows)}
 
 
 @functools.cache
@@ -202,17 +230,17 @@ def main() -> None:
     file = RESULTS / f"tiny_study_{args.target}.json"
     found = json.loads(file.read_text()) if file.is_file() else {"runs": {}}
     if not args.report:
-        found |= {"target": args.target, "steps": args.steps, "haystacks": args.n}
         for seed in args.seeds:
             for name in args.only or SETTINGS:
-                if str(seed) in found["runs"].get(name, {}):
-                    continue
-                if SETTINGS[name] is None and found["runs"].get(name):
+                if SETTINGS[name] is None and seed != args.seeds[0]:
                     continue  # nothing random but the haystacks, which are the same
+                if is_done(found["runs"].get(name, {}).get(str(seed)), name, seed, args):
+                    continue
                 measured = measure(name, seed, args)
                 if file.is_file():  # another process may have added rows meanwhile
                     found = json.loads(file.read_text())
                 found["runs"].setdefault(name, {})[str(seed)] = measured
+                found |= {"target": args.target, "steps": args.steps, "haystacks": args.n}
                 keep = ("torch", "python", "hardware", "threads")
                 found |= {k: v for k, v in provenance(0).items() if k in keep}
                 write_atomically(file, json.dumps(found) + "\n")
