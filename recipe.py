@@ -26,7 +26,7 @@ from model import Llama, inverse_frequencies, load_tokenizer
 from support import atomic, checkpoint_files, config_files, coverage, explain_figure
 from support import explain as words
 from support.cli import check_ranges, report_errors
-from support.corpora import load_corpora
+from support.corpora import contents, load_corpora
 from support.export import check_exportable, export_flag, sample_settings, write_samples
 from support.hub import SMALL, local_folder
 from support.run_settings import Parser, read_impactful
@@ -426,8 +426,8 @@ def export(folder: Path, flags: list[str]) -> None:
     def draw(stage: train.Stage, step: int):
         return train.draw(stage, step, corpora[stage.name == "replay"], tokenizer, args, impactful)
 
-    settings = sample_settings(args, impactful, corpora)
-    write_samples(folder, settings, train.plan_stages(args), train.learning_rate, draw)
+    settings, stages = sample_settings(args, impactful, corpora), train.plan_stages(args)
+    write_samples(folder, settings, contents(args), stages, train.learning_rate, draw)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from support.atomic import LOCK, check_unlocked, only_writer, replacing, sync, w
 from support.checkpoint_files import not_finite
 from support.cli import telling
 from support.config_files import read_json
-from support.run_settings import check_same, settings_to_resume
+from support.run_settings import check_same, settings_to_resume, started_in
 from support.stop import unbroken
 
 STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
@@ -73,9 +73,8 @@ class RunFolder:
         return done or published
 
     def write_settings(self, settings: dict, **more) -> None:
-        """started_in: from where relative paths lead, itself relative to this folder."""
-        here = os.path.relpath(Path.cwd(), os.path.realpath(self.path))
-        run = {"settings": settings, "started_in": here, "data": self.data, **more}
+        start = started_in(self.path)
+        run = {"settings": settings, "started_in": start, "data": self.data, **more}
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def write_impactful(self, types: dict[int, list]) -> None:

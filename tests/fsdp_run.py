@@ -84,8 +84,10 @@ def worker(folder: Path, losses: Path | None, mask: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
     from transformers.distributed import DistributedConfig
 
+    from support.run_settings import settings_of
+
     samples, rows = Samples(folder, mask), []
-    steps, settings = samples.index["steps"], samples.index["settings"]
+    steps, settings = samples.index["steps"], settings_of(folder, "samples.json")
     processes = int(os.environ["WORLD_SIZE"])
     if settings["batch_sequences"] % processes:
         raise ValueError(f"batches of {settings['batch_sequences']} for {processes} processes")
