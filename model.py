@@ -3,7 +3,7 @@
 What it is: the decoder-only transformer of the Llama family in plain PyTorch, bottom-up, with a
 loss that never holds all logits and a cache for greedy generation. fp32 logits and gradients equal
 those of `transformers`. This file works alone, copied into a project of yours; only Hugging Face
-folders (chapter 9) and one lever of activation checkpointing take support/ beside it.
+folders (chapter 9) and the levers of activation checkpointing take support/ beside it.
 
 Why it exists beside `transformers`: LongRecipe (Hu et al., ACL 2025, section 4.2) trains on
 samples whose position ids have gaps. Here a position id is a RoPE position and nothing else;
@@ -50,6 +50,8 @@ def support(name: str):
     try:
         return import_module(f"support.{name}")
     except ModuleNotFoundError as error:
+        if error.name not in ("support", f"support.{name}"):  # a package that support/ wants
+            raise
         raise ModuleNotFoundError(f"this takes support/ beside model.py: {error}") from None
 
 
@@ -149,8 +151,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
     T, S = q.shape[2], k.shape[2]
-    # SDPA would build a (T, S) mask here, twice as slow.
-    # subtle: lse, which hangs on q and k, carries no gradient
+    # SDPA's (T, S) mask is twice as slow. subtle: lse, which hangs on q and k, has no gradient
     if 1 < T < S and q.device.type == "cpu" and not (q.requires_grad or k.requires_grad):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         a, lse_a = flash(q, k[:, :, : S - T], v[:, :, : S - T])  # the past, without a mask
@@ -230,15 +231,14 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The whole model. Parameters carry the names of Hugging Face's checkpoints: no renaming.
 
-    `activation_checkpointing`: keep each layer's input and its attention's output for the backward
-    pass, and compute the rest of the layer a second time there: activation memory of one layer
-    instead of all. `keep_attention`, `layer_inputs`: two levers of it, see support/activations."""
+    `activation_checkpointing`: keep each layer's input alone for the backward pass and compute the
+    layer again there: activation memory of one layer instead of all. Two levers are below."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.keep_attention = True
+        self.keep_attention = False  # compute it again; True: keep its output, by support/
         self.layer_inputs = None  # they stay on the device; else support's LayerInputsOnHost
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

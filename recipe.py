@@ -26,7 +26,7 @@ from model import Llama, inverse_frequencies, load_tokenizer
 from support import atomic, checkpoint_files, config_files, coverage, explain_figure
 from support import explain as words
 from support.cli import check_ranges, report_errors
-from support.corpora import load_corpora
+from support.corpora import contents, load_corpora
 from support.export import check_exportable, export_flag, sample_settings, write_samples
 from support.hub import SMALL, local_folder
 from support.run_settings import Parser, read_impactful
@@ -229,7 +229,7 @@ def select_segments(
 def spread_segments(starts: Tensor | None, L: int, T: int, generator) -> Tensor:
     """Algorithm 1: position ids (L,) below T that jump only at the segment starts (N,)."""
     if starts is None or len(starts) < 2:
-        raise TooFewSegments("longrecipe needs at least two segments: one would be plain `none`")
+        raise TooFewSegments("longrecipe needs at least two segments in a sample (--train_len)")
     if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
         raise ValueError(f"segment starts must increase from 0 and stay below the length {L}")
     N = len(starts)
@@ -394,8 +394,8 @@ def explain(args, folder: str) -> None:
 
     share, sizes = impactful_share(ids, starts, impactful), segment_lengths(starts, len(ids))
     kept, new_starts = select_segments(ids, starts, train_len, select, generator, impactful)
-    taken = torch.isin(starts, kept[new_starts])
-    words.tell_selection(ids, starts, share, taken, len(kept), tokenizer, select)
+    held = torch.bincount(torch.searchsorted(starts, kept, right=True) - 1, minlength=len(starts))
+    words.tell_selection(ids, starts, share, held > 0, len(kept), tokenizer, select)
 
     lengths = (train_len, target_len, new_starts, generator)
     methods = [m for m in METHODS if m != "full"]
@@ -406,7 +406,7 @@ def explain(args, folder: str) -> None:
 
     angles = coverage.angles(folder, target_len, inverse_frequencies, ntk_rope_base)
     words.tell_angles(angles)
-    selection = (share, sizes, taken, "impactful" if file else "digits")
+    selection = (share, sizes, held, "impactful" if file else "digits")
     explain_figure.draw(args.figure, folder, selection, distances, angles)
     print(f"\nfigure: {args.figure}")
 
@@ -426,8 +426,8 @@ def export(folder: Path, flags: list[str]) -> None:
     def draw(stage: train.Stage, step: int):
         return train.draw(stage, step, corpora[stage.name == "replay"], tokenizer, args, impactful)
 
-    settings = sample_settings(args, impactful, corpora)
-    write_samples(folder, settings, train.plan_stages(args), train.learning_rate, draw)
+    settings, stages = sample_settings(args, impactful, corpora), train.plan_stages(args)
+    write_samples(folder, settings, contents(args), stages, train.learning_rate, draw)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -45,6 +45,7 @@ from model import (
     save_pretrained,
 )
 from support import budget
+from support import settings as checks
 from support.activations import LayerInputsOnHost
 from support.cli import log, log_device, peak_gib, progress, provenance, report_errors
 from support.config_files import check_extendable
@@ -56,7 +57,6 @@ from support.optimizer import make_optimizer
 from support.plan import settle
 from support.run_settings import NO_SETTINGS, Parser, parse_or_resume, read_impactful
 from support.run_state import RunFolder
-from support.settings import check_given, check_lengths, check_probe
 from support.stop import unbroken
 from support.text import Corpus
 from support.tokenizer import check_fits
@@ -94,7 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--select", choices=recipe.STRATEGIES, default="impact", help="which segments stay")
     add("--prefix", action="store_true", help="contiguous prefix, as the released code has")
     add("--train_len", type=int, help="sample, tokens (None: 30 %% of target_len, up to x 128)")
-    add("--probe_steps", type=int, help="steps before the analysis (None: a tenth, or 5)")
+    add("--probe_steps", type=int, help="(None: a tenth, at least 5 or a quarter)")
     add("--extended", metavar="DIR", help="an H' of yours, instead of the probe")
     add("--impactful", metavar="FILE", help="impactful.json of a run, instead of both")
     add("--analysis_samples", type=int, default=8, help="samples the analysis looks at")
@@ -135,7 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def resolve(args: argparse.Namespace) -> LlamaConfig:
     """Fill in what was not given, check what was; returns the config of the base model. Writes
     nothing."""
-    check_given(args)
+    checks.check_given(args)
     args.model = local_folder(args.model, CONFIG if args.plan else FILES)
     config = LlamaConfig.from_dir(args.model)
     if args.base_len is None:
@@ -145,7 +145,7 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
         args.train_len = args.target_len if full else recipe.train_length(args.target_len)
     if args.replay_len is None:
         args.replay_len = min(args.base_len, args.train_len)
-    check_lengths(args)
+    checks.check_lengths(args)
     check_extendable(config, args.target_len, args.rope_base)
     if args.rope_base is None:
         args.rope_base = recipe.ntk_rope_base(
@@ -158,7 +158,7 @@ def resolve(args: argparse.Namespace) -> LlamaConfig:
         # H' must have learnt something: five steps, or a quarter where there are few
         probe = max(1, args.steps // 10, min(5, args.steps // 4))
         args.probe_steps = probe if needs_probe else 0
-    check_probe(args, needs_probe)
+    checks.check_probe(args, needs_probe)
     on_gpu = torch.cuda.is_available() or args.plan in budget.GPUS
     args.device = "cuda" if on_gpu else "cpu"
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
@@ -324,6 +324,12 @@ class Trainer:
 # ---- 4. Analysis: which token types gain from a longer context? --------------------------------
 
 
+def analysis_sample(i: int, stage: Stage, corpus: Corpus, tokenizer, args) -> tuple:
+    """(input_ids (L,), position_ids (L,), generator: for what else is drawn beside them)."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000 + i)
+    return *sample(stage, corpus, tokenizer, args, None, generator), generator
+
+
 def analyse(
     base: Llama, extended: Llama, stage: Stage, corpus: Corpus, tokenizer, args, run
 ) -> Tensor:
@@ -337,8 +343,7 @@ def analyse(
     options = {"first_position": args.base_len, "log_softmax": args.log_softmax}
     texts = []
     for i in progress(range(args.analysis_samples), "analysis", unit="sample"):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_000 + i)
-        ids, positions = sample(stage, corpus, tokenizer, args, None, generator)
+        ids, positions, generator = analysis_sample(i, stage, corpus, tokenizer, args)
         _, s, c = recipe.logit_shift(base, extended, ids, positions, **options)
         total, count = total + s, count + c
         texts.append(corpus.window(args.target_len, generator))
@@ -388,7 +393,8 @@ def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
         if args.extended:
             extended = load_pretrained(args.extended, model.dtype, args.device)
         if args.rebased_analysis:  # the shift is then what was learnt, not where the old base fails
-            base.config = model.config
+            rope = {k: getattr(extended.config, k) for k in ("rope_theta", "rope_scaling")}
+            base.config = dataclasses.replace(base.config, **rope)
         trainer.impactful = analyse(base, extended, probe, corpus, trainer.tokenizer, args, run)
         del base, extended
         trainer.save()
@@ -426,20 +432,14 @@ def main(argv: list[str] | None = None) -> None:
             return
         run.check_data(contents(args), args.resume)
         corpus, replay_corpus = load_corpora(args, tokenizer)
-        sample(stages[0], corpus, tokenizer, args, None, torch.Generator())  # fails early if at all
-        impactful = None
-        if args.impactful:
-            impactful = read_impactful(args.impactful, config.vocab_size)
-        if args.extended and LlamaConfig.from_dir(args.extended).vocab_size != config.vocab_size:
-            raise ValueError(f"--extended {args.extended} has another vocabulary than --model")
+        impactful = read_impactful(args.impactful, config.vocab_size) if args.impactful else None
+        checks.check_extended(args.extended, config.vocab_size)
+        texts = (corpus, corpus, replay_corpus)  # of the stages
+        checks.check_samples(args, stages, texts, tokenizer, impactful, sample, analysis_sample)
         model = load_pretrained(args.model, getattr(torch, args.dtype), args.device)
 
         log_device(args.device, CUDA_BACKENDS, toy=args.model == TINY)
-        read = f"{corpus.source}: {corpus.tokens:,} tokens"
-        log(f"data: {read}, {corpus.too_short} documents too short")
-        plan = [f"{s.name} {s.steps:,} x {args.batch_sequences} x {s.tokens:,}" for s in stages]
-        log(f"plan, steps x samples x tokens: {', '.join(plan)}")
-        log("settings: " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))
+        checks.log_settings(corpus, stages, settings)
         model.config = config.with_rope(args.rope_base, args.target_len)
         model.activation_checkpointing, model.keep_attention = True, args.keep_attention
         model.layer_inputs = LayerInputsOnHost() if args.offload_inputs else None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from support.config_files import read_json
 from support.coverage import Angles, Distances
+from support.run_settings import settings_of
 from support.toy import TINY
 
 # what was found for SmolLM2, as an example, and for the embedded model
@@ -36,6 +37,15 @@ def mean_shifts(file: str | Path) -> dict[int, str]:
     return {int(i): f"{shifts[i]:+.1f}" if i in known else "" for i, _ in found}
 
 
+def unit_of(file: str | Path | None) -> str:
+    """In what the shifts of an impactful.json are, where the run beside it tells; else "shift"."""
+    beside = Path(file).with_name("run.json") if file else None
+    if beside is None or not beside.is_file():
+        return "shift"
+    settings = settings_of(beside.parent)
+    return "nats" if settings.get("log_softmax") else "logits" if settings else "shift"
+
+
 def tell_types(
     file: str | Path | None, impactful: Tensor, ids: Tensor, starts: Tensor, tokenizer
 ) -> None:
@@ -54,7 +64,7 @@ def tell_types(
         f" ({file or 'those with a digit'}); {impactful[ids].double().mean():.1%} of this text's"
         " tokens are of them"
     )
-    print("   shift  times  type, in [] within a sentence of the text")
+    print(f"{unit_of(file):>8}  times  type, in [] within a sentence of the text")
     for v in [v for v in ranked if count[v] and impactful[v]][:8]:
         t = int((ids == v).nonzero()[0])
         segment = int(torch.searchsorted(starts, t, right=True)) - 1

@@ -36,8 +36,8 @@ def draw(
     angles: Angles | str,
 ) -> None:
     """folder: the model's. selection: the share of impactful tokens of the text's segments (N,),
-    their sizes, which were taken, and what those tokens are called. distances: of each method and
-    FULL. angles: or why there are none."""
+    their sizes, how many of their tokens the sample holds, and what impactful ones are called.
+    distances: of each method and FULL. angles: or why there are none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 9.5), layout="constrained")
@@ -60,17 +60,18 @@ def draw(
     figure.savefig(path, dpi=110)
 
 
-def draw_selection(axis, share: Tensor, sizes: Tensor, taken: Tensor, what: str) -> None:
-    """How many tokens stand in segments with this share of impactful tokens."""
-    share, sizes, taken = share.numpy(), sizes.numpy(), taken.numpy()
+def draw_selection(axis, share: Tensor, sizes: Tensor, held: Tensor, what: str) -> None:
+    """How many tokens stand in segments with this share of impactful tokens. The last segment of
+    the sample may be cut: what it lost is dropped."""
+    share, sizes, held = share.numpy(), sizes.numpy(), held.numpy()
     edges = np.linspace(0, 1, 26)
-    parts, labels = (share[taken], share[~taken]), ("taken", "dropped")
-    weights = [sizes[taken] / 1000, sizes[~taken] / 1000]
+    taken, tokens = held > 0, (held, sizes - held)
     named = [
-        f"{label}: {len(p):,} segments, {w.sum() * 1000:,.0f} tokens"
-        for label, p, w in zip(labels, parts, weights, strict=True)
+        f"{label}: {n.sum():,} segments, {w.sum():,} tokens"
+        for label, n, w in zip(("taken", "dropped"), (taken, ~taken), tokens, strict=True)
     ]
-    axis.hist(parts, edges, weights=weights, stacked=True, label=named, color=("C3", "lightgray"))
+    weights, colors = [w / 1000 for w in tokens], ("C3", "lightgray")
+    axis.hist((share, share), edges, weights=weights, stacked=True, label=named, color=colors)
     axis.set_title(f"selection, n = {len(share):,} segments")
     axis.set(xlabel=f"share of a segment's tokens that are {what}", ylabel="thousand tokens")
     axis.legend(fontsize=9)
@@ -119,7 +120,7 @@ def draw_distances(axis, distances: dict[str, Distances], old_window: int | None
     axis.set_yscale("log")
     axis.set_ylim(bottom=axis.get_ylim()[0] / 10)  # room for the legend
     draws = max(d.draws for d in distances.values())
-    axis.set_title(f"pairs of tokens by distance, n = {draws} samples")
+    axis.set_title(f"pairs of tokens by distance, n = {draws} samples, {FULL}: 1")
     axis.set_xlabel("distance of two tokens (units of 1,024 positions)")
     axis.set_ylabel("pairs in one sample at each distance (no line: none)")
     axis.legend(fontsize=9, loc="lower left")
@@ -158,9 +159,10 @@ def draw_angles(axis, angles: Angles | str) -> None:
     a, pairs = angles, np.arange(len(angles.old))
     old = a.old.double().numpy() * a.old_len / (2 * math.pi)
     far, slowed = (f.double().numpy() * a.target_len / (2 * math.pi) for f in (a.old, a.new))
-    axis.axhline(
-        1, color="gray", linestyle=":", label="one turn: with — above it, all angles are known"
+    turn = (
+        "a pair whose — is above this line went round\nthe whole circle: all its angles are known"
     )
+    axis.axhline(1, color="gray", linestyle=":", label=turn)
     axis.plot(pairs, old, "k_", markersize=9, label=f"old window ({a.old_len:,}), old base")
     for y, new, color, name in ((far, a.before, "C1", "old"), (slowed, a.after, "C0", "new")):
         new = new.numpy()

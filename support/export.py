@@ -1,6 +1,7 @@
 """`python recipe.py --export DIR`: the samples of a run as files, for an engine of your own.
 
-    DIR/samples.json               settings, tokenizer's model folder, and a row for every step
+    DIR/samples.json               settings (relative paths: from its started_in, itself relative
+                                   to DIR), what the data holds, and a row for every step
     DIR/step_00000.safetensors     input_ids and position_ids, (samples, tokens) int32
     DIR/step_00001.safetensors     ...
 
@@ -36,10 +37,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from support import corpora
 from support.atomic import LOCK, only_writer, replacing, write_atomically
 from support.cli import log, progress, provenance, telling
 from support.config_files import read_json
-from support.run_settings import MAY_DIFFER, NO_SETTINGS, Parser
+from support.run_settings import MAY_DIFFER, NO_SETTINGS, Parser, same, settings_of, started_in
+from support.text import Corpus
 
 INDEX = "samples.json"
 # settings of train.py that change no sample and say nothing an engine should know
@@ -76,23 +79,25 @@ def check_exportable(args) -> None:
         )
 
 
-def sample_settings(args, impactful: Tensor | None, corpora) -> dict:
+def sample_settings(args, impactful: Tensor | None, texts: tuple[Corpus, Corpus]) -> dict:
     """What the samples hang on, and what an engine needs beside them."""
     settings = {k: v for k, v in vars(args).items() if k not in OTHER}
     types = None if impactful is None else impactful.nonzero()[:, 0].tolist()
-    return settings | {"impactful_types": types, "data_tokens": [c.tokens for c in corpora]}
+    return settings | {"impactful_types": types, "data_tokens": [text.tokens for text in texts]}
 
 
 def write_samples(
     folder: Path,
     settings: dict,
+    data: list[dict],
     stages: list,
     learning_rate: Callable,
     draw: Callable[..., Iterable[tuple[Tensor, Tensor]]],
 ) -> None:
-    """stages: those of train.py; draw(stage, step) -> (input_ids, position_ids) of each sample of
-    an optimizer step, counted over all stages. ValueError if the folder holds anything else than
-    samples of these settings."""
+    """data: what the text holds, see support/corpora.py; stages: those of train.py;
+    draw(stage, step) -> (input_ids, position_ids) of each sample of an optimizer step, counted over
+    all stages. ValueError if the folder holds anything else than samples of these settings and this
+    data."""
     started = time.time()
     plan = [(stage, i) for stage in stages for i in range(stage.steps)]
     steps = [
@@ -105,7 +110,7 @@ def write_samples(
         }
         for step, (stage, i) in enumerate(plan)
     ]
-    index = {"settings": settings, "steps": steps}
+    index = {"settings": settings, "started_in": started_in(folder), "data": data, "steps": steps}
     check_folder(folder, index)
     with only_writer(folder), telling(lambda: whole(folder, steps)):
         check_folder(folder, index)  # once more: another one may have ended just now
@@ -137,15 +142,16 @@ def whole(folder: Path, steps: list[dict]) -> str:
 
 def check_folder(folder: Path, index: dict) -> None:
     if (folder / INDEX).is_file():
-        before = read_json(folder / INDEX)
-        old, new = before.get("settings", {}), json.loads(json.dumps(index["settings"]))
+        old, new = settings_of(folder, INDEX), json.loads(json.dumps(index["settings"]))
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
+            if not same(name, old.get(name), new.get(name)):
                 shown = [str(x.get(name))[:60] for x in (old, new)]
                 raise ValueError(
                     f"{folder} holds samples with another {name} ({shown[0]}, now {shown[1]}):"
                     " another --export"
                 )
+        if change := corpora.changed(read_json(folder / INDEX).get("data", []), index["data"]):
+            raise ValueError(f"{change}; put it back, or another --export than {folder}")
     elif folder.exists() and (
         not folder.is_dir()
         or any(f.name not in (LOCK, INDEX + ".writing") for f in folder.iterdir())

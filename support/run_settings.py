@@ -56,15 +56,20 @@ def is_toy(model: str | None, toy: dict) -> bool:
     return model is None or Path(model).resolve() == Path(toy["model"]).resolve()
 
 
-def settings_of(folder: str | Path) -> dict:
+def started_in(folder: str | Path) -> str:
+    """From where the relative paths of a run lead: this folder, itself relative to the run's."""
+    return os.path.relpath(Path.cwd(), os.path.realpath(folder))
+
+
+def settings_of(folder: str | Path, file: str = "run.json") -> dict:
     """The settings in a folder's run.json ({} where it holds none), relative paths as seen from
     here, wherever the run was started."""
-    run = read_json(Path(folder) / "run.json")
-    settings, started_in = run.get("settings"), run.get("started_in")
+    run = read_json(Path(folder) / file)
+    settings, start = run.get("settings"), run.get("started_in")
     if not isinstance(settings, dict):
         return {}
-    if isinstance(started_in, str):
-        there = os.path.normpath(os.path.join(os.path.realpath(folder), started_in))
+    if isinstance(start, str):
+        there = os.path.normpath(os.path.join(os.path.realpath(folder), start))
         if there != os.path.realpath(Path.cwd()):
             paths = {name: settings[name] for name in PATHS if name in settings}
             settings |= {name: map_paths(from_folder(there), p) for name, p in paths.items()}
@@ -85,12 +90,18 @@ def check_same(before: dict, now: dict) -> None:
     """ValueError that names a setting with another value, if it matters to the result."""
     for name in sorted(before):  # a flag that came later than the run: see parse_or_resume
         old, new = before.get(name), now.get(name)
-        change = os.path.realpath if name in PATHS else str
-        if name not in MAY_DIFFER and map_paths(change, old) != map_paths(change, new):
+        if name not in MAY_DIFFER and not same(name, old, new):
             raise ValueError(
                 f"--resume with another --{name}: the run has {old!r}, now {new!r}; without the"
                 " flag the run's own is taken"
             )
+
+
+def same(name: str, old, new) -> bool:
+    """Paths are the same if they lead to the same place, however they are written."""
+    if name in PATHS:
+        old, new = (map_paths(os.path.realpath, value) for value in (old, new))
+    return old == new
 
 
 def map_paths(change, value):

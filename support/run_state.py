@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from support import corpora
 from support.atomic import LOCK, check_unlocked, only_writer, replacing, sync, write_atomically
 from support.checkpoint_files import not_finite
 from support.cli import telling
 from support.config_files import read_json
-from support.run_settings import check_same, settings_to_resume
+from support.run_settings import check_same, settings_to_resume, started_in
 from support.stop import unbroken
 
 STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
@@ -60,14 +61,8 @@ class RunFolder:
         began (an older version did not write that down). Writes nothing; write_settings will."""
         self.data = data
         began = read_json(self.path / "run.json").get("data", []) if resume else []
-        for then, now in zip(began, data, strict=False):
-            changed = [k for k in now if k != "path" and then.get(k) != now[k]]
-            if changed:
-                raise ValueError(
-                    f"--resume: {now['path']} has changed since the run began ({changed[0]}:"
-                    f" {then.get(changed[0])} then, {now[changed[0]]} now); put it back, or begin"
-                    " again in another --out"
-                )
+        if change := corpora.changed(began, data):
+            raise ValueError(f"--resume: {change}; put it back, or begin again in another --out")
 
     def finished(self) -> bool:
         """Done, or killed after the result was in place."""
@@ -78,9 +73,8 @@ class RunFolder:
         return done or published
 
     def write_settings(self, settings: dict, **more) -> None:
-        """started_in: from where relative paths lead, itself relative to this folder."""
-        here = os.path.relpath(Path.cwd(), os.path.realpath(self.path))
-        run = {"settings": settings, "started_in": here, "data": self.data, **more}
+        start = started_in(self.path)
+        run = {"settings": settings, "started_in": start, "data": self.data, **more}
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def write_impactful(self, types: dict[int, list]) -> None:

@@ -1,6 +1,10 @@
-"""The flags of train.py: numbers that cannot be meant, and flags that do not go together."""
+"""The flags of train.py: numbers that cannot be meant, flags that do not go together, and what can
+be known to fail before the model is loaded."""
 
-from support.cli import check_ranges
+import torch
+
+from support.cli import check_ranges, log
+from support.config_files import read_config
 
 
 def check_given(args) -> None:
@@ -43,3 +47,35 @@ def check_probe(args, needs_probe: bool) -> None:
         raise ValueError(
             f"--probe_steps {args.probe_steps} must be between 1 and --steps {args.steps}"
         )
+
+
+def check_extended(folder: str | None, vocab_size: int) -> None:
+    if folder and read_config(folder)["vocab_size"] != vocab_size:
+        raise ValueError(f"--extended {folder} has another vocabulary than --model")
+
+
+def check_samples(args, stages, texts, tokenizer, impactful, sample, analysis_sample) -> None:
+    """Draw a sample of each stage from its text, and those of the analysis until one serves, as
+    train.py will: what is wrong with them is said now, not after hours of training."""
+    analysed = args.select == "impact" and impactful is None
+    for stage, text in zip(stages, texts, strict=True):
+        if stage.steps and not (analysed and stage.select == "impact"):  # that waits for the types
+            sample(stage, text, tokenizer, args, impactful, torch.Generator())
+    if analysed and not any(
+        (analysis_sample(i, stages[0], texts[0], tokenizer, args)[1][1:] >= args.base_len).any()
+        for i in range(args.analysis_samples)
+    ):
+        raise ValueError(
+            f"no position of the {args.analysis_samples} samples of the analysis is past the old"
+            f" window {args.base_len}: more --analysis_samples, a longer --train_len, or another"
+            f" --seed than {args.seed}"
+        )
+
+
+def log_settings(corpus, stages, settings: dict) -> None:
+    read = f"{corpus.source}: {corpus.tokens:,} tokens"
+    log(f"data: {read}, {corpus.too_short} documents too short")
+    batch = settings["batch_sequences"]
+    plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
+    log(f"plan, steps x samples x tokens: {', '.join(plan)}")
+    log("settings: " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))

@@ -15,11 +15,16 @@ def standard_library_topics() -> str:
     return SEPARATOR.join(text for _, text in sorted(topics.items()))
 
 
-def standard_library_sources() -> list[str]:
-    """The Python sources of the standard library, tests and tables left out."""
+def standard_library_files() -> tuple[Path, list[Path]]:
+    """Their folder, and the Python sources of the standard library, tests and tables left out."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = set("test tests idle_test site-packages dist-packages pydoc_data encodings".split())
     files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+    return root, files
+
+
+def standard_library_sources() -> list[str]:
+    _, files = standard_library_files()
     return [p.read_text(encoding="utf-8", errors="replace") for p in files]
 
 

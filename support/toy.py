@@ -111,7 +111,7 @@ def insert(
     inserts = sorted(inserts, key=lambda one: one[0])
     room = tokens - sum(len(ids) for _, ids, _ in inserts)
     if room < 0:
-        raise ValueError(f"{tokens} tokens are too few for the toy's pairs (--train_len)")
+        raise ValueError(f"{tokens} tokens are too few for toy pairs (--train_len, --replay_len)")
     text = draw(room)
     out, role, done = [], [], 0
     for place, ids, known in inserts:

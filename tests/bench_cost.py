@@ -49,7 +49,7 @@ def reset_peak() -> None:
 
 def ours(folder: str, dtype: torch.dtype):
     model = load_pretrained(folder, dtype)
-    model.activation_checkpointing = True
+    model.activation_checkpointing = model.keep_attention = True
     optimizer = MasterAdamW(model, 1e-5, 0.1)
 
     def forward_backward(ids, positions):

@@ -67,13 +67,27 @@ class Samples(torch.utils.data.Dataset):
         return sample | ({"attention_mask": torch.ones_like(ids)} if self.mask else {})
 
 
-def worker(folder: Path, losses: Path, mask: bool) -> None:
+def extended(config, settings: dict):
+    """transformers' config with what train.py changes in it; a scaling of the RoPE stays."""
+    config.max_position_embeddings = settings["target_len"]
+    config.rope_parameters = dict(config.rope_parameters, rope_theta=settings["rope_base"])
+    return config
+
+
+def worker(folder: Path, losses: Path | None, mask: bool) -> None:
     """One of the processes that torchrun starts."""
+    if "WORLD_SIZE" not in os.environ or losses is None:
+        raise ValueError(
+            "--samples is for a process of torchrun: torchrun --nproc_per_node 2"
+            " tests/fsdp_run.py --samples DIR --losses FILE"
+        )
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
     from transformers.distributed import DistributedConfig
 
+    from support.run_settings import settings_of
+
     samples, rows = Samples(folder, mask), []
-    steps, settings = samples.index["steps"], samples.index["settings"]
+    steps, settings = samples.index["steps"], settings_of(folder, "samples.json")
     processes = int(os.environ["WORLD_SIZE"])
     if settings["batch_sequences"] % processes:
         raise ValueError(f"batches of {settings['batch_sequences']} for {processes} processes")
@@ -106,9 +120,7 @@ def worker(folder: Path, losses: Path, mask: bool) -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    config = AutoConfig.from_pretrained(settings["model"])
-    config.max_position_embeddings = settings["target_len"]
-    config.rope_parameters = {"rope_type": "default", "rope_theta": settings["rope_base"]}
+    config = extended(AutoConfig.from_pretrained(settings["model"]), settings)
     model = AutoModelForCausalLM.from_pretrained(
         settings["model"],
         config=config,
@@ -228,9 +240,9 @@ def main(argv=None) -> None:
     p.add_argument("--losses", type=Path, help="where those processes write what they found")
     p.add_argument("--no_mask", action="store_true", help="show what happens then")
     args = p.parse_args(argv)
-    if args.samples:
-        return worker(args.samples, args.losses, not args.no_mask)
     with report_errors(), tempfile.TemporaryDirectory() as work:
+        if args.samples:
+            return worker(args.samples, args.losses, not args.no_mask)
         found = measure(Path(work))
         args.out.write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps({k: v for k, v in found.items() if k != "loss"}, indent=1))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import recipe
 import train
 from support.atomic import only_writer
 from support.export import INDEX
+from support.run_settings import settings_of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def export(folder, argv: list[str]) -> dict:
 def test_the_exported_samples_are_those_that_train_py_sees(trained, toy_dir, prose_file, tmp_path):
     """Token for token and position for position, in every stage; and the learning rates."""
     index = export(tmp_path / "samples", flags(toy_dir, prose_file, trained))
-    assert index["status"] == "done" and index["torch"] and index["seconds"] > 0
+    assert index["status"] == "done" and index["torch"] and index["seconds"] >= 0
     assert len(index["steps"]) == len(trained[1]) == 9
     rows = [json.loads(x) for x in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     for step, batch, row in zip(index["steps"], trained[1], rows, strict=True):
@@ -117,6 +119,46 @@ def test_an_export_that_was_stopped_goes_on(
     assert files == {f.name: f.read_bytes() for f in (tmp_path / "whole").glob("step_*")}
     before = snapshot(folder)
     assert export(folder, argv) == index and snapshot(folder) == before  # all is there
+
+
+def test_an_export_goes_on_in_another_working_directory(
+    trained, toy_dir, prose_file, tmp_path, monkeypatch
+):
+    """The same files under other names; the settings lead there from wherever they are read."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    (tmp_path / "prose.txt").write_bytes(prose_file.read_bytes())
+    argv = flags(toy_dir, "../prose.txt", trained)
+    index = export(Path("samples"), argv)
+    assert index["started_in"] == ".." and index["settings"]["data"] == ["../prose.txt"]
+    (here / "samples" / "step_00003.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    argv[argv.index("../prose.txt")] = "prose.txt"
+    export(Path("here/samples"), argv)
+    assert (here / "samples" / "step_00003.safetensors").is_file()
+    monkeypatch.chdir(there)
+    [found] = settings_of(here / "samples", INDEX)["data"]
+    assert found == "../prose.txt"
+
+
+def test_an_export_does_not_go_on_with_other_data(trained, toy_dir, prose_file, tmp_path, capsys):
+    """The same path and as many tokens, another text."""
+    text = tmp_path / "prose.txt"
+    text.write_bytes(prose_file.read_bytes())
+    argv = flags(toy_dir, text, trained)
+    index = export(tmp_path / "samples", argv)
+    (tmp_path / "samples" / "step_00003.safetensors").unlink()
+    text.write_text(text.read_text().replace("7", "8"))
+    before = snapshot(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        export(tmp_path / "samples", argv)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and snapshot(tmp_path) == before
+    assert error.startswith(f"error: {text} has changed since the start (sha256: ")
+    text.write_bytes(prose_file.read_bytes())
+    assert export(tmp_path / "samples", argv) == index
 
 
 def test_what_an_export_refuses(trained, toy_dir, prose_file, tmp_path, capsys):

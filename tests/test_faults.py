@@ -301,7 +301,7 @@ def test_data_that_changed_is_named_by_resume(toy_dir, tmp_path, monkeypatch, ca
         with pytest.raises(SystemExit) as stop:
             train.main(resume)
         error = one_error(stop.value.code, capsys.readouterr().err)
-        assert f"{path} has changed since the run began (bytes: " in error, error
+        assert f"{path} has changed since the start (bytes: " in error, error
         assert {p: p.read_bytes() for p in out.iterdir()} == before
         changed.write_text(PROSE)
     (out / "run.json").write_text(json.dumps({k: v for k, v in began.items() if k != "data"}))
@@ -332,10 +332,37 @@ def test_every_change_of_the_data_shows(tmp_path):
     assert corpora.content(texts) == first
     (texts / "b.txt").rename(texts / "c.txt")
     assert corpora.content(texts) != first
-    args = argparse.Namespace(data=None, replay_data=[str(texts)])
-    python, folder = corpora.contents(args)  # the default text is that of this Python
-    assert python == {"path": "the Python standard library", "python": platform.python_version()}
+    args = argparse.Namespace(model=train.TINY, data=None, replay_data=[str(texts)])
+    python, folder = corpora.contents(args)
+    assert python.pop("path") == "the Python standard library"
+    assert python == corpora.content(None) and python["python"] == platform.python_version()
     assert folder == {"path": str(texts), **corpora.content(texts)}
+
+
+def test_changes_of_the_text_of_python_and_of_the_toys_weaving_show(tmp_path, monkeypatch):
+    """Another text of the same version, and other words or sentences woven into it."""
+    args = argparse.Namespace(model=train.TINY, data=None, replay_data=None)
+    began = corpora.contents(args)
+    assert corpora.changed(began, corpora.contents(args)) is None
+    root, files = corpora.standard_library_files()
+    assert began[0]["files"] == len(files) + 1  # the language reference
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "standard_library_files", lambda: (root, files[1:]))
+        change = corpora.changed(began, corpora.contents(args))
+    assert change.startswith("the Python standard library has changed since the start (files: ")
+    own = Path(corpora.toy.__file__).parent
+    for name in ("toy.py", "toy_words.py"):
+        for file in ("toy.py", "toy_words.py"):
+            shutil.copy(own / file, tmp_path)
+        text = (own / name).read_text()
+        (tmp_path / name).write_text(text.replace("a", "b", 1))  # of the same size
+        with monkeypatch.context() as patch:
+            patch.setattr(corpora.toy, "__file__", str(tmp_path / "toy.py"))
+            patch.setattr(corpora.toy_words, "__file__", str(tmp_path / "toy_words.py"))
+            change = corpora.changed(began, corpora.contents(args))
+        assert re.fullmatch(r"support/toy.py, .* has changed since the start \(sha256: .*", change)
+    older = [{"path": "the Python standard library", "python": platform.python_version()}]
+    assert corpora.changed(older, began) is None
 
 
 # ---- two at once -------------------------------------------------------------------------------

@@ -54,3 +54,32 @@ def test_an_export_that_is_not_complete_is_refused(tmp_path):
     (tmp_path / "samples.json").write_text('{"status": "running", "steps": [], "settings": {}}')
     with pytest.raises(ValueError, match="is not complete: give the same --export again"):
         fsdp_run.Samples(tmp_path)
+
+
+def test_what_the_engine_is_given_keeps_the_scaling_of_the_rope():
+    """Another base and window, as train.py leaves them in the config of its result."""
+    transformers = pytest.importorskip("transformers")
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config = transformers.LlamaConfig(rope_parameters={**scaling, "rope_theta": 1e4})
+    config = fsdp_run.extended(config, {"target_len": 4096, "rope_base": 5e5})
+    assert config.rope_parameters == {**scaling, "rope_theta": 5e5}
+    assert config.max_position_embeddings == 4096
+
+
+@pytest.mark.parametrize(
+    ("processes", "more", "line"),
+    [
+        ("1", ["--losses", "x"], "No such file or directory: 'nope/samples.json'"),
+        (None, ["--losses", "x"], "is for a process of torchrun"),
+        ("1", [], "--samples DIR --losses FILE"),
+    ],
+)
+def test_what_the_engine_cannot_work_with_is_one_line(processes, more, line, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(SystemExit) as stop:
+        fsdp_run.main(["--samples", "nope", *more])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and line in error
+    assert error.count("\n") == 1

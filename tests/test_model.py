@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from smollm2 import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_py
 from model import (
     KVCache,
     Llama,
@@ -584,7 +585,7 @@ def answers(scaling):
     torch.manual_seed(0)
     config = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64, rope_scaling=scaling)
     model, pos = Llama(config), torch.tensor([[0, 1, 2, 9, 10, 40, 41, 42, 43, 99]])
-    model.activation_checkpointing, model.keep_attention = True, False
+    model.activation_checkpointing = True
     ids = torch.randint(97, (1, 10))
     logits = model(ids, pos)
     loss, n = linear_cross_entropy(model.hidden(ids, pos), model.lm_head.weight, ids.roll(-1))
@@ -614,6 +615,21 @@ for ask in (
 assert "support" not in sys.modules
 torch.save((results, errors), "results.pt")
 """
+
+
+def test_only_support_itself_is_said_to_be_missing(monkeypatch):
+    def missing(name: str) -> str:
+        def importing(_):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(model_py, "import_module", importing)
+        with pytest.raises(ModuleNotFoundError) as error:
+            load_tokenizer("x")
+        return str(error.value)
+
+    for name in ("support", "support.folders"):
+        assert missing(name) == f"this takes support/ beside model.py: No module named {name!r}"
+    assert missing("regex") == "No module named 'regex'"
 
 
 def test_model_py_works_alone(tmp_path):

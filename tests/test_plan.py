@@ -236,7 +236,7 @@ def test_executed_flops_are_those_that_torch_counts():
 
     config, T = SIZES["6M"][0], 64
     model = Llama(config)
-    model.activation_checkpointing = True
+    model.activation_checkpointing = model.keep_attention = True
     ids = torch.randint(config.vocab_size, (1, T))
     with FlopCounterMode(display=False) as counter:
         train.accumulate(model, [(ids, torch.arange(T)[None], train.next_token_targets(ids))])

@@ -618,6 +618,30 @@ def test_a_table_made_by_hand_needs_no_shifts(toy_dir, prose_file, tmp_path, cap
     assert f"4 of 318 ({table})" in explain(capsys, *flags, "--figure", tmp_path / "r.png")
 
 
+@pytest.mark.parametrize(
+    ("run", "unit"),
+    [
+        ({"settings": {"log_softmax": True}}, "nats"),
+        ({"settings": {"log_softmax": False}}, "logits"),
+        ({"settings": {"lr": 1}}, "logits"),  # of a version that knew nothing else
+        ({}, "shift"),
+        (None, "shift"),
+    ],
+)
+def test_the_shifts_say_their_unit_where_it_is_known(
+    run, unit, toy_dir, prose_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(explain_figure, "draw", lambda *_: None)
+    table = tmp_path / "impactful.json"
+    table.write_text('{"300": ["x", 2.5]}')
+    if run is not None:
+        (tmp_path / "run.json").write_text(json.dumps(run))
+    flags = ("--model", toy_dir, "--text", prose_file, "--target_len", 600, "--impactful", table)
+    out = explain(capsys, *flags, "--figure", tmp_path / "r.png")
+    [header] = [line for line in out.splitlines() if "  times  type" in line]
+    assert header.split()[0] == unit
+
+
 def test_a_model_that_train_py_made_brings_its_own_types(toy_dir, tmp_path):
     assert recipe.words.known_analysis(str(toy_dir)) is None
     (tmp_path / "impactful.json").write_text('{"42": ["x", 1.0]}')
@@ -771,7 +795,9 @@ def test_the_figure_can_be_read_alone(told_and_drawn):
         strict=True,
     ):
         assert part in name.get_ylabel()
-    assert f"n = {coverage.DRAWS} samples" in panels[3].get_title()
+    assert f"n = {coverage.DRAWS} samples, full length: 1" in panels[3].get_title()
+    legend = [text.get_text() for text in panels[5].get_legend().get_texts()]
+    assert any("— is above this line went round\nthe whole circle" in x for x in legend)
     assert "n = 6" in panels[5].get_xlabel()
 
 
@@ -788,7 +814,7 @@ def test_the_words_agree_with_the_figure(told_and_drawn):
     labels = [t.get_text() for t in selection.get_legend().get_texts()]
     taken, dropped = (number("segments, ([\\d,]+) tok", x) for x in labels)
     assert abs(1000 * sum(bars) - text) < 1e-6 and taken + dropped == text
-    assert f"keep: {labels[0].split(':')[1].split()[0]} that hold" in out and taken >= sample
+    assert f"keep: {labels[0].split(':')[1].split()[0]} that hold" in out and taken == sample
     # B to E, by method: last position, jumps, distances
     row = r"^ *([a-z]+(?: length)?)  0\.\.([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)% +([\d.]+)%$"
     rows = re.findall(row, out, re.MULTILINE)

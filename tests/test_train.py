@@ -370,21 +370,27 @@ def test_the_analysis_of_log_probabilities(finished, toy_dir, prose_file, tmp_pa
 
 def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, prose_file, tmp_path):
     """H' = the base's own weights under the new RoPE base: the shift is zero everywhere against the
-    re-based base, and the old base's failure past its window against the base as it is."""
+    re-based base, also where this run's own RoPE base is another one; against the base as it is,
+    the shift is the old base's failure past its window."""
     again = tmp_path / "again"
-    rope = ["--rope_base", "5e5", "--replay_steps", "0", "--steps", "1", "--extended", str(again)]
+    more = ["--replay_steps", "0", "--steps", "1", "--extended", str(again)]
     model = load_pretrained(toy_dir)
     model.config = model.config.with_rope(5e5, 512)
     save_pretrained(model, again, tokenizer_from=toy_dir)
-    for name, flags in (("zero", ["--rebased_analysis"]), ("failure", [])):
-        argv = command(toy_dir, prose_file, tmp_path / name, *rope, *flags)
+    rebased = "--rebased_analysis"
+    for name, flags in (
+        ("zero", ["--rope_base", "5e5", rebased]),
+        ("unequal", ["--rope_base", "2e5", rebased]),
+        ("failure", ["--rope_base", "5e5"]),
+    ):
+        argv = command(toy_dir, prose_file, tmp_path / name, *more, *flags)
         i = argv.index("--probe_steps")
         train.main(argv[:i] + argv[i + 2 :])
     shifts = [
         [v for _, v in json.loads((tmp_path / name / "impactful.json").read_text()).values()]
-        for name in ("zero", "failure")
+        for name in ("zero", "unequal", "failure")
     ]
-    assert set(shifts[0]) == {0.0} and max(map(abs, shifts[1])) > 0.01
+    assert set(shifts[0]) == set(shifts[1]) == {0.0} and max(map(abs, shifts[2])) > 0.01
 
 
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
@@ -482,6 +488,27 @@ def test_the_toy_runs_through_all_stages(tmp_path, capsys):
 def test_a_folder_that_holds_another_run_is_refused(finished, bad):
     bad("holds a finished run: another --out, or --resume", out=finished)
     bad("--resume with another --lr", "--resume", "--lr", "1e-9", out=finished)
+
+
+def test_samples_that_cannot_be_made_are_refused_before_the_model_is_loaded(
+    tmp_path, bad, monkeypatch, capsys
+):
+    """The replay's too, and those of an analysis that would see nothing past the old window."""
+    monkeypatch.setattr(train, "load_pretrained", lambda *_: pytest.fail("loaded"))
+    bad(
+        r"no position of the 1 samples of the analysis is past the old window 505.*--seed than 0",
+        "--base_len",
+        "505",
+        "--method",
+        "pose",
+        "--analysis_samples",
+        "1",
+    )
+    with pytest.raises(SystemExit):
+        train.main(f"--replay_len 8 --target_len 9216 --out {tmp_path / 'out'}".split())
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: 8 tokens are too few") and "--replay_len" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_of_another_version_is_not_resumed(finished, bad, tmp_path):

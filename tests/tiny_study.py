@@ -3,7 +3,8 @@
     python tests/tiny_study.py --seeds 0 1 2         # to 32,768; resumable: what is there stays
     python tests/tiny_study.py --target 131072 --steps 16 --seeds 0 --only longrecipe none pose rpes
     python tests/tiny_study.py --report              # only the table, from the JSON in assets/
-    python tests/tiny_study.py --default             # README's first pair of commands, kept
+    python tests/tiny_study.py --default             # README's first pair of commands, kept;
+                                                     # --target 16384, 65536: to another window
 
 With the same seed every run sees the same number of tokens: 30 % of the target x steps, whatever
 its method and share; replay and merge included. Judged by eval_needle.py with 8 questions a
@@ -74,44 +75,72 @@ def same_tokens(flags: str, target: int, steps: int) -> int:
 
 def run(command: str) -> None:
     log(f"$ python {command}")
-    subprocess.run([sys.executable, *command.split()], check=True, stderr=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, *command.split()], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr[-2000:]}\nerror: that command failed")
 
 
-def make_model(name: str, seed: int, args, out: Path) -> dict:
-    """Train (or only re-base) the model of one row into `out`; the flags and their cost."""
+def folder(name: str, seed: int, args) -> Path:
+    return RUNS / str(args.target) / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+
+
+def flags_of(name: str, seed: int, args) -> str:
+    """What train.py is given for a row (its RoPE base alone where nothing is trained)."""
     bases = {"paper": ntk_rope_base(THETA, 64, WINDOW, args.target), "old": THETA}
     linear = THETA * args.target / WINDOW
     if SETTINGS[name] is None:
         base = bases["paper"] if "paper" in name else bases["old"] if "old" in name else linear
-        model = load_pretrained(BASE)
-        model.config = model.config.with_rope(base, args.target)
-        save_pretrained(model, out, tokenizer_from=BASE)
-        return {"flags": f"--rope_base {base:.6g}", "seconds": 0}
+        return f"--rope_base {base}"
     flags = SETTINGS[name].format(
-        impactful=RUNS / str(args.target) / f"longrecipe_{seed}" / "impactful.json",
+        impactful=folder("longrecipe", seed, args) / "impactful.json",
         tenth=args.target // 1280 * 128,
         more=2 * train_length(args.target),
         **bases,
     )
     flags += "" if "--rope_base" in flags else f" --rope_base {linear}"
-    flags += f" --steps {same_tokens(flags, args.target, args.steps)} --seed {seed}"
+    return flags + f" --steps {same_tokens(flags, args.target, args.steps)} --seed {seed}"
+
+
+def make_model(name: str, seed: int, args) -> dict:
+    """Train (or only re-base) the model of one row; the flags and their cost."""
+    out, flags = folder(name, seed, args), flags_of(name, seed, args)
+    if SETTINGS[name] is None:
+        model = load_pretrained(BASE)
+        model.config = model.config.with_rope(float(flags.split()[1]), args.target)
+        save_pretrained(model, out, tokenizer_from=BASE)
+        return {"flags": flags, "seconds": 0}
+    if "--impactful" in flags and not (out.parent / f"longrecipe_{seed}/impactful.json").is_file():
+        make_model("longrecipe", seed, args)  # its analysis is wanted: the run left this machine
     resume = "--resume" if (out / "run.json").is_file() else ""
     run(f"train.py --target_len {args.target} {flags} --out {out} {resume}")
     record = json.loads((out / "run.json").read_text())
     keep = ("seconds", "peak_GiB", "commit")
-    return {"flags": flags, **{k: record[k] for k in keep}}
+    return {"flags": flags, "recipe": recipe_of(args, flags), **{k: record[k] for k in keep}}
+
+
+def recipe_of(args, flags: str) -> dict:
+    """The settings that these flags come to with train.py as it is now: a row made with others,
+    by an older version, is made again."""
+    settings = vars(train.parse(["--target_len", str(args.target), *flags.split()]))
+    paths = ("impactful", "model", "out", "plan", "resume")
+    return {k: v for k, v in settings.items() if k not in paths}
+
+
+def is_done(row: dict | None, name: str, seed: int, args) -> bool:
+    if row is None or row.get("haystacks") != args.n:
+        return False
+    flags = flags_of(name, seed, args)
+    return SETTINGS[name] is None or row.get("recipe") == recipe_of(args, flags)
 
 
 def measure(name: str, seed: int, args) -> dict:
-    plain = "".join(c if c.isalnum() else "_" for c in name)
-    out = RUNS / str(args.target) / f"{plain}_{seed}"
-    record = make_model(name, seed, args, out)
+    out, record = folder(name, seed, args), make_model(name, seed, args)
     for length, n in ((WINDOW, args.n), (args.target, args.n)):
         run(f"eval_needle.py --model {out} --compare --lengths {length} --n {n}")
     rows = [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
     if SETTINGS[name] is not None:
         record |= kept(out)
-    return record | {"scores": by_length(rows)}
+    return record | {"haystacks": args.n, "scores": by_length(rows)}
 
 
 @functools.cache
@@ -150,18 +179,19 @@ def by_length(rows: list[dict]) -> dict:
     return {length: list(haystacks.values()) for length, haystacks in table.items()}
 
 
-def default_run() -> None:
+def default_run(target: int) -> None:
     """The two commands of README's first screen, and the loss by position beside them."""
-    out, kept = Path("runs/tiny_128k"), RESULTS / "tiny_128k"
+    name = f"tiny_{target // 1024}k"
+    out, kept = Path("runs") / name, RESULTS / name
     if not (out / "config.json").is_file():
         resume = "--resume" if (out / "run.json").is_file() else ""
-        run(f"train.py --target_len 131072 --out {out} {resume}")
+        run(f"train.py --target_len {target} --out {out} {resume}")
     kept.mkdir(parents=True, exist_ok=True)
     run(f"eval_needle.py --model {out} --controls")
     for name in ("needle.png", "needle_results.json", "run.json", "metrics.jsonl"):
         shutil.copyfile(out / name, kept / name)
     shutil.copyfile(out / "impactful.json", kept / "impactful.json")
-    run(f"eval_needle.py --model {out} --ppl --n 1 --n_beyond 1 --lengths 8192 131072")
+    run(f"eval_needle.py --model {out} --ppl --n 1 --n_beyond 1 --lengths 8192 {target}")
     shutil.copyfile(out / "curves.png", kept / "curves.png")
     shutil.copyfile(out / "needle_results.json", kept / "loss_results.json")
     shutil.copyfile(out / "needle.jsonl", kept / "needle.jsonl")
@@ -184,7 +214,7 @@ def report(found: dict) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--target", type=int, default=32_768, help="window to reach, tokens")
+    p.add_argument("--target", type=int, help="window to reach (None: 32,768, --default 131,072)")
     p.add_argument("--steps", type=int, default=40, help="optimizer steps of 30 %% of the target")
     p.add_argument("--n", type=int, default=8, help="haystacks per length")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -194,22 +224,23 @@ def main() -> None:
     args = p.parse_args()
     os.chdir(ROOT)
     if args.default:
-        default_run()
+        default_run(args.target or 131_072)
         return
+    args.target = args.target or 32_768
     file = RESULTS / f"tiny_study_{args.target}.json"
     found = json.loads(file.read_text()) if file.is_file() else {"runs": {}}
     if not args.report:
-        found |= {"target": args.target, "steps": args.steps, "haystacks": args.n}
         for seed in args.seeds:
             for name in args.only or SETTINGS:
-                if str(seed) in found["runs"].get(name, {}):
-                    continue
-                if SETTINGS[name] is None and found["runs"].get(name):
+                if SETTINGS[name] is None and seed != args.seeds[0]:
                     continue  # nothing random but the haystacks, which are the same
+                if is_done(found["runs"].get(name, {}).get(str(seed)), name, seed, args):
+                    continue
                 measured = measure(name, seed, args)
                 if file.is_file():  # another process may have added rows meanwhile
                     found = json.loads(file.read_text())
                 found["runs"].setdefault(name, {})[str(seed)] = measured
+                found |= {"target": args.target, "steps": args.steps, "haystacks": args.n}
                 keep = ("torch", "python", "hardware", "threads")
                 found |= {k: v for k, v in provenance(0).items() if k in keep}
                 write_atomically(file, json.dumps(found) + "\n")

@@ -6,6 +6,7 @@ tests/test_readme.py fails when a region is stale. A result that has no JSON say
 
 import ast
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -159,11 +160,19 @@ def tiny() -> str:
     for label, name in zip(models, names, strict=True):
         cells = [cell(found["table"], label, "multiquery", n) for n in lengths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    s, target = run["settings"], lengths[-1]
+    base, control, result = (entry(found["table"], m, "multiquery", target) for m in models)
+    adds = "more than" if beyond(result, control) else "no more than"
+    lines += [
+        "",
+        f"At {target:,} tokens the base finds {base['mean']:.0%} of the pairs, its weights under"
+        f" the new RoPE base (10,000 x {s['rope_base'] / 10_000:.0f}) {control['mean']:.0%}, the"
+        f" result of training {result['mean']:.0%}: {adds} the intervals allow.",
+    ]
     base, control, result = (
         ", ".join(str(e["haystacks"]) for e in found["table"] if e["model"] == label)
         for label in models
     )
-    s = run["settings"]
     lines += [
         "",
         f"`train.py`: {run['seconds'] / 60:.1f} minutes with tests running beside,"
@@ -178,7 +187,6 @@ def tiny() -> str:
         " 8 questions each, answered from one prefill; intervals draw whole haystacks again"
         " and are never narrower than Wilson's. Chance among the 8 values is 12.5 %.",
     ]
-    lines += ["", other_python(names[1:])]
     made, judged = (
         read(ROOT / "assets/tiny/training.json"),
         read(RESULTS / "tiny/needle_results.json"),
@@ -195,29 +203,15 @@ def tiny() -> str:
     return "\n".join(lines)
 
 
-def other_python(names: tuple[str, str]) -> str:
-    """The same commands where the standard library, so text and haystack, is another one."""
-    folder = RESULTS / "tiny_128k_other_python"
-    found, run = (read(folder / f) for f in ("needle_results.json", "run.json"))
-    length = run["settings"]["target_len"]
-    models = list(found["models"])[1:]
-    control, result = (cell(found["table"], m, "multiquery", length) for m in models)
-    return (
-        "The text is your Python's own library, so another Python gives other numbers. The same"
-        f" commands with {run['python']} instead of {read(TINY / 'run.json')['python']}, at"
-        f" {length:,} tokens: {result} {names[1]}; {control} {names[0]} (commit {run['commit']},"
-        f" [JSON](assets/results/{folder.name}))."
-    )
-
-
 def study(target: int) -> str:
     found = read(RESULTS / f"tiny_study_{target}.json")
     if not found:
         return f"Not run yet: `python tests/tiny_study.py --target {target}`."
     lines = [
-        f"| setting | seeds | at 8,192 | at {target:,} |",
-        "|---|---|---|---|",
+        f"| setting | seeds | questions kept | with their pair | at 8,192 | at {target:,} |",
+        "|---|---|---|---|---|---|",
     ]
+    at_target = {}
     for name in (name for name in SETTINGS if name in found["runs"]):
         seeds, cells = found["runs"][name], []
         for length in ("8192", str(target)):
@@ -225,10 +219,24 @@ def study(target: int) -> str:
             scores = [score for c in clusters for score in c]
             low, high = clustered(clusters)
             cells.append(f"{sum(scores) / len(scores):.0%} ({low:.0%}-{high:.0%})")
-        lines.append(f"| {name} | {len(seeds)} | {cells[0]} | {cells[1]} |")
+            at_target[name] = {"interval_95": (low, high)}
+        kept = ["", ""]
+        if "questions_kept" in next(iter(seeds.values())):
+            keys = ("questions_kept", "their_pair_kept")
+            kept = [f"{statistics.mean(s[k] for s in seeds.values()):.0%}" for k in keys]
+        lines.append(f"| {' | '.join([name, str(len(seeds)), *kept, *cells])} |")
+    if ours := at_target.pop("longrecipe", None):
+        apart = [name for name, other in at_target.items() if beyond(ours, other)]
+        within = [name for name in at_target if name not in apart]
+        lines += [
+            "",
+            f"At {target:,} tokens longrecipe is above these by more than both intervals allow:"
+            f" {', '.join(apart) or 'none'}; not above these: {', '.join(within) or 'none'}.",
+        ]
     lines += [
         "",
-        f"Share of questions answered: {found['haystacks']} haystacks x 8 questions per length and"
+        "Kept: by selection, of what the training texts ask for. At a length: share of questions"
+        f" answered: {found['haystacks']} haystacks x 8 questions per length and"
         f" seed; {found['steps']} steps of 30 % of the target, or as many tokens; interval: whole"
         f" haystacks drawn again, never narrower than Wilson's. {found['threads']} core(s) of"
         f" {found['hardware']},"
