@@ -162,12 +162,16 @@ def tiny() -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     s, target = run["settings"], lengths[-1]
     base, control, result = (entry(found["table"], m, "multiquery", target) for m in models)
+    read_loss = read(TINY / "loss_results.json")["table"]
+    losses = [entry(read_loss, m, "loss", target)["mean"] for m in (models[0], models[2])]
     adds = "more than" if beyond(result, control) else "no more than"
     lines += [
         "",
         f"At {target:,} tokens the base finds {base['mean']:.0%} of the pairs, its weights under"
         f" the new RoPE base (10,000 x {s['rope_base'] / 10_000:.0f}) {control['mean']:.0%}, the"
-        f" result of training {result['mean']:.0%}: {adds} the intervals allow.",
+        f" result of training {result['mean']:.0%}: {adds} the intervals allow."
+        f" Loss per token in one text of that length: {losses[0]:.2f} nats before,"
+        f" {losses[1]:.2f} after, [by position](assets/results/tiny_128k/curves.png).",
     ]
     base, control, result = (
         ", ".join(str(e["haystacks"]) for e in found["table"] if e["model"] == label)
