@@ -601,7 +601,7 @@ def test_the_types_that_the_analysis_found_are_shown_within_the_text(tmp_path, c
     count = torch.bincount(ids, minlength=2048)
     expected = [(f"{v[1]:+.1f}", int(count[int(i)]), v[0].strip()) for i, v in types.items()]
     expected = [row for row in expected if row[1]][:8]
-    shown = [(m[1], int(m[2].replace(",", "")), m[4]) for m in TYPE.finditer(out)]
+    shown = [(m[1], int(m[2].replace(",", "")), m[4].strip()) for m in TYPE.finditer(out)]
     assert shown == expected and len(shown) >= 3
     for m in TYPE.finditer(out):
         assert (m[3] + m[4] + m[5]).strip() in text.read_text()
