@@ -239,12 +239,12 @@ def study(target: int) -> str:
             kept = [f"{statistics.mean(s[k] for s in seeds.values()):.0%}" for k in keys]
         lines.append(f"| {' | '.join([name, str(len(seeds)), *kept, *cells])} |")
     if ours := at_target.pop("longrecipe", None):
-        apart = [name for name, other in at_target.items() if beyond(ours, other)]
-        within = [name for name in at_target if name not in apart]
+        apart = [f"`{name}`" for name, other in at_target.items() if beyond(ours, other)]
+        within = [f"`{name}`" for name in at_target if f"`{name}`" not in apart]
         lines += [
             "",
             f"At {target:,} tokens longrecipe is above these by more than both intervals allow:"
-            f" {', '.join(apart) or 'none'}; not above these: {', '.join(within) or 'none'}.",
+            f" {', '.join(apart) or 'no row'}; not above these: {', '.join(within) or 'no row'}.",
         ]
     lines += [
         "",
