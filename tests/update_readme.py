@@ -195,6 +195,7 @@ def tiny() -> str:
         " 8 questions each, answered from one prefill; intervals draw whole haystacks again"
         " and are never narrower than Wilson's. Chance among the 8 values is 12.5 %.",
     ]
+    lines += other_windows()
     made, judged = (
         read(ROOT / "assets/tiny/training.json"),
         read(RESULTS / "tiny/needle_results.json"),
@@ -209,6 +210,24 @@ def tiny() -> str:
         " [JSON](assets/results/tiny/needle_results.json)).",
     ]
     return "\n".join(lines)
+
+
+def other_windows() -> list[str]:
+    """A line for each other --target_len that was run (tiny_study.py --default --target N)."""
+    lines = []
+    for folder in sorted(RESULTS.glob("tiny_*k")):
+        if folder != TINY:
+            found, run = (read(folder / f) for f in ("needle_results.json", "run.json"))
+            target = run["settings"]["target_len"]
+            cells = [cell(found["table"], m, "multiquery", target) for m in list(found["models"])]
+            lines += [
+                "",
+                f"`--target_len {target}`, at {target:,} tokens: base {cells[0]}, untrained under"
+                f" the new base {cells[1]}, after `train.py` {cells[2]};"
+                f" {run['seconds'] / 60:.1f} minutes, commit {run['commit']},"
+                f" [JSON](assets/results/{folder.name}).",
+            ]
+    return lines
 
 
 def studied(seeds: dict, length: str) -> dict:
