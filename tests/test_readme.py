@@ -44,6 +44,19 @@ def test_numbers_come_from_the_json_files():
     assert render(README) == README, "run python tests/update_readme.py"
 
 
+@pytest.mark.parametrize("name", ["tiny_128k", "tiny_16k"])
+def test_the_toys_kept_runs_have_the_settings_that_the_commands_have_now(name):
+    import train
+
+    kept = json.loads((ROOT / "assets" / "results" / name / "run.json").read_text())["settings"]
+    args = train.parse(["--target_len", str(kept["target_len"])])
+    train.resolve(args)
+    ours = {k: v for k, v in vars(args).items() if k in kept and k not in ("model", "device")}
+    own = ("optimizer", "keep_attention", "offload_inputs")  # the plan's, by the machine
+    ours = {k: v for k, v in ours.items() if k not in own}
+    assert ours == {k: kept[k] for k in ours} and len(ours) > 25
+
+
 def test_the_smallest_run_was_measured_with_the_commands_shown():
     shown = README.replace("\\\n", " ")
     measured = json.loads((RUN.parent / "smallest_run.json").read_text())
