@@ -144,3 +144,13 @@ def test_the_tiny_model_is_small_and_reads_keys_it_never_had(tokenizer):
                 said = tokenizer.decode([int(model(sample.ids[None])[0, -1].argmax())])
             right += said.strip() == sample.expected[0]
     assert right >= 0.8 * 32
+
+
+def test_lead_of_a_row_compares_the_same_haystacks_by_hand():
+    from tiny_study import lead
+
+    ours = {"0": {"scores": {"64": [[1, 1], [1, 0]]}}, "1": {"scores": {"64": [[1, 1], [0, 0]]}}}
+    other = {"0": {"scores": {"64": [[1, 0], [1, 0]]}}, "2": {"scores": {"64": [[0, 0], [0, 0]]}}}
+    found = lead(ours, other, 64)  # seed 0 alone is in both: differences 1/2 and 0
+    assert found == {"mean": 0.25, "interval_95": (0.0, 0.5), "n": 2}
+    assert lead(other, ours, 64)["mean"] == -0.25

@@ -8,7 +8,8 @@
 
 With the same seed every run sees the same number of tokens: 30 % of the target x steps, whatever
 its method and share; replay and merge included. Judged by eval_needle.py with 8 questions a
-haystack. The rows `untrained` are the tiny model under another RoPE base.
+haystack; a seed has haystacks of its own, the same for all rows. The rows `untrained` are the tiny
+model under another RoPE base.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from model import load_pretrained, load_tokenizer, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
 from support.atomic import write_atomically  # noqa: E402
 from support.cli import log, provenance  # noqa: E402
-from support.results import clustered  # noqa: E402
+from support.results import clustered, mean_of, resampled  # noqa: E402
 from support.run_settings import read_impactful  # noqa: E402
 from support.toy import ToyCorpus, answerable, load_toy_text  # noqa: E402
 
@@ -136,7 +137,7 @@ def is_done(row: dict | None, name: str, seed: int, args) -> bool:
 def measure(name: str, seed: int, args) -> dict:
     out, record = folder(name, seed, args), make_model(name, seed, args)
     for length, n in ((WINDOW, args.n), (args.target, args.n)):
-        run(f"eval_needle.py --model {out} --compare --lengths {length} --n {n}")
+        run(f"eval_needle.py --model {out} --compare --lengths {length} --n {n} --seed {seed}")
     rows = [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
     if SETTINGS[name] is not None:
         record |= kept(out)
@@ -177,6 +178,16 @@ def by_length(rows: list[dict]) -> dict:
     for r in rows:
         table.setdefault(str(r["length"]), {}).setdefault(r["repeat"], []).append(r["score"])
     return {length: list(haystacks.values()) for length, haystacks in table.items()}
+
+
+def lead(ours: dict, other: dict, length: int) -> dict:
+    """By how much `ours` is above `other` (seed -> row, both) on the same haystacks: mean of the
+    differences, haystack by haystack, in the seeds that both have, and its 95 % interval."""
+    clusters = []
+    for seed in ours.keys() & other.keys():
+        pairs = zip(*(row[seed]["scores"][str(length)] for row in (ours, other)), strict=True)
+        clusters += [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
+    return {"mean": mean_of(clusters), "interval_95": resampled(clusters), "n": len(clusters)}
 
 
 def default_run(target: int) -> None:
@@ -232,8 +243,6 @@ def main() -> None:
     if not args.report:
         for seed in args.seeds:
             for name in args.only or SETTINGS:
-                if SETTINGS[name] is None and seed != args.seeds[0]:
-                    continue  # nothing random but the haystacks, which are the same
                 if is_done(found["runs"].get(name, {}).get(str(seed)), name, seed, args):
                     continue
                 measured = measure(name, seed, args)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tiny_study import SETTINGS  # noqa: E402
+from tiny_study import SETTINGS, lead  # noqa: E402
 
 import train  # noqa: E402
 from model import LlamaConfig  # noqa: E402
@@ -242,36 +242,51 @@ def study(target: int) -> str:
     found = read(RESULTS / f"tiny_study_{target}.json")
     if not found:
         return f"Not run yet: `python tests/tiny_study.py --target {target}`."
+    ours = found["runs"].get("longrecipe", {})
     lines = [
-        f"| setting | seeds | questions kept | with their pair | at 8,192 | at {target:,} |",
-        "|---|---|---|---|---|---|",
+        f"| setting | questions kept | with their pair | at 8,192 | at {target:,} | by seed |"
+        " longrecipe above it by |",
+        "|---|---|---|---|---|---|---|",
     ]
-    at_target = {}
+    leads = {}
     for name in (name for name in SETTINGS if name in found["runs"]):
-        seeds, cells = found["runs"][name], []
-        for length in ("8192", str(target)):
-            at_target[name] = e = studied(seeds, length)
-            cells.append("{:.0%} ({:.0%}-{:.0%})".format(e["mean"], *e["interval_95"]))
-        kept = ["", ""]
+        seeds, kept, cells = found["runs"][name], ["", ""], []
         if "questions_kept" in next(iter(seeds.values())):
             keys = ("questions_kept", "their_pair_kept")
             kept = [f"{statistics.mean(s[k] for s in seeds.values()):.0%}" for k in keys]
-        lines.append(f"| {' | '.join([name, str(len(seeds)), *kept, *cells])} |")
-    if ours := at_target.pop("longrecipe", None):
-        apart = [f"`{name}`" for name, other in at_target.items() if beyond(ours, other)]
-        within = [f"`{name}`" for name in at_target if f"`{name}`" not in apart]
+        for length in ("8192", str(target)):
+            e = studied(seeds, length)
+            cells.append("{:.0%} ({:.0%}-{:.0%})".format(e["mean"], *e["interval_95"]))
+        single = [studied({k: seeds[k]}, str(target))["mean"] for k in sorted(seeds)]
+        cells += [", ".join(f"{100 * x:.0f}" for x in single), ""]
+        if name != "longrecipe" and ours.keys() & seeds.keys():
+            leads[name] = e = lead(ours, seeds, target)
+            cells[-1] = "{:+.0f} ({:+.0f} to {:+.0f})".format(
+                *(100 * x for x in (e["mean"], *e["interval_95"]))
+            )
+        lines.append(f"| {' | '.join([name, *kept, *cells])} |")
+    if leads:
+        words = ("above", "below", "not told apart from")
+        low_high = {name: e["interval_95"] for name, e in leads.items()}
+        groups = [
+            [f"`{name}`" for name, (low, _) in low_high.items() if low > 0],
+            [f"`{name}`" for name, (_, high) in low_high.items() if high < 0],
+            [f"`{name}`" for name, (low, high) in low_high.items() if low <= 0 <= high],
+        ]
+        told = [f"{w} {', '.join(g)}" for w, g in zip(words, groups, strict=True) if g]
         lines += [
             "",
-            f"At {target:,} tokens longrecipe is above these by more than both intervals allow:"
-            f" {', '.join(apart) or 'no row'}; not above these: {', '.join(within) or 'no row'}.",
+            f"At {target:,} tokens, haystack by haystack, longrecipe is {'; '.join(told)}.",
         ]
     lines += [
         "",
         "Kept: by selection, of what the training texts ask for. At a length: share of questions"
-        f" answered: {found['haystacks']} haystacks x 8 questions per length and"
-        f" seed; {found['steps']} steps of 30 % of the target, or as many tokens; interval: whole"
-        f" haystacks drawn again, never narrower than Wilson's. {found['threads']} core(s) of"
-        f" {found['hardware']},"
+        f" answered: {found['haystacks']} haystacks x 8 questions per length and seed;"
+        f" {found['steps']} steps of 30 % of the target, or as many tokens; interval: whole"
+        " haystacks drawn again, never narrower than Wilson's. Last column: percentage points on"
+        " the same haystacks, their differences drawn again; what training owes to chance shows by"
+        " seed alone."
+        f" {found['threads']} core(s) of {found['hardware']},"
         f" [JSON](assets/results/tiny_study_{target}.json).",
     ]
     return "\n".join(lines)
