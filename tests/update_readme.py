@@ -490,8 +490,8 @@ def cost_by_length() -> str:
     shown = ", ".join(f"{float(v):.2f} at {int(k):,}" for k, v in found["ratio_by_length"].items())
     return (
         f"By length, ours over transformers in seconds a step, in turns: {shown} tokens"
-        f" ({found['dtype']}, {found['threads']} cores of {found['hardware']}; one pair of steps a"
-        " length, [LOG.md](LOG.md#time-against-length);"
+        f" ({found['dtype']}, {found['threads']} cores of {found['hardware']}, nothing beside;"
+        " medians of one or two pairs of steps, [LOG.md](LOG.md#time-against-length);"
         " [JSON](assets/results/cost_by_length.json), [figure](assets/results/cost_by_length.png))."
     )
 
