@@ -44,7 +44,7 @@ def test_numbers_come_from_the_json_files():
     assert render(README) == README, "run python tests/update_readme.py"
 
 
-@pytest.mark.parametrize("name", ["tiny_128k", "tiny_16k"])
+@pytest.mark.parametrize("name", ["tiny_128k", "tiny_64k", "tiny_16k"])
 def test_the_toys_kept_runs_have_the_settings_that_the_commands_have_now(name):
     import train
 
