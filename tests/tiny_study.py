@@ -8,8 +8,8 @@
 
 With the same seed every run sees the same number of tokens: 30 % of the target x steps, whatever
 its method and share; replay and merge included. Judged by eval_needle.py with 8 questions a
-haystack; a seed has haystacks of its own, the same for all rows. The rows `untrained` are the tiny
-model under another RoPE base.
+haystack, and by its loss at the old window; a seed has haystacks of its own, the same for all
+rows. The rows `untrained` are the tiny model under another RoPE base.
 """
 
 import argparse
@@ -130,18 +130,23 @@ def recipe_of(args, flags: str) -> dict:
 def is_done(row: dict | None, name: str, seed: int, args) -> bool:
     if row is None or row.get("haystacks") != args.n:
         return False
+    if "losses" not in row and (folder(name, seed, args) / "config.json").is_file():
+        return False  # made by an older version; its model is still here, only the losses are new
     flags = flags_of(name, seed, args)
     return SETTINGS[name] is None or row.get("recipe") == recipe_of(args, flags)
 
 
 def measure(name: str, seed: int, args) -> dict:
     out, record = folder(name, seed, args), make_model(name, seed, args)
-    for length, n in ((WINDOW, args.n), (args.target, args.n)):
-        run(f"eval_needle.py --model {out} --compare --lengths {length} --n {n} --seed {seed}")
+    judge = f"eval_needle.py --model {out} --compare --n {args.n} --seed {seed} --lengths"
+    run(f"{judge} {WINDOW} --ppl")
+    run(f"{judge} {args.target}")
     rows = [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
     if SETTINGS[name] is not None:
         record |= kept(out)
-    return record | {"haystacks": args.n, "scores": by_length(rows)}
+    losses = [r["score"] for r in rows if r["task"] == "loss" and r["length"] == WINDOW]
+    scores = by_length([r for r in rows if r["task"] != "loss"])
+    return record | {"haystacks": args.n, "scores": scores, "losses": losses}
 
 
 @functools.cache
@@ -223,6 +228,35 @@ def report(found: dict) -> None:
         print(line)
 
 
+def draw(found: dict, path: Path) -> None:
+    """Share found at both lengths, a row a setting: mean of its seeds, 95 % interval, each seed."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in SETTINGS if name in found["runs"]][::-1]  # the first on top
+    figure = Figure(figsize=(9, 1.3 + 0.27 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, length in zip(panels, (WINDOW, found["target"]), strict=True):
+        for y, name in enumerate(names):
+            seeds = [one["scores"][str(length)] for one in found["runs"][name].values()]
+            clusters = [c for one in seeds for c in one]
+            mean, (low, high) = mean_of(clusters), clustered(clusters)
+            colour = "tab:orange" if name == "longrecipe" else "tab:blue"
+            axis.plot((100 * low, 100 * high), (y, y), color=colour)
+            axis.plot(100 * mean, y, "o", color=colour)
+            axis.plot([100 * mean_of(one) for one in seeds], [y] * len(seeds), "k|", markersize=7)
+        axis.set(xlim=(-2, 102), xlabel=f"answers found at {length:,} tokens, %")
+        axis.grid(axis="x", alpha=0.3)
+    counts = {name: len(found["runs"][name]) for name in names}
+    each = found["haystacks"] * 8
+    labels = [f"{name} ({each * counts[name]})" for name in names]
+    panels[0].set_yticks(range(len(names)), labels, fontsize=8)
+    figure.suptitle(
+        f"after {found['steps']} steps: mean and 95 % interval, bars: each seed; (n questions)",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--target", type=int, help="window to reach (None: 32,768, --default 131,072)")
@@ -254,6 +288,7 @@ def main() -> None:
                 found |= {k: v for k, v in provenance(0).items() if k in keep}
                 write_atomically(file, json.dumps(found) + "\n")
     report(found)
+    draw(found, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

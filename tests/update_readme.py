@@ -244,54 +244,65 @@ def study(target: int) -> str:
     found = read(RESULTS / f"tiny_study_{target}.json")
     if not found:
         return f"Not run yet: `python tests/tiny_study.py --target {target}`."
-    ours = found["runs"].get("longrecipe", {})
+    runs = found["runs"]
     lines = [
-        f"| setting | questions kept | with their pair | at 8,192 | at {target:,} | by seed |"
-        " longrecipe above it by |",
-        "|---|---|---|---|---|---|---|",
+        f"| setting | questions kept | with their pair | loss at 8,192 | at 8,192 | at {target:,} |"
+        " by seed | longrecipe above it by |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    leads = {}
-    for name in (name for name in SETTINGS if name in found["runs"]):
-        seeds, kept, cells = found["runs"][name], ["", ""], []
-        if "questions_kept" in next(iter(seeds.values())):
-            keys = ("questions_kept", "their_pair_kept")
-            kept = [f"{statistics.mean(s[k] for s in seeds.values()):.0%}" for k in keys]
-        for length in ("8192", str(target)):
-            e = studied(seeds, length)
-            cells.append("{:.0%} ({:.0%}-{:.0%})".format(e["mean"], *e["interval_95"]))
-        single = [studied({k: seeds[k]}, str(target))["mean"] for k in sorted(seeds)]
-        cells += [", ".join(f"{100 * x:.0f}" for x in single), ""]
-        if name != "longrecipe" and ours.keys() & seeds.keys():
-            leads[name] = e = lead(ours, seeds, target)
-            cells[-1] = "{:+.0f} ({:+.0f} to {:+.0f})".format(
-                *(100 * x for x in (e["mean"], *e["interval_95"]))
-            )
-        lines.append(f"| {' | '.join([name, *kept, *cells])} |")
-    if leads:
-        words = ("above", "below", "not told apart from")
-        low_high = {name: e["interval_95"] for name, e in leads.items()}
-        groups = [
-            [f"`{name}`" for name, (low, _) in low_high.items() if low > 0],
-            [f"`{name}`" for name, (_, high) in low_high.items() if high < 0],
-            [f"`{name}`" for name, (low, high) in low_high.items() if low <= 0 <= high],
-        ]
-        told = [f"{w} {', '.join(g)}" for w, g in zip(words, groups, strict=True) if g]
-        lines += [
-            "",
-            f"At {target:,} tokens, haystack by haystack, longrecipe is {'; '.join(told)}.",
-        ]
+    leads: dict[str, dict[str, list[str]]] = {}
+    for name in (name for name in SETTINGS if name in runs):
+        cells = row_of_study(runs[name], runs.get("untrained, old base", {}), target)
+        _, comma, base = name.partition(", ")
+        ours = runs.get("longrecipe" + comma + base, {})
+        if name.startswith("longrecipe") or not ours.keys() & runs[name].keys():
+            lines.append(f"| {' | '.join([name, *cells, ''])} |")
+            continue
+        e = lead(ours, runs[name], target)
+        mean, low, high = (100 * x for x in (e["mean"], *e["interval_95"]))
+        cells.append(f"{mean:+.0f} ({low:+.0f} to {high:+.0f})")
+        lines.append(f"| {' | '.join([name, *cells])} |")
+        word = "above" if low > 0 else "below" if high < 0 else "not told apart from"
+        leads.setdefault(base, {}).setdefault(word, []).append(f"`{name}`")
+    for base, groups in leads.items():
+        told = [f"{word} {', '.join(names)}" for word, names in sorted(groups.items())]
+        where = f"Under {base.replace('base', 'RoPE base')}" if base else "Haystack by haystack"
+        lines += ["", f"{where}, longrecipe at {target:,} tokens is {'; '.join(told)}."]
     lines += [
         "",
-        "Kept: by selection, of what the training texts ask for. At a length: share of questions"
+        "Kept: by selection, of what the training texts ask for. Loss: nats per token above the"
+        " base's, on the same texts. At a length: share of questions"
         f" answered: {found['haystacks']} haystacks x 8 questions per length and seed;"
         f" {found['steps']} steps of 30 % of the target, or as many tokens; interval: whole"
-        " haystacks drawn again, never narrower than Wilson's. Last column: percentage points on"
-        " the same haystacks, their differences drawn again; what training owes to chance shows by"
-        " seed alone."
+        " haystacks drawn again, never narrower than Wilson's. Last column: against longrecipe"
+        " under the same RoPE base, percentage points on the same haystacks, their differences"
+        " drawn again; what training owes to chance shows by seed alone."
         f" {found['threads']} core(s) of {found['hardware']},"
         f" [JSON](assets/results/tiny_study_{target}.json).",
     ]
     return "\n".join(lines)
+
+
+def row_of_study(seeds: dict, base: dict, target: int) -> list[str]:
+    """The cells of one setting, from its rows and those of the base as it is (seed -> row)."""
+    kept = loss = ""
+    if "questions_kept" in next(iter(seeds.values())):
+        means = [
+            statistics.mean(s[k] for s in seeds.values())
+            for k in ("questions_kept", "their_pair_kept")
+        ]
+        kept = " | ".join(f"{x:.0%}" for x in means)
+    above = [
+        statistics.mean(one["losses"]) - statistics.mean(base[seed]["losses"])
+        for seed, one in seeds.items()
+        if "losses" in one and "losses" in base.get(seed, {})
+    ]
+    if above:
+        loss = f"{statistics.mean(above):+.3f}"
+    found = [studied(seeds, length) for length in ("8192", str(target))]
+    cells = ["{:.0%} ({:.0%}-{:.0%})".format(e["mean"], *e["interval_95"]) for e in found]
+    single = [studied({k: seeds[k]}, str(target))["mean"] for k in sorted(seeds)]
+    return [kept or " | ", loss, *cells, ", ".join(f"{100 * x:.0f}" for x in single)]
 
 
 def results() -> str:
