@@ -3,8 +3,8 @@
     python tests/tiny_study.py --seeds 0 1 2         # to 32,768; resumable: what is there stays
     python tests/tiny_study.py --target 131072 --steps 16 --seeds 0 --only longrecipe none pose rpes
     python tests/tiny_study.py --report              # only the table, from the JSON in assets/
-    python tests/tiny_study.py --default             # README's first pair of commands, kept;
-                                                     # --target 16384, 65536: to another window
+    python tests/tiny_study.py --default --methods none pose rpes    # README's first pair of
+                                # commands, kept, and other methods; --target: to another window
 
 With the same seed every run sees the same number of tokens: 30 % of the target x steps, whatever
 its method and share; replay and merge included. Judged by eval_needle.py with 8 questions a
@@ -15,8 +15,10 @@ rows. The rows `untrained` are the tiny model under another RoPE base.
 import argparse
 import functools
 import json
+import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -30,35 +32,36 @@ from model import load_pretrained, load_tokenizer, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
 from support.atomic import write_atomically  # noqa: E402
 from support.cli import log, provenance  # noqa: E402
-from support.results import clustered, mean_of, resampled  # noqa: E402
+from support.results import clustered, mean_of  # noqa: E402
 from support.run_settings import read_impactful  # noqa: E402
 from support.toy import ToyCorpus, answerable, load_toy_text  # noqa: E402
 
 RUNS, RESULTS = Path("runs/tiny_study"), Path("assets/results")
 BASE, WINDOW, THETA = "assets/tiny", 8192, 10_000.0
-# The RoPE base is theta x T / L where nothing else is said. With the paper's (x 14 at four times
+# The RoPE base is theta x T* / L0 where nothing else is said. With the paper's (x 14 at four times
 # the window) the tiny model finds nearly everything untrained, so nothing could be told apart.
+# {same}: the probe and the impactful types of longrecipe under that base, so the very same tokens.
 SETTINGS = {
     "untrained": None,
     "longrecipe": "",
-    "none": "--method none --impactful {impactful}",
-    "pose": "--method pose",
-    "rpes": "--method rpes",
+    "none": "--method none {same}",
+    "pose": "--method pose {same}",
+    "rpes": "--method rpes {same}",
+    "prefix": "--prefix {same}",
+    "full": "--method full --select first",  # all of a text: nothing to select
     "select random": "--select random",
     "select digits": "--select digits",
     "select first": "--select first",
     "analysis against the old base": "--no-log_softmax --no-rebased_analysis",
     "share 10 %": "--train_len {tenth}",
     "share 60 %": "--train_len {more}",
-    "prefix": "--prefix",
-    "no merge": "--merge_weight 1",
-    "no replay": "--replay_steps 0",
-    "full": "--method full",
+    "no merge": "--merge_weight 1 {same}",
+    "no replay": "--replay_steps 0 {same}",
     "untrained, paper's base": None,
     "longrecipe, paper's base": "--rope_base {paper}",
-    "none, paper's base": "--method none --impactful {impactful} --rope_base {paper}",
-    "pose, paper's base": "--method pose --rope_base {paper}",
-    "rpes, paper's base": "--method rpes --rope_base {paper}",
+    "none, paper's base": "--method none {same} --rope_base {paper}",
+    "pose, paper's base": "--method pose {same} --rope_base {paper}",
+    "rpes, paper's base": "--method rpes {same} --rope_base {paper}",
     "untrained, old base": None,
     "longrecipe, old base": "--rope_base {old}",
 }
@@ -92,14 +95,31 @@ def flags_of(name: str, seed: int, args) -> str:
     if SETTINGS[name] is None:
         base = bases["paper"] if "paper" in name else bases["old"] if "old" in name else linear
         return f"--rope_base {base}"
+    probe = settings_of(f"--target_len {args.target} --steps {args.steps}")["probe_steps"]
     flags = SETTINGS[name].format(
-        impactful=folder("longrecipe", seed, args) / "impactful.json",
+        same=f"--impactful {types_of(name, seed, args)} --probe_steps {probe}",
         tenth=args.target // 1280 * 128,
         more=2 * train_length(args.target),
         **bases,
     )
     flags += "" if "--rope_base" in flags else f" --rope_base {linear}"
     return flags + f" --steps {same_tokens(flags, args.target, args.steps)} --seed {seed}"
+
+
+def analyst(name: str) -> str:
+    """The row whose analysis a row with {same} takes: longrecipe under the same RoPE base."""
+    return "longrecipe" + "".join(name.partition(",")[1:])
+
+
+def types_of(name: str, seed: int, args) -> Path:
+    return folder(analyst(name), seed, args) / "impactful.json"
+
+
+def settings_of(flags: str) -> dict:
+    """All settings that these flags come to with train.py as it is now."""
+    args = train.parse(flags.split())
+    train.resolve(args)
+    return vars(args)
 
 
 def make_model(name: str, seed: int, args) -> dict:
@@ -110,21 +130,33 @@ def make_model(name: str, seed: int, args) -> dict:
         model.config = model.config.with_rope(float(flags.split()[1]), args.target)
         save_pretrained(model, out, tokenizer_from=BASE)
         return {"flags": flags, "seconds": 0}
-    if "--impactful" in flags and not (out.parent / f"longrecipe_{seed}/impactful.json").is_file():
-        make_model("longrecipe", seed, args)  # its analysis is wanted: the run left this machine
-    resume = "--resume" if (out / "run.json").is_file() else ""
-    run(f"train.py --target_len {args.target} {flags} --out {out} {resume}")
-    record = json.loads((out / "run.json").read_text())
-    keep = ("seconds", "peak_GiB", "commit")
-    return {"flags": flags, "recipe": recipe_of(args, flags), **{k: record[k] for k in keep}}
+    if "--impactful" in flags and not types_of(name, seed, args).is_file():
+        make_model(analyst(name), seed, args)  # its analysis is wanted: the run left this machine
+    made = read_record(out)
+    if made and recipe_in(made["settings"]) != recipe_of(args, flags):
+        shutil.rmtree(out)  # by an older version
+        made = None
+    run(f"train.py --target_len {args.target} {flags} --out {out} {'--resume' if made else ''}")
+    made = read_record(out)
+    keep = ("seconds", "peak_GiB", "commit", "hardware", "threads")
+    return {"flags": flags, "recipe": recipe_in(made["settings"]), **{k: made[k] for k in keep}}
+
+
+def read_record(out: Path) -> dict | None:
+    file = out / "run.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def recipe_in(settings: dict) -> dict:
+    """Of all settings those that a result depends on, wherever it was made."""
+    own = ("impactful", "model", "out", "plan", "resume", "device", "save_minutes", "no_saves")
+    own += ("optimizer", "keep_attention", "offload_inputs")  # the plan's, by the machine
+    return {k: v for k, v in settings.items() if k not in own}
 
 
 def recipe_of(args, flags: str) -> dict:
-    """The settings that these flags come to with train.py as it is now: a row made with others,
-    by an older version, is made again."""
-    settings = vars(train.parse(["--target_len", str(args.target), *flags.split()]))
-    paths = ("impactful", "model", "out", "plan", "resume")
-    return {k: v for k, v in settings.items() if k not in paths}
+    """The same of these flags, with train.py as it is now."""
+    return recipe_in(settings_of(f"--target_len {args.target} {flags}"))
 
 
 def is_done(row: dict | None, name: str, seed: int, args) -> bool:
@@ -187,23 +219,54 @@ def by_length(rows: list[dict]) -> dict:
 
 def lead(ours: dict, other: dict, length: int) -> dict:
     """By how much `ours` is above `other` (seed -> row, both) on the same haystacks: mean of the
-    differences, haystack by haystack, in the seeds that both have, and its 95 % interval."""
-    clusters = []
-    for seed in ours.keys() & other.keys():
+    differences, haystack by haystack, in the seeds that both have, and its 95 % interval
+    (Student's t for n haystacks)."""
+    gains = []
+    for seed in sorted(ours.keys() & other.keys()):
         pairs = zip(*(row[seed]["scores"][str(length)] for row in (ours, other)), strict=True)
-        clusters += [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
-    return {"mean": mean_of(clusters), "interval_95": resampled(clusters), "n": len(clusters)}
+        gains += [statistics.mean(a) - statistics.mean(b) for a, b in pairs]
+    mean, n = statistics.mean(gains), len(gains)
+    half = student(n - 1) * statistics.stdev(gains) / math.sqrt(n)
+    return {"mean": mean, "interval_95": (mean - half, mean + half), "n": n}
 
 
-def default_run(target: int) -> None:
-    """The two commands of README's first screen, and the loss by position beside them."""
-    name = f"tiny_{target // 1024}k"
-    out, kept = Path("runs") / name, RESULTS / name
+def student(freedom: int) -> float:
+    """97.5 % quantile of Student's t, by its expansion about the normal one (Abramowitz and Stegun
+    26.7.5): to 0.1 % from 5 degrees of freedom on.
+
+    >>> [round(student(n), 3) for n in (7, 15, 23)]
+    [2.364, 2.131, 2.069]
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+
+
+def train_default(target: int, out: Path, flags: str = "") -> None:
     if not (out / "config.json").is_file():
         resume = "--resume" if (out / "run.json").is_file() else ""
-        run(f"train.py --target_len {target} --out {out} {resume}")
+        run(f"train.py --target_len {target} {flags} --out {out} {resume}")
+
+
+def default_run(target: int, methods: list[str]) -> None:
+    """The two commands of README's first screen, the same with other --methods, and the loss by
+    position."""
+    name = f"tiny_{target // 1024}k"
+    out, kept = Path("runs") / name, RESULTS / name
+    others = {method: Path(f"{out}_{method}") for method in methods}
+    train_default(target, out)
+    for method, other in others.items():
+        same = f" --impactful {out}/impactful.json" if method == "none" else ""
+        train_default(target, other, f"--method {method}{same}")
     kept.mkdir(parents=True, exist_ok=True)
-    run(f"eval_needle.py --model {out} --controls")
+    compared = " ".join(map(str, (BASE, *others.values())))
+    run(f"eval_needle.py --model {out} --compare {compared} --controls")
+    for method, other in others.items():
+        shutil.copyfile(other / "run.json", kept / f"run_{method}.json")
     for name in ("needle.png", "needle_results.json", "run.json", "metrics.jsonl"):
         shutil.copyfile(out / name, kept / name)
     shutil.copyfile(out / "impactful.json", kept / "impactful.json")
@@ -266,10 +329,12 @@ def main() -> None:
     p.add_argument("--only", nargs="+", choices=SETTINGS, help="settings to run")
     p.add_argument("--report", action="store_true")
     p.add_argument("--default", action="store_true", help="only train.py and eval_needle.py")
+    also = "with --default: the same with these"
+    p.add_argument("--methods", nargs="+", choices=("none", "pose", "rpes"), default=[], help=also)
     args = p.parse_args()
     os.chdir(ROOT)
     if args.default:
-        default_run(args.target or 131_072)
+        default_run(args.target or 131_072, args.methods)
         return
     args.target = args.target or 32_768
     file = RESULTS / f"tiny_study_{args.target}.json"

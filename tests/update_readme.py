@@ -78,7 +78,8 @@ def claims() -> str:
     labels = {plain_name(m): m for m in rows["models"]}
     names = ("longrecipe (merged)", "base with the new RoPE base, untrained")
     real = [entry(rows["table"], labels[name], "niah_single", 16_384) for name in names]
-    tiny = [entry(toy["table"], m, "multiquery", target) for m in list(toy["models"])[:0:-1]]
+    labels = list(toy["models"])
+    tiny = [entry(toy["table"], m, "multiquery", target) for m in (labels[-1], labels[1])]
 
     size = sum(budget.parameters(LlamaConfig.from_dir(ROOT / train.TOY["model"]))) / 1e6
 
@@ -160,11 +161,13 @@ def tiny() -> str:
         "|---" * (len(lengths) + 1) + "|",
     ]
     models = list(found["models"])
-    names = ("base, window 8,192", "base with the new RoPE base, untrained", "**after train.py**")
+    names = ["base, window 8,192", "base with the new RoPE base, untrained", "**after train.py**"]
+    names[2:2] = [f"`--method {label.rpartition('_')[2]}`" for label in models[2:-1]]
     for label, name in zip(models, names, strict=True):
         cells = [cell(found["table"], label, "multiquery", n) for n in lengths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     s, target = run["settings"], lengths[-1]
+    models = (models[0], models[1], models[-1])
     base, control, result = (entry(found["table"], m, "multiquery", target) for m in models)
     read_loss = read(TINY / "loss_results.json")["table"]
     losses = [entry(read_loss, m, "loss", target)["mean"] for m in (models[0], models[2])]
@@ -221,7 +224,9 @@ def other_windows() -> list[str]:
         if folder != TINY:
             found, run = (read(folder / f) for f in ("needle_results.json", "run.json"))
             target = run["settings"]["target_len"]
-            cells = [cell(found["table"], m, "multiquery", target) for m in list(found["models"])]
+            labels = list(found["models"])
+            models = (labels[0], labels[1], labels[-1])
+            cells = [cell(found["table"], m, "multiquery", target) for m in models]
             lines += [
                 "",
                 f"`--target_len {target}`, at {target:,} tokens: base {cells[0]}, untrained under"
@@ -275,8 +280,9 @@ def study(target: int) -> str:
         f" answered: {found['haystacks']} haystacks x 8 questions per length and seed;"
         f" {found['steps']} steps of 30 % of the target, or as many tokens; interval: whole"
         " haystacks drawn again, never narrower than Wilson's. Last column: against longrecipe"
-        " under the same RoPE base, percentage points on the same haystacks, their differences"
-        " drawn again; what training owes to chance shows by seed alone."
+        " under the same RoPE base, percentage points on the same haystacks (95 % interval of their"
+        " differences, Student's t); the haystacks are cut from one text and overlap; what"
+        " training owes to chance shows by seed alone."
         f" {found['threads']} core(s) of {found['hardware']},"
         f" [JSON](assets/results/tiny_study_{target}.json).",
     ]
