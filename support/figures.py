@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+from support.results import wilson
+
 
 def draw_heatmap(
     path: Path, rows: list[dict], task: str, windows: dict, names: dict, parts: int = 0
@@ -64,7 +66,8 @@ def text_color(background: tuple) -> str:
 
 def draw_curves(path: Path, rows: list[dict], task: str) -> None:
     """In the longest texts, one line per model. Left: share found against the distance between
-    needle and question. Right, where --ppl measured it: loss against position."""
+    needle and question, each with Wilson's 95 % interval. Right, where --ppl measured it: loss
+    against position."""
     from matplotlib.figure import Figure
 
     longest = max(r["length"] for r in rows)
@@ -73,17 +76,19 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
     left, *right = figure.subplots(1, 1 + measured, squeeze=False)[0]
     for label in dict.fromkeys(r["model"] for r in rows):
         own = [r for r in rows if r["model"] == label and r["length"] == longest]
-        found: dict[int, list[float]] = {}  # sixteenth of the length -> scores
+        found: dict[int, list[float]] = {}  # eighth of the length -> scores
         for r in (r for r in own if r["task"] == task):
             depths = r["true_depths"] if len(r["expected"]) > 1 else [r["true_depth"]]
             for depth, answer in zip(depths, r["expected"], strict=True):
                 hit = answer.lower() in r["output"].lower()
-                found.setdefault(min(15, int(16 * (1 - depth))), []).append(hit)
+                found.setdefault(min(7, int(8 * (1 - depth))), []).append(hit)
         if found:
-            x = [(k + 0.5) / 16 * longest / 1024 for k in sorted(found)]
+            x = [(k + 0.5) / 8 * longest / 1024 for k in sorted(found)]
             y = [sum(found[k]) / len(found[k]) for k in sorted(found)]
             n = sum(map(len, found.values()))
-            left.plot(x, y, marker="o", markersize=3, label=f"{label}, n = {n} needles in all")
+            line = left.plot(x, y, "o-", markersize=3, label=f"{label}, n = {n} needles in all")[0]
+            ends = [wilson(sum(found[k]), len(found[k])) for k in sorted(found)]
+            left.vlines(x, *zip(*ends, strict=True), color=line.get_color(), alpha=0.4)
         losses = [r["loss_by_1024"] for r in own if r["task"] == "loss"]
         if losses:
             per = -(-len(losses[0]) // 64)  # bins a point, for at most 64 points
@@ -98,5 +103,6 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
     left.legend(fontsize=8)
     for axis in right:
         axis.set(xlabel="position (units of 1,024 tokens)", ylabel="loss, nats per token")
+        axis.set_title(f"texts of {longest:,} tokens", fontsize=9)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)

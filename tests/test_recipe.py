@@ -732,7 +732,7 @@ def test_the_toys_and_the_papers_angles():
     [(5e5, 128, 8192, 131_072, 29), (5e5, 128, 8192, 81_920, 29), (1e6, 128, 32_768, 131_072, 24)],
 )
 def test_new_angles_in_the_papers_settings(theta, head_dim, old_len, target, before):
-    """Llama 3 and Qwen2 (LOG.md): none under the paper's base, all of them under x T / L."""
+    """Llama 3 and Qwen2 (LOG.md): none under the paper's base, all of them under x T / L0."""
     old = inverse_frequencies(head_dim, theta)
     bases = (theta, theta * target / old_len, ntk_rope_base(theta, head_dim, old_len, target))
     new = (inverse_frequencies(head_dim, base) for base in bases)

@@ -1,7 +1,6 @@
 """Which part of the recipe does what? The tiny model from 8,192 tokens to a longer window, often.
 
     python tests/tiny_study.py --seeds 0 1 2         # to 32,768; resumable: what is there stays
-    python tests/tiny_study.py --target 131072 --steps 16 --seeds 0 --only longrecipe none pose rpes
     python tests/tiny_study.py --report              # only the table, from the JSON in assets/
     python tests/tiny_study.py --default --methods none pose rpes    # README's first pair of
                                 # commands, kept, and other methods; --target: to another window
@@ -175,7 +174,7 @@ def measure(name: str, seed: int, args) -> dict:
     run(f"{judge} {args.target}")
     rows = [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
     if SETTINGS[name] is not None:
-        record |= kept(out)
+        record |= selected(out)
     losses = [r["score"] for r in rows if r["task"] == "loss" and r["length"] == WINDOW]
     scores = by_length([r for r in rows if r["task"] != "loss"])
     return record | {"haystacks": args.n, "scores": scores, "losses": losses}
@@ -187,7 +186,7 @@ def toy_text() -> tuple:
     return tokenizer, load_toy_text(tokenizer)
 
 
-def kept(out: Path, samples: int = 8) -> dict:
+def selected(out: Path, samples: int = 8) -> dict:
     """What selection left of the toy's task in a run: of the questions woven into the texts that
     the first samples of the extension were made from, the share that is kept; and of those kept
     the share whose pair is kept."""
@@ -259,9 +258,10 @@ def default_run(target: int, methods: list[str]) -> None:
     out, kept = Path("runs") / name, RESULTS / name
     others = {method: Path(f"{out}_{method}") for method in methods}
     train_default(target, out)
-    for method, other in others.items():
-        same = f" --impactful {out}/impactful.json" if method == "none" else ""
-        train_default(target, other, f"--method {method}{same}")
+    probe = read_record(out)["settings"]["probe_steps"]
+    for method, other in others.items():  # on the very same tokens
+        same = f"--impactful {out}/impactful.json --probe_steps {probe}"
+        train_default(target, other, f"--method {method} {same}")
     kept.mkdir(parents=True, exist_ok=True)
     compared = " ".join(map(str, (BASE, *others.values())))
     run(f"eval_needle.py --model {out} --compare {compared} --controls")
@@ -270,6 +270,7 @@ def default_run(target: int, methods: list[str]) -> None:
     for name in ("needle.png", "needle_results.json", "run.json", "metrics.jsonl"):
         shutil.copyfile(out / name, kept / name)
     shutil.copyfile(out / "impactful.json", kept / "impactful.json")
+    (kept / "selection.json").write_text(json.dumps(selected(out), indent=1) + "\n")
     run(f"eval_needle.py --model {out} --ppl --n 1 --n_beyond 1 --lengths 8192 {target}")
     shutil.copyfile(out / "curves.png", kept / "curves.png")
     shutil.copyfile(out / "needle_results.json", kept / "loss_results.json")
@@ -314,7 +315,7 @@ def draw(found: dict, path: Path) -> None:
     labels = [f"{name} ({each * counts[name]})" for name in names]
     panels[0].set_yticks(range(len(names)), labels, fontsize=8)
     figure.suptitle(
-        f"after {found['steps']} steps: mean and 95 % interval, bars: each seed; (n questions)",
+        f"tokens of {found['steps']} steps: mean and 95 % interval; bars: each seed; (n questions)",
         fontsize=9,
     )
     figure.savefig(path, dpi=120)
