@@ -19,7 +19,6 @@ from support.toy_words import KEYS, PAIRS, QUESTIONS, TEST_KEYS, VALUES
 # the embedded model: what the commands take where no --model is given
 TINY = os.path.relpath(Path(__file__).resolve().parent.parent / "assets" / "tiny")
 
-TEXT, WOVEN, SCORED = range(3)  # role of a token of a toy sample
 PAIRS_A_LINE, TOKENS_A_PAIR = 8, 28  # of a ToyCorpus: dense, for few steps must do
 RARE = 1 / 2048  # a piece less frequent than this in the text can be a key
 
@@ -31,52 +30,13 @@ class Weaver:
         def encode(text: str) -> Tensor:
             return torch.tensor(tokenizer.encode(text))
 
-        self.keys, self.values, held_out = (
+        self.keys, self.values = (
             torch.tensor([tokenizer.encode(" " + word) for word in words])[:, 0]
-            for words in (KEYS, VALUES, TEST_KEYS)
+            for words in (KEYS, VALUES)
         )
         self.pairs = [(encode(before), encode(after)) for before, after in PAIRS]
         self.questions = [encode(question) for question in QUESTIONS]
         self.comma = encode(",")
-        self.pieces = torch.arange(tokenizer.vocab_size)
-        self.other = self.pieces[~torch.isin(self.pieces, held_out)]
-
-    def weave(
-        self,
-        draw: Callable[[int], Tensor],
-        tokens: int,
-        pairs: int,
-        generator: torch.Generator,
-        *,
-        any_piece: float = 0.0,
-        blocks: int = 0,
-    ) -> tuple[Tensor, Tensor]:
-        """(ids (tokens,), role (tokens,)): `pairs` pair sentences at random places of the text
-        draw(n) -> (n,) and a question for each at the end.
-
-        any_piece: share of the pairs whose words are any pieces of the vocabulary (no test key).
-        blocks: runs of random pieces that occur twice. SCORED are the second word of a question
-        and the repeated pieces: what can be known from far before."""
-        words = pairs - int(any_piece * pairs)
-        keys = torch.cat(
-            (pick(self.keys, words, generator), pick(self.other, pairs - words, generator))
-        )
-        chosen = torch.randint(len(self.values), (words,), generator=generator)
-        values = torch.cat((self.values[chosen], pick(self.other, pairs - words, generator)))
-        inserts: list[Insert] = []
-        for pair in torch.stack((keys, values), dim=1):
-            before, after = self.pairs[integer(len(self.pairs), generator)]
-            place = float(torch.rand(1, generator=generator))
-            inserts.append((place, torch.cat((before, pair, after)), 0))
-        for i in torch.randperm(len(keys), generator=generator).tolist():
-            question = self.questions[integer(len(self.questions), generator)]
-            ids = torch.cat((question, keys[i : i + 1], values[i : i + 1]))
-            inserts.append((1.0, ids, 1))
-        for _ in range(blocks):
-            block = pick(self.pieces, 6 + integer(11, generator), generator)
-            first, second = torch.rand(2, generator=generator).sort().values.tolist()
-            inserts += [(first, block, 0), (second, block, len(block) - 1)]
-        return insert(draw, tokens, inserts)
 
     def weave_lists(
         self, draw: Callable[[int], Tensor], tokens: int, keys: Tensor, generator: torch.Generator
@@ -97,31 +57,26 @@ class Weaver:
                     place, after = 1.0, self.comma[:0]
                     before = self.questions[integer(len(self.questions), generator)]
                 listed = torch.cat([torch.cat((pairs[i], self.comma)) for i in line])[:-1]
-                inserts.append((place, torch.cat((before, listed, after)), 0))
-        return insert(draw, tokens, inserts)[0]
+                inserts.append((place, torch.cat((before, listed, after))))
+        return insert(draw, tokens, inserts)
 
 
-Insert = tuple[float, Tensor, int]  # place in 0..1 of the text, ids, how many at its end are SCORED
+Insert = tuple[float, Tensor]  # place in 0..1 of the text, ids
 
 
-def insert(
-    draw: Callable[[int], Tensor], tokens: int, inserts: list[Insert]
-) -> tuple[Tensor, Tensor]:
-    """The text draw(n) -> (n,) with all inserts in their places: ids and role, (tokens,) each."""
+def insert(draw: Callable[[int], Tensor], tokens: int, inserts: list[Insert]) -> Tensor:
+    """ids (tokens,): the text draw(n) -> (n,) with all inserts in their places."""
     inserts = sorted(inserts, key=lambda one: one[0])
-    room = tokens - sum(len(ids) for _, ids, _ in inserts)
+    room = tokens - sum(len(ids) for _, ids in inserts)
     if room < 0:
         raise ValueError(f"{tokens} tokens are too few for toy pairs (--train_len, --replay_len)")
     text = draw(room)
-    out, role, done = [], [], 0
-    for place, ids, known in inserts:
+    out, done = [], 0
+    for place, ids in inserts:
         here = int(place * len(text))
         out += [text[done:here], ids]
-        role += [(TEXT, here - done), (WOVEN, len(ids) - known), (SCORED, known)]
         done = here
-    out.append(text[done:])
-    role.append((TEXT, len(text) - done))
-    return torch.cat(out), torch.cat([torch.full((n,), kind) for kind, n in role])
+    return torch.cat([*out, text[done:]])
 
 
 def integer(high: int, generator: torch.Generator) -> int:

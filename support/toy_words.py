@@ -22,6 +22,7 @@ almond barley bread carpet carrot cherry daisy ferret ginger goose grape hamster
 island juniper koala lark laurel marble narwhal oak ocelot pear pigeon pillow quail radish saffron
 salmon sandal spinach stoat thistle tomato trout tulip wolf zebra
 """.split()
+# Of these wordings the lessons of assets/tiny had the first five and four (tests/make_tiny.py).
 PAIRS = (  # before and after the two words
     ("\nNote the pair", " and so on.\n"),
     ("\nRemember:", ".\n"),

@@ -11,24 +11,30 @@ tokens back. A tiny model does not find that by itself, so its lessons grow:
               matching must move to the slow RoPE pairs, the only ones that do not care how far
     8192      plain positions
 The script is also the proof that nothing is set by hand: random start, one seed, held-out keys.
+With the Python of assets/tiny/training.json, whose standard library is the text, the samples are
+those of the model there.
 """
 
 import argparse
 import json
 import math
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Llama, LlamaConfig, linear_cross_entropy, load_tokenizer, save_pretrained
 from recipe import sample_position_ids
-from support import toy, toy_words
+from support import toy_words
 from support.atomic import write_atomically
 from support.cli import log, progress, provenance
 from support.standard_library import standard_library_sources
+from support.toy import Weaver, insert, integer, pick
 
 CONFIG = LlamaConfig(
     vocab_size=2048,
@@ -57,6 +63,8 @@ LESSONS = {
     "2048 spread": (2, 2048, 8192, 32, 0.0, 4, 600, 2e-3),
     "8192": (1, 8192, 8192, 88, 0.0, 10, 900, 1.5e-3),
 }
+TEXT, WOVEN, SCORED = range(3)  # role of a token of a sample
+SPOT = 1 / 256  # share of the text
 
 
 def make_tokenizer(folder: Path, documents: list[str]) -> None:
@@ -95,7 +103,62 @@ def copy_sample(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     return ids, scored
 
 
-def make_batch(name: str, text: Tensor, weaver: toy.Weaver, generator) -> list[Tensor]:
+class LessonWeaver(Weaver):
+    """Builds the samples of the lessons with word pairs, blocks of random pieces, or both."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.pairs, self.questions = self.pairs[:5], self.questions[:4]  # train.py has more
+        held_out = torch.tensor([tokenizer.encode(" " + key)[0] for key in toy_words.TEST_KEYS])
+        self.pieces = torch.arange(tokenizer.vocab_size)
+        self.other = self.pieces[~torch.isin(self.pieces, held_out)]
+
+    def weave(
+        self,
+        draw: Callable[[int], Tensor],
+        tokens: int,
+        pairs: int,
+        generator: torch.Generator,
+        *,
+        any_piece: float = 0.0,
+        blocks: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """(ids (tokens,), role (tokens,)): `pairs` pair sentences at random places of the text
+        draw(n) -> (n,) and a question for each at the end.
+
+        any_piece: share of the pairs whose words are any pieces of the vocabulary (no test key).
+        blocks: runs of random pieces that occur twice. SCORED are the second word of a question
+        and the repeated pieces: what can be known from far before."""
+        words = pairs - int(any_piece * pairs)
+        keys = torch.cat(
+            (pick(self.keys, words, generator), pick(self.other, pairs - words, generator))
+        )
+        chosen = torch.randint(len(self.values), (words,), generator=generator)
+        values = torch.cat((self.values[chosen], pick(self.other, pairs - words, generator)))
+        woven: list[tuple[float, Tensor, int]] = []  # place in 0..1, ids, SCORED ones at their end
+        for pair in torch.stack((keys, values), dim=1):
+            # subtle: the recorded model's order of random numbers, from when a pair could have
+            # several copies near one spot: spot, offset, wording (tests/test_toy.py pins it)
+            spot, offset = (float(torch.rand(1, generator=generator)) for _ in range(2))
+            before, after = self.pairs[integer(len(self.pairs), generator)]
+            place = (1 - SPOT) * spot + SPOT * offset
+            woven.append((place, torch.cat((before, pair, after)), 0))
+        for i in torch.randperm(len(keys), generator=generator).tolist():
+            question = self.questions[integer(len(self.questions), generator)]
+            woven.append((1.0, torch.cat((question, keys[i : i + 1], values[i : i + 1])), 1))
+        for _ in range(blocks):
+            block = pick(self.pieces, 6 + integer(11, generator), generator)
+            first, second = torch.rand(2, generator=generator).sort().values.tolist()
+            woven += [(first, block, 0), (second, block, len(block) - 1)]
+        roles = [  # of the same places and lengths
+            (place, torch.tensor([WOVEN] * (len(ids) - known) + [SCORED] * known))
+            for place, ids, known in woven
+        ]
+        ids = insert(draw, tokens, [(place, ids) for place, ids, _ in woven])
+        return ids, insert(lambda n: torch.full((n,), TEXT), tokens, roles)
+
+
+def make_batch(name: str, text: Tensor, weaver: LessonWeaver, generator) -> list[Tensor]:
     """Lesson -> ids, positions, scored, plain text, each (B, T)."""
     B, T, span, pairs, any_piece, blocks, _, _ = LESSONS[name]
 
@@ -111,7 +174,7 @@ def make_batch(name: str, text: Tensor, weaver: toy.Weaver, generator) -> list[T
         else:
             options = {"any_piece": any_piece, "blocks": blocks}
             ids, role = weaver.weave(draw, T, pairs, generator, **options)
-            scored, plain = role == toy.SCORED, role == toy.TEXT
+            scored, plain = role == SCORED, role == TEXT
         positions = torch.arange(T)
         if span > T:  # in runs of about 24 tokens
             cuts = 1 + torch.randperm(T - 1, generator=generator)[: T // 24].sort().values
@@ -148,7 +211,7 @@ def main() -> None:
         make_tokenizer(args.work, documents)
     tokenizer = load_tokenizer(args.work)
     text = torch.tensor([i for d in documents for i in tokenizer.encode(d)])
-    weaver = toy.Weaver(tokenizer)
+    weaver = LessonWeaver(tokenizer)
     log(f"{len(text):,} tokens of Python source")
 
     torch.manual_seed(args.seed)

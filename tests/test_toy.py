@@ -1,9 +1,12 @@
-"""support/toy.py and assets/tiny: the woven task is what it says, and the test set is held out."""
+"""support/toy.py, make_tiny.py and assets/tiny: the woven task is what it says, the test set is
+held out, and the lessons are those of the recorded model."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 
+import make_tiny
 import pytest
 import torch
 
@@ -57,20 +60,48 @@ def test_the_test_has_its_own_keys_and_wording():
 
 def test_what_is_scored_can_be_looked_up(tokenizer, text):
     """Slow twin: each scored token has its bigram somewhere before; all else stays in place."""
-    weaver = toy.Weaver(tokenizer)
+    weaver = make_tiny.LessonWeaver(tokenizer)
     generator = torch.Generator().manual_seed(0)
     ids, role = weaver.weave(draw_from(text), 3000, 24, generator, any_piece=0.25, blocks=3)
     assert len(ids) == len(role) == 3000
-    plain = ids[role == toy.TEXT]
+    plain = ids[role == make_tiny.TEXT]
     assert torch.equal(plain, text[: len(plain)])  # the text itself, in order, nothing lost
     pairs = list(zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True))
-    scored = (role == toy.SCORED).nonzero()[:, 0].tolist()
+    scored = (role == make_tiny.SCORED).nonzero()[:, 0].tolist()
     assert len(scored) >= 24 + 3 * 5
     for t in scored:
         assert pairs[t - 1] in pairs[: t - 1]
     held_out = {tokenizer.encode(" " + w)[0] for w in toy_words.TEST_KEYS}
     no_blocks, role = weaver.weave(draw_from(text), 3000, 24, generator, any_piece=0.5)
-    assert not held_out & set(no_blocks[role != toy.TEXT].tolist())
+    assert not held_out & set(no_blocks[role != make_tiny.TEXT].tolist())
+
+
+# sha256 of ids, positions, scored, plain text, by the code of the recorded model (commit 7c302f6)
+BATCHES = {
+    "copy": "c5dc7320575e7edf3337e2e5199b4465f29fb42a170f23f754f43d3b21ce71a9",
+    "text": "0accc92245cca1f552e5a4165bc57a278cbd990ae74181ab96d2a7c6eba38fdf",
+    "128": "9313e4636b182a0959d6812232c033c18aebec6d374c43f7b441e6c5dad412a9",
+    "256 spread": "d2415be24e72f484a9691b5e8f9657677d8c80c3781eefd8c27cf1dd97cd4f9d",
+    "512 spread": "389b144a3128599b7350726192ccfb5f3be291f93983a6008ee80adf69b60f41",
+    "2048 spread": "2181fb0ad07655de5288bc58c10b8e4e0d99f1ca00c89b77e586b12fb11f5f8a",
+    "8192": "796819997ccca00c9db1c488fbc2a397c540755862b9af306c91514369f64f2d",
+}
+
+
+def test_the_lessons_are_those_of_the_recorded_model(tokenizer):
+    """The first batch of each, from a text that no Python changes, to the bit."""
+    made = json.loads((TINY / "training.json").read_text())
+    lessons = {name: list(lesson) for name, lesson in make_tiny.LESSONS.items()}
+    assert made["commit"] == "7c302f6" and made["lessons"] == lessons
+    weaver, text = make_tiny.LessonWeaver(tokenizer), torch.arange(20_000) % 2048
+    found, number = {}, 1  # of its first step: the seed
+    for name, (*_, steps, _) in lessons.items():
+        generator = torch.Generator().manual_seed(number)
+        columns = make_tiny.make_batch(name, text, weaver, generator)  # (B, T) each
+        data = b"".join(column.to(torch.int64).numpy().tobytes() for column in columns)
+        found[name] = hashlib.sha256(data).hexdigest()
+        number += steps
+    assert found == BATCHES
 
 
 def test_each_pair_is_told_once_anywhere_and_asked_for_at_the_end(tokenizer, corpus):
