@@ -9,12 +9,13 @@ import json
 import os
 import re
 
+import bench_cost
 import bench_gpu
 import pytest
 import torch
 from conftest import make_hf_llama
 from live_bytes import LiveBytes
-from make_plans import LLAMA3_8B
+from make_plans import LLAMA3_8B, ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -425,3 +426,47 @@ def test_bench_gpu_wants_a_gpu_and_known_parts(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             bench_gpu.main([*flags, "--out", str(tmp_path / "x.json")])
         assert stop.value.code == 2 and reason in capsys.readouterr().err
+
+
+# ---- the benchmark against transformers: time against length -----------------------------------
+
+COST = ROOT / "assets" / "results" / "cost_by_length.json"
+
+
+def test_the_fit_finds_the_two_coefficients_it_is_made_from():
+    rows = [{"tokens": n, "ours": 8e-3 * n + 1.1e-6 * n**2} for n in (1024, 2048, 16_384)]
+    fit = bench_cost.fit(rows, "ours")
+    assert set(fit) == {"s_per_token", "s_per_token_squared", "largest_error"}
+    assert fit["s_per_token"] == pytest.approx(8e-3) and fit["largest_error"] < 1e-9
+    assert fit["s_per_token_squared"] == pytest.approx(1.1e-6)
+
+
+def test_the_kept_fit_is_that_of_the_kept_rows():
+    found = json.loads(COST.read_text())
+    for kind, kept in found["fit"].items():
+        fit = bench_cost.fit(found["rows"], kind)
+        assert fit == pytest.approx(kept) and fit["s_per_token"] > 0 < fit["s_per_token_squared"]
+
+
+def cost_by_length(out, *lengths: int) -> dict:
+    bench_cost.main(["--lengths", *map(str, lengths), "--out", str(out)])
+    return json.loads(out.read_text())
+
+
+def test_with_all_lengths_there_only_fit_and_figure_are_made_anew(tmp_path, monkeypatch):
+    kept, out = json.loads(COST.read_text()), tmp_path / "cost.json"
+    out.write_text(json.dumps(kept | {"fit": None, "ratio_by_length": None}))
+    monkeypatch.setattr(bench_cost, "in_turns", None)  # nothing can be measured
+    assert cost_by_length(out, *{r["tokens"] for r in kept["rows"]}) == kept
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_length_that_is_measured_brings_its_own_commit_and_seconds(tmp_path, monkeypatch):
+    kept, out = json.loads(COST.read_text()), tmp_path / "cost.json"
+    out.write_text(json.dumps(kept))
+    step = {"seconds": 2.0}
+    turns = {kind: [step, step, step] for kind in bench_cost.KINDS}
+    monkeypatch.setattr(bench_cost, "in_turns", lambda *_: turns)
+    found = cost_by_length(out, 1024, 512)
+    assert len(found["rows"]) == len(kept["rows"]) + 2 and found["ratio_by_length"]["512"] == 1
+    assert found["seconds"] < 60 < kept["seconds"]
