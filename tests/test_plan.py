@@ -327,6 +327,12 @@ def test_the_table_compares_hours_with_full_length_and_says_what_is_not_checked(
     assert "host and disk of that H100 are not known and not checked" in texts[0]
 
 
+def test_readmes_plan_is_the_one_made_now_from_a_clean_tree(llama3):
+    kept = json.loads((ROOT / "assets" / "results" / "plan_8b.json").read_text())
+    assert kept["rows"][kept["chosen"]] == made_plan(llama3, "--plan", "H100")
+    assert not kept["commit"].endswith("-dirty")
+
+
 def test_of_this_machine_host_and_disk_are_checked(toy_dir, prose_file, tmp_path, capsys):
     argv = ["--model", str(toy_dir), "--data", str(prose_file), "--target_len", "512"]
     train.main([*argv, "--out", str(tmp_path / "out"), "--plan"])
