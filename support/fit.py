@@ -1,11 +1,11 @@
 """Which optimizer and which memory levers does a run take, and does it fit? Decided from
 config.json alone, before weights are loaded."""
 
+import copy
 import importlib.util
 import itertools
 
 from support import budget
-from support.cli import log
 from support.machine import Machine
 from support.optimizer import NAMES, NEEDS_TORCHAO
 
@@ -58,12 +58,19 @@ def choose(config, args, there: Machine) -> None:
     for levers in combinations:
         args.optimizer, args.keep_attention, args.offload_inputs = levers
         if not shortage(config, args, there):
-            if levers[0] == "adamw-8bit" and given[0] is None:
-                log("adamw-8bit chosen: memory is too short for fp32 AdamW, whose result it nears")
             return
         device, host = (sum(part.values()) for part in needs(config, args, longest(args)))
         sizes[levers] = device + host * (there.kind == "cpu")
     args.optimizer, args.keep_attention, args.offload_inputs = min(sizes, key=sizes.get)
+
+
+def at_full_length(config, args, there: Machine):
+    """args of the same run with --method full: the same steps, samples and replay, but levers of
+    its own. To be called before `choose` has filled in those of args."""
+    full = copy.copy(args)
+    full.method, full.train_len = "full", args.target_len
+    choose(config, full, there)
+    return full
 
 
 def shortage(config, args, there: Machine) -> str | None:

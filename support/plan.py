@@ -3,10 +3,12 @@
 Bytes and FLOPs are counted (support/budget.py); what a machine makes of them is partly assumed
 (support/machine.py and below), and the table says so."""
 
+from dataclasses import replace
+
 import torch
 
-from support import budget
-from support.fit import check, choose, longest, needs, needs_on_disk, width
+from support import budget, fit
+from support.cli import log
 from support.machine import HERE, Machine, disk_rate, machine, training_rate
 
 LEVERS = ("optimizer", "keep_attention", "offload_inputs")
@@ -18,23 +20,65 @@ def settle(config, args, stages, finished: bool = False) -> bool:
     """Choose what --optimizer and the levers leave open; ValueError if the run does not fit and is
     not finished. With --plan: print the table first, and return True, for nothing else is to be
     done."""
-    there = machine(args.plan or HERE, args.device, args.out)
-    choose(config, args, there)
+    there, given = machine(args.plan or HERE, args.device, args.out), args.optimizer
+    full = fit.at_full_length(config, args, there)
+    fit.choose(config, args, there)
+    if args.optimizer == "adamw-8bit" and not given and not fit.shortage(config, args, there):
+        log("adamw-8bit chosen: memory is too short for fp32 AdamW, whose result it nears")
     if args.plan:
-        print(table(make_plan(config, args, stages, there)), flush=True)
+        print(table(make_plan(config, args, full, stages, there)), flush=True)
     if not finished:
-        check(config, args, there)
+        fit.check(config, args, there)
     return bool(args.plan)
 
 
-def make_plan(config, args, stages, there: Machine) -> dict:
-    """All numbers of the plan, for the table and as JSON: bytes, FLOPs, seconds."""
+def make_plan(config, args, full, stages, there: Machine) -> dict:
+    """All numbers of the plan, for the table and as JSON: bytes, FLOPs, seconds. full: see
+    fit.at_full_length."""
     where = args.plan or HERE
     rate, rate_from = training_rate(where, args.device, getattr(torch, args.dtype))
     disk, disk_from = disk_rate(where, args.out)
-    N, w, B = sum(budget.parameters(config)), width(args), args.batch_sequences
-    device, host = needs(config, args, longest(args))
-    on_disk = needs_on_disk(config, args)
+    conventions = {
+        "model FLOPs, causal attention, nothing twice": budget.training_flops,
+        "FLOPs executed, attention computed twice": lambda c, t: budget.executed_flops(c, t, False),
+        "FLOPs executed, attention kept": lambda c, t: budget.executed_flops(c, t, True),
+        "model FLOPs, attention without its causal half": budget.noncausal_flops,
+    }
+    lengths = (args.train_len, args.target_len)
+    each = [budget.executed_flops(config, a.train_len, a.keep_attention) for a in (args, full)]
+    long = [s if s.name == "replay" else replace(s, tokens=full.train_len) for s in stages]
+    return {
+        "parameters": sum(budget.parameters(config)),
+        "dtype": args.dtype,
+        "machine": there.name,
+        "there": {"device": there.device, "host": there.host, "disk": there.disk},
+        **of_run(config, args, stages, there, rate, disk),
+        "full_length": of_run(config, full, long, there, rate, disk),
+        "one_sample": {k: [float(f(config, n)) for n in lengths] for k, f in conventions.items()},
+        "one_sample_s": [flops / rate for flops in each],
+        "lengths": lengths,
+        "rate": {"flops_per_s": rate, "from": rate_from},
+        "disk_rate": {"bytes_per_s": disk, "from": disk_from},
+    }
+
+
+def of_run(config, args, stages, there: Machine, rate: float, disk: float) -> dict:
+    """Bytes, seconds and levers of a run; shortage: None if it fits."""
+    device, host = fit.needs(config, args, fit.longest(args))
+    on_disk, rows = fit.needs_on_disk(config, args), by_stage(config, args, stages, rate, disk)
+    return {
+        "levers": {k: getattr(args, k) for k in LEVERS},
+        "bytes": {"device": device, "host": host, "disk": on_disk},
+        "shortage": fit.shortage(config, args, there),
+        "stages": rows,
+        "seconds": sum(r["seconds"] for r in rows.values()),
+        "save_s": on_disk["training state"] / disk,
+    }
+
+
+def by_stage(config, args, stages, rate: float, disk: float) -> dict[str, dict]:
+    """What each stage computes and how long it takes; rate: FLOP/s, disk: bytes a second."""
+    N, w, B = sum(budget.parameters(config)), fit.width(args), args.batch_sequences
     step_s = 0.0
     if args.optimizer == "adamw-host":  # weights, m, v, gradient read, three written; over the link
         step_s = N * 28 / HOST_BYTES_PER_S + (N * (4 + w) / LINK_BYTES_PER_S)
@@ -47,50 +91,24 @@ def make_plan(config, args, stages, there: Machine) -> dict:
             n, forward = args.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
             row = {"steps": 0, "sequences": n, "tokens": s.tokens, "flops": forward}
             rows["analysis"] = row | {"seconds": n * row["flops"] / rate}
-    save_s = on_disk["training state"] / disk
+    state = fit.needs_on_disk(config, args)["training state"]
     saves = sum(r["seconds"] for r in rows.values()) // (60 * max(args.save_minutes, 1e-3))
-    saves = min(saves, sum(s.steps for s in stages)) if on_disk["training state"] else 0
-    rows["merge"] = {
-        "steps": 0,
-        "sequences": 0,
-        "tokens": 0,
-        "flops": 0,
-        "seconds": 4 * w * N / disk,
-    }
-    rows["saves"] = {**rows["merge"], "steps": int(saves), "seconds": saves * save_s}
-    conventions = {
-        "model FLOPs, causal attention, nothing twice": budget.training_flops,
-        "FLOPs executed, attention computed twice": lambda c, t: budget.executed_flops(c, t, False),
-        "FLOPs executed, attention kept": lambda c, t: budget.executed_flops(c, t, True),
-        "model FLOPs, attention without its causal half": budget.noncausal_flops,
-    }
-    lengths = (args.train_len, args.target_len)
-    seconds = [budget.executed_flops(config, n, args.keep_attention) / rate for n in lengths]
-    return {
-        "parameters": N,
-        "dtype": args.dtype,
-        "machine": there.name,
-        "levers": {k: getattr(args, k) for k in LEVERS},
-        "bytes": {"device": device, "host": host, "disk": on_disk},
-        "device_of_full_length": needs(config, args, args.target_len)[0],
-        "there": {"device": there.device, "host": there.host, "disk": there.disk},
-        "stages": rows,
-        "seconds": sum(r["seconds"] for r in rows.values()),
-        "save_s": save_s,
-        "one_sample": {k: [float(f(config, n)) for n in lengths] for k, f in conventions.items()},
-        "one_sample_s": seconds,
-        "lengths": lengths,
-        "rate": {"flops_per_s": rate, "from": rate_from},
-        "disk_rate": {"bytes_per_s": disk, "from": disk_from},
-    }
+    saves = min(saves, sum(s.steps for s in stages)) if state else 0
+    nothing = {"steps": 0, "sequences": 0, "tokens": 0, "flops": 0}
+    rows["merge"] = nothing | {"seconds": 4 * w * N / disk}
+    rows["saves"] = nothing | {"steps": int(saves), "seconds": saves * state / disk}
+    return rows
+
+
+# ---- in words ----------------------------------------------------------------------------------
 
 
 def table(plan: dict) -> str:
     """The plan in the terminal."""
-    sizes, there, lengths = plan["bytes"], plan["there"], plan["lengths"]
-    levers = ", ".join(f"{k} {v}" for k, v in plan["levers"].items())
+    sizes, there = plan["bytes"], plan["there"]
     lines = [
-        f"plan: {plan['parameters']:,} parameters, {plan['dtype']}, on {plan['machine']}; {levers}",
+        f"plan: {plan['parameters']:,} parameters, {plan['dtype']}, on {plan['machine']};"
+        f" {in_words(plan['levers'])}",
         "",
         f"{'GB (1e9 bytes)':32}{'device':>10}{'host':>10}{'disk':>10}",
     ]
@@ -101,9 +119,9 @@ def table(plan: dict) -> str:
     for name, row in cells.items():
         shown = [short(x / 1e9) if x else "" for x in row]
         lines.append(f"{name:32}" + "".join(f"{x:>10}" for x in shown))
-    full = sum(plan["device_of_full_length"].values())
+    if there["disk"] is None:
+        lines.append(f"host and disk of that {plan['machine']} are not known and not checked")
     lines += [
-        f"device with samples of {lengths[1]:,} tokens (--method full): {short(full / 1e9)}",
         "",
         f"{'stage':10}{'steps':>8}{'samples':>9}{'tokens':>9}{'FLOPs each':>12}{'hours':>9}",
     ]
@@ -117,13 +135,51 @@ def table(plan: dict) -> str:
         f" a save: {plan['save_s'] / 60:.2g} minutes at"
         f" {plan['disk_rate']['bytes_per_s'] / 1e9:.2g} GB/s, {plan['disk_rate']['from']}",
         "",
-        f"{'one sample, forward and backward':48}{lengths[0]:>10,}{lengths[1]:>10,}{'less':>8}",
     ]
-    for name, (a, b) in plan["one_sample"].items():
-        lines.append(f"{name:48}{a:>10.2e}{b:>10.2e}{1 - a / b:>8.1%}")
-    a, b = plan["one_sample_s"]
-    lines.append(f"{'seconds':48}{short(a):>10}{short(b):>10}{1 - a / b:>8.1%}")
-    return "\n".join(lines)
+    return "\n".join(lines + against_full_length(plan))
+
+
+def against_full_length(plan: dict) -> list[str]:
+    """One sample by each convention; then time and memory, both with the levers they would have."""
+    full, lengths = plan["full_length"], plan["lengths"]
+
+    def row(name: str, a: float, b: float, form=short) -> str:
+        return f"{name:48}{form(a):>10}{form(b):>10}{1 - a / b:>8.1%}"
+
+    def both(number) -> list[float]:
+        return [number(plan), number(full)]
+
+    conventions = plan["one_sample"].items()
+    fits = f"does not fit: {full['shortage']}" if full["shortage"] else "fits"
+    return [
+        f"{'one sample, forward and backward':48}{lengths[0]:>10,}{lengths[1]:>10,}{'less':>8}",
+        *(row(name, *pair, "{:.2e}".format) for name, pair in conventions),
+        row("seconds *", *plan["one_sample_s"]),
+        row("hours: probe, analysis, extend *", *both(lambda p: extension_s(p["stages"]) / 3600)),
+        row("hours: all, with merge and saves *", *both(lambda p: p["seconds"] / 3600)),
+        row("GB of device *", *both(lambda p: sum(p["bytes"]["device"].values()) / 1e9)),
+        f"* {lengths[1]:,}: --method full with the same steps and samples, and levers of its own:",
+        f"  {in_words(full['levers'])}; {fits}",
+    ]
+
+
+def extension_s(stages: dict) -> float:
+    """Seconds of probe, analysis and extension."""
+    parts = ("probe", "analysis", "extend")
+    return sum(row["seconds"] for name, row in stages.items() if name in parts)
+
+
+def as_flags(levers: dict) -> str:
+    """
+    >>> as_flags({"optimizer": "adamw", "keep_attention": False, "offload_inputs": True})
+    'adamw --offload_inputs'
+    """
+    on = [f"--{name}" for name in LEVERS[1:] if levers[name]]
+    return " ".join([levers["optimizer"], *on])
+
+
+def in_words(levers: dict) -> str:
+    return ", ".join(f"{k} {v}" for k, v in levers.items())
 
 
 def short(x: float) -> str:

@@ -11,13 +11,14 @@ Linux only (/proc).
 
     python tests/bench_cost.py --lengths 1024 2048 4096 8192 16384    # -> cost_by_length.json, .png
 
-measures time against length instead, a pair of steps per length and round, with a linear plus
-quadratic fit; a length that is in the JSON already is not measured again.
+measures time against length instead, a pair of steps per length and round. A length that is in the
+JSON already is not measured again; with all of them there, only fit and figure are made anew.
 """
 
 import argparse
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -34,6 +35,8 @@ from model import linear_cross_entropy, load_pretrained
 from support.cli import provenance, report_errors
 from support.optimizer import MasterAdamW
 from train import next_token_targets
+
+KINDS = ("ours", "transformers")
 
 
 def resident_gib(peak: bool = False) -> float:
@@ -110,7 +113,7 @@ def worker(kind: str, folder: str, dtype: torch.dtype, pipe) -> None:
 def in_turns(model: str, dtype: torch.dtype, rounds: list[int]) -> dict[str, list[dict]]:
     """A step of each per round, A B A B ...; rounds holds the tokens of each."""
     context = multiprocessing.get_context("spawn")
-    pipes, rows = {}, {"ours": [], "transformers": []}
+    pipes, rows = {}, {kind: [] for kind in KINDS}
     for kind in rows:
         pipes[kind], child = context.Pipe()
         context.Process(target=worker, args=(kind, model, dtype, child), daemon=True).start()
@@ -155,20 +158,22 @@ def measure(model: str, tokens: int, dtype: torch.dtype, steps: int) -> dict:
 
 
 def fit(rows: list[dict], kind: str) -> dict:
-    """seconds = c + a T + b T^2, least squares of the relative error; c: the optimizer's step."""
+    """seconds = a T + b T^2, least squares of the relative error. No constant: the
+    optimizer's step is too short to show beside points that scatter by several percent."""
     points = [(r["tokens"], r[kind]) for r in rows]
     T, s = (torch.tensor(x, dtype=torch.float64) for x in zip(*points, strict=True))
-    design = torch.stack((1 / s, T / s, T**2 / s), dim=1)
+    design = torch.stack((T / s, T**2 / s), dim=1)
     solution = torch.linalg.lstsq(design, torch.ones(len(s), 1, dtype=torch.float64)).solution
-    names = ("s", "s_per_token", "s_per_token_squared")
     worst = float((design @ solution - 1).abs().max())
-    return dict(zip(names, solution[:, 0].tolist(), strict=True)) | {"largest_error": worst}
+    a, b = solution[:, 0].tolist()
+    return {"s_per_token": a, "s_per_token_squared": b, "largest_error": worst}
 
 
 def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, out: Path) -> dict:
-    """One pair of steps per length and round; the rows that `out` holds already stay."""
+    """One pair of steps per length and round; the rows that `out` holds already stay, and with
+    nothing measured so does what it says of their commit and machine."""
     found = json.loads(out.read_text()) if out.is_file() else {"rows": []}
-    rows, notes = found["rows"], found.get("notes", [])
+    rows, notes, started = found["rows"], found.setdefault("notes", []), time.time()
     for tokens in lengths:
         n = 1 if tokens >= 8192 else rounds
         if sum(r["tokens"] == tokens for r in rows) >= n:
@@ -178,19 +183,21 @@ def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, o
         except EOFError:  # a worker is gone, most likely for want of memory
             notes.append(f"{tokens} tokens: a worker was killed; not run")
             continue
-        for ours, theirs in zip(*(timed[k][1:] for k in ("ours", "transformers")), strict=True):
+        for ours, theirs in zip(*(timed[k][1:] for k in KINDS), strict=True):
             rows.append(
                 {"tokens": tokens, "ours": ours["seconds"], "transformers": theirs["seconds"]}
             )
         found = {"rows": rows, "notes": notes, "model": model, "dtype": str(dtype)[6:]}
+        found |= provenance(started)
         out.write_text(json.dumps(found, indent=2) + "\n")
-    kinds = ("ours", "transformers")
+    if not rows:
+        raise ValueError(f"no length was measured: {'; '.join(notes)}")
     measured = sorted({r["tokens"] for r in rows})
     median = {
         k: {n: statistics.median(r[k] for r in rows if r["tokens"] == n) for n in measured}
-        for k in kinds
+        for k in KINDS
     }
-    found["fit"] = {k: fit(rows, k) for k in kinds}
+    found["fit"] = {k: fit(rows, k) for k in KINDS}
     found["ratio_by_length"] = {
         n: round(median["ours"][n] / median["transformers"][n], 3) for n in measured
     }
@@ -198,23 +205,29 @@ def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, o
 
 
 def draw(found: dict, path: Path) -> None:
-    import matplotlib
+    """Milliseconds a token: every length counts alike, and the fit is a + b T."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    T = torch.linspace(512, max(r["tokens"] for r in found["rows"]), 100)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes, rows = figure.subplots(), found["rows"]
+    lengths = sorted({r["tokens"] for r in rows})
+    T = torch.logspace(math.log2(lengths[0]), math.log2(lengths[-1]), 100, base=2)
     for (kind, f), colour in zip(found["fit"].items(), ("tab:blue", "tab:orange"), strict=True):
-        points = [(r["tokens"], r[kind]) for r in found["rows"]]
-        axes.plot(*zip(*points, strict=True), "o", color=colour, label=f"{kind}, measured")
-        c, a, b = f["s"], f["s_per_token"], f["s_per_token_squared"]
-        label = f"{c:.1f} s + {a * 1e3:.2f} ms T + {b * 1e6:.3f} µs T²"
-        axes.plot(T, c + a * T + b * T**2, color=colour, label=label)
-    axes.set(xlabel="tokens of a sample", ylabel="seconds a training step")
-    axes.set_title(f"SmolLM2-135M, {found['dtype']}, {found['threads']} CPU cores, n = 1 to 2 each")
-    axes.legend()
-    figure.tight_layout()
+        points = [(r["tokens"], 1e3 * r[kind] / r["tokens"]) for r in rows]
+        axes.plot(*zip(*points, strict=True), "o", color=colour, label=f"{kind}, a step each")
+        a, b = f["s_per_token"], f["s_per_token_squared"]
+        label = f"fit: {a * 1e3:.2f} ms + {b * 1e6:.2f} µs x T"
+        axes.plot(T, 1e3 * (a + b * T), color=colour, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.set_xlabel("T: length of the sample, tokens")
+    axes.set_ylabel("time of a training step, milliseconds a token")
+    axes.set_ylim(bottom=0)
+    n = ", ".join(str(sum(r["tokens"] == tokens for r in rows)) for tokens in lengths)
+    machine = f"{found['threads']} cores of {found['hardware']}"
+    about = f"{found['model']}, {found['dtype']}, {machine}"
+    axes.set_title(f"{about}\npairs of steps by length: n = {n}", fontsize=10)
+    axes.legend(fontsize=9)
     figure.savefig(path, dpi=120)
 
 
@@ -232,7 +245,6 @@ def main(argv=None) -> None:
             out = args.out or Path("assets/results/cost_by_length.json")
             dtype = getattr(torch, args.dtype)
             found = by_length(args.model, args.lengths, dtype, min(args.steps, 2), out)
-            found |= provenance(started)
             out.write_text(json.dumps(found, indent=2) + "\n")
             draw(found, out.with_suffix(".png"))
             return

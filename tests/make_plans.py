@@ -40,19 +40,22 @@ def one(folder: str, flags: str) -> tuple[str, dict]:
     args = train.parse(["--model", folder, "--plan", "H100", *flags.split()])
     config = train.resolve(args)
     there = machine.machine("H100", args.device, args.out)
+    full = fit.at_full_length(config, args, there)
     fit.choose(config, args, there)
-    on = [name for name in ("keep_attention", "offload_inputs") if getattr(args, name)]
-    made = plan.make_plan(config, args, train.plan_stages(args), there)
-    return " ".join([args.optimizer, *(f"--{name}" for name in on)]), made
+    made = plan.make_plan(config, args, full, train.plan_stages(args), there)
+    return plan.as_flags(made["levers"]), made
 
 
 def main() -> None:
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA3_8B))
-        chosen, _ = one(folder, "")
         rows = dict(one(folder, flags) for flags in MODES)
-    made = {"chosen": chosen, "rows": rows, "commit": provenance(started)["commit"]}
+        chosen, made = one(folder, "")
+        rows[chosen] = made  # no lever given: those of full length are free as well
+        without = one(folder, "--no_saves")[1]["bytes"]["disk"]
+    made = {"chosen": chosen, "rows": rows, "disk_without_saves": without}
+    made["commit"] = provenance(started)["commit"]
     OUT.write_text(json.dumps(made, indent=1) + "\n")
 
 

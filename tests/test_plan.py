@@ -2,6 +2,7 @@
 own counter, and what a run says that cannot fit."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -9,12 +10,13 @@ import json
 import os
 import re
 
+import bench_cost
 import bench_gpu
 import pytest
 import torch
 from conftest import make_hf_llama
 from live_bytes import LiveBytes
-from make_plans import LLAMA3_8B
+from make_plans import LLAMA3_8B, ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -260,12 +262,17 @@ def test_the_plan_needs_config_json_only_and_stops(llama3, tmp_path, capsys):
         assert less in text
 
 
-def test_the_json_of_the_plan_adds_up(llama3):
-    config, args = planned(llama3, "--plan", "H100")
-    there = machine.machine("H100", "cuda", args.out)
+def made_plan(folder, *flags: str) -> dict:
+    config, args = planned(folder, *flags)
+    there = machine.machine(args.plan, "cuda", args.out)
+    full = fit.at_full_length(config, args, there)
     fit.choose(config, args, there)
-    made = plan.make_plan(config, args, train.plan_stages(args), there)
-    json.dumps(made)
+    made = plan.make_plan(config, args, full, train.plan_stages(args), there)
+    return json.loads(json.dumps(made))
+
+
+def test_the_json_of_the_plan_adds_up(llama3):
+    made = made_plan(llama3, "--plan", "H100")
     stages = made["stages"]
     assert made["seconds"] == sum(r["seconds"] for r in stages.values())
     per_sequence = stages["extend"]["seconds"] / stages["extend"]["sequences"]
@@ -274,7 +281,63 @@ def test_the_json_of_the_plan_adds_up(llama3):
     )  # optimizer steps
     assert stages["replay"]["sequences"] * stages["replay"]["tokens"] >= 68e6
     assert 70e9 < sum(made["bytes"]["device"].values()) < 80e9
-    assert sum(made["device_of_full_length"].values()) > 80e9
+
+
+@pytest.mark.parametrize(
+    ("flags", "ours", "of_full"),
+    [
+        ("H100", ("adamw-host", True, True), ("adamw-host", False, True)),  # needs least, fits not
+        ("H200", ("adamw-host", True, False), ("adamw-host", True, True)),
+        ("H100 --keep_attention", ("adamw-host", True, True), ("adamw-host", True, True)),
+    ],
+)
+def test_full_length_is_planned_as_its_own_run_would_be(flags, ours, of_full, llama3):
+    """With the levers that `--method full` itself is given, which are not those of 39,424 tokens:
+    kept attention alone is 35 GB there."""
+    flags = ["--plan", *flags.split()]
+    made, alone = made_plan(llama3, *flags), made_plan(llama3, *flags, "--method", "full")
+    full = made["full_length"]
+    assert tuple(made["levers"].values()) == ours
+    assert tuple(full["levers"].values()) == of_full
+    assert full == {k: alone[k] for k in full} == alone["full_length"]
+    assert made["one_sample_s"][1] == alone["one_sample_s"][0]
+    config, args = planned(llama3, *flags, "--method", "full")
+    needed = []
+    for args.optimizer, args.offload_inputs in itertools.product(NAMES, (True, False)):
+        for args.keep_attention in (True, False):
+            needed.append(sum(fit.needs(config, args, 131_072)[0].values()))
+    least = sum(full["bytes"]["device"].values()) == min(needed)
+    fits = sum(full["bytes"]["device"].values()) <= made["there"]["device"]
+    assert least == (flags == ["--plan", "H100"]) and fits == (full["shortage"] is None)
+
+
+def test_the_table_compares_hours_with_full_length_and_says_what_is_not_checked(llama3, capsys):
+    texts = []
+    for method in ("longrecipe", "full"):
+        with contextlib.suppress(SystemExit):  # full length does not fit, as the table says
+            train.main(["--model", str(llama3), "--plan", "H100", "--method", method])
+        texts.append(capsys.readouterr().out.splitlines())
+    sums = [[x.split()[-1] for x in text if x.startswith("sum")][-1] for text in texts]
+    row = next(x.split() for x in texts[0] if x.startswith("hours: all, with merge and saves"))
+    assert row[-3:-1] == sums
+    assert float(row[-1].rstrip("%")) == pytest.approx(
+        100 - 100 * float(sums[0]) / float(sums[1]), abs=0.5
+    )
+    assert "GPU memory: 89.5 GB needed, 80.0 GB there" in texts[0][-1]
+    assert "host and disk of that H100 are not known and not checked" in texts[0]
+
+
+def test_readmes_plan_is_the_one_made_now_from_a_clean_tree(llama3):
+    kept = json.loads((ROOT / "assets" / "results" / "plan_8b.json").read_text())
+    assert kept["rows"][kept["chosen"]] == made_plan(llama3, "--plan", "H100")
+    assert not kept["commit"].endswith("-dirty")
+
+
+def test_of_this_machine_host_and_disk_are_checked(toy_dir, prose_file, tmp_path, capsys):
+    argv = ["--model", str(toy_dir), "--data", str(prose_file), "--target_len", "512"]
+    train.main([*argv, "--out", str(tmp_path / "out"), "--plan"])
+    text = capsys.readouterr().out
+    assert "not checked" not in text and text.rstrip().endswith("; fits")
 
 
 # ---- what fits ---------------------------------------------------------------------------------
@@ -425,3 +488,47 @@ def test_bench_gpu_wants_a_gpu_and_known_parts(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             bench_gpu.main([*flags, "--out", str(tmp_path / "x.json")])
         assert stop.value.code == 2 and reason in capsys.readouterr().err
+
+
+# ---- the benchmark against transformers: time against length -----------------------------------
+
+COST = ROOT / "assets" / "results" / "cost_by_length.json"
+
+
+def test_the_fit_finds_the_two_coefficients_it_is_made_from():
+    rows = [{"tokens": n, "ours": 8e-3 * n + 1.1e-6 * n**2} for n in (1024, 2048, 16_384)]
+    fit = bench_cost.fit(rows, "ours")
+    assert set(fit) == {"s_per_token", "s_per_token_squared", "largest_error"}
+    assert fit["s_per_token"] == pytest.approx(8e-3) and fit["largest_error"] < 1e-9
+    assert fit["s_per_token_squared"] == pytest.approx(1.1e-6)
+
+
+def test_the_kept_fit_is_that_of_the_kept_rows():
+    found = json.loads(COST.read_text())
+    for kind, kept in found["fit"].items():
+        fit = bench_cost.fit(found["rows"], kind)
+        assert fit == pytest.approx(kept) and fit["s_per_token"] > 0 < fit["s_per_token_squared"]
+
+
+def cost_by_length(out, *lengths: int) -> dict:
+    bench_cost.main(["--lengths", *map(str, lengths), "--out", str(out)])
+    return json.loads(out.read_text())
+
+
+def test_with_all_lengths_there_only_fit_and_figure_are_made_anew(tmp_path, monkeypatch):
+    kept, out = json.loads(COST.read_text()), tmp_path / "cost.json"
+    out.write_text(json.dumps(kept | {"fit": None, "ratio_by_length": None}))
+    monkeypatch.setattr(bench_cost, "in_turns", None)  # nothing can be measured
+    assert cost_by_length(out, *{r["tokens"] for r in kept["rows"]}) == kept
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_length_that_is_measured_brings_its_own_commit_and_seconds(tmp_path, monkeypatch):
+    kept, out = json.loads(COST.read_text()), tmp_path / "cost.json"
+    out.write_text(json.dumps(kept))
+    step = {"seconds": 2.0}
+    turns = {kind: [step, step, step] for kind in bench_cost.KINDS}
+    monkeypatch.setattr(bench_cost, "in_turns", lambda *_: turns)
+    found = cost_by_length(out, 1024, 512)
+    assert len(found["rows"]) == len(kept["rows"]) + 2 and found["ratio_by_length"]["512"] == 1
+    assert found["seconds"] < 60 < kept["seconds"]
