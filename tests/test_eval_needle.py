@@ -637,7 +637,7 @@ def test_no_needle_is_drawn_farther_than_the_text_is_long(tmp_path, monkeypatch)
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: figures.append(f))
     needle = {"model": "m", "task": "t", "length": 1024, "expected": ["7"], "output": "7"}
     draw_curves(tmp_path / "c.png", [needle | {"true_depth": d} for d in (0.0, 1.0)], "t")
-    assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0.5 / 16, 15.5 / 16]
+    assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0.5 / 8, 7.5 / 8]
 
 
 def test_the_heatmap_can_be_read(tmp_path, monkeypatch):
