@@ -67,11 +67,11 @@ from support.toy import TINY
 # For the toy (no --model): numbers that fit two CPU cores. What is not named is the paper's.
 TOY = {
     "model": TINY,
-    "steps": 22,
+    "steps": 20,
     "batch_sequences": 1,
     "lr": 2e-3,
     "warmup_steps": 2,
-    "analysis_samples": 2,
+    "analysis_samples": 4,
     "log_softmax": True,
     "rebased_analysis": True,
     "replay_steps": 8,

@@ -102,7 +102,8 @@ def flags_of(name: str, seed: int, args) -> str:
         **bases,
     )
     flags += "" if "--rope_base" in flags else f" --rope_base {linear}"
-    return flags + f" --steps {same_tokens(flags, args.target, args.steps)} --seed {seed}"
+    steps = same_tokens(flags, args.target, args.steps)
+    return f"{flags} --steps {steps} --analysis_samples 2 --seed {seed}"  # two find all at 32,768
 
 
 def analyst(name: str) -> str:
