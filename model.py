@@ -10,6 +10,7 @@ samples whose position ids have gaps. Here a position id is a RoPE position and 
 attention is causal in token order, whatever the ids say. (transformers takes a gap for the border
 of two packed documents and silently cuts attention there, unless given an all-ones mask.)
 
+    import torch
     from model import load_pretrained, load_tokenizer, generate
     model, tokenizer = load_pretrained("models/smollm2"), load_tokenizer("models/smollm2")
     ids = torch.tensor(tokenizer.encode("The capital of France is"))
@@ -26,7 +27,7 @@ Glossary (one for all four files)
     target T*  the window we extend to (--target_len); sample L: tokens trained on (--train_len)
     segment    a sentence or line, N in a text, M of them kept; inside it positions step by 1
     prefix r   length of the contiguous start that the released code puts before the spread-out rest
-    H and H'   in the paper's equations: the base model; the same one after some long training
+    H and H'   the base model; the same one after its first steps on long samples (the probe)
 """
 
 import dataclasses
@@ -110,7 +111,7 @@ class RMSNorm(nn.Module):
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
     """Radians per position of each pair of dimensions, (d/2,) fp32, scaled as config.json says."""
     j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
-    # [E1] theta_j = theta^(-2j/d)   the first pair turns fastest, by 1 radian a position
+    # [E1] theta_j = theta^(-j/d), j = 0, 2, 4, ...   the first pair turns by 1 radian a position
     inv_freq = 1.0 / theta ** (j / head_dim)
     if scaling is None:
         return inv_freq
@@ -151,7 +152,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
     T, S = q.shape[2], k.shape[2]
-    # SDPA's (T, S) mask is twice as slow. subtle: lse, which hangs on q and k, has no gradient
+    # SDPA's (T, S) mask is twice as slow. subtle: torch gives lse no gradient: inference only
     if 1 < T < S and q.device.type == "cpu" and not (q.requires_grad or k.requires_grad):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         a, lse_a = flash(q, k[:, :, : S - T], v[:, :, : S - T])  # the past, without a mask
@@ -348,14 +349,13 @@ def linear_cross_entropy(
     accumulation over sequences of unequal length weighs every token alike. ValueError if shapes
     do not fit or chunk_tokens * V reaches 2^31 elements."""
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} does not fit targets {tuple(targets.shape)}"
-            f" or weight {tuple(weight.shape)}"
-        )
+        sizes = (tuple(x.shape) for x in (hidden, targets, weight))
+        raise ValueError("hidden {} does not fit targets {} or weight {}".format(*sizes))
     V = weight.shape[0]
     if chunk_tokens < 1 or chunk_tokens * V >= 2**31:
         raise ValueError(f"chunk_tokens {chunk_tokens} x vocabulary {V} must be below 2^31")
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    weight = weight if torch.is_grad_enabled() else weight.detach()  # then no gradient is made
     loss = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, ignore_index, chunk_tokens)
     return loss, int((targets != ignore_index).sum())
 

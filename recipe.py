@@ -2,7 +2,7 @@
 
     1. token analysis   which token TYPES gain most from a longer context             (paper 4.1)
     2. segments         cut a text into sentences, decided on decoded text            (algorithm 1)
-    3. selection        keep segments that hold such tokens, until the sample is full (paper 4.1)
+    3. selection        keep those with the largest share of such tokens, in order    (paper 4.1)
     4. positions        spread the sample's position ids over the whole target window (paper 4.2)
     5. RoPE base        slower rotation for a longer window                           (NTK, paper 5)
     6. merge            average the tuned weights with the original ones              (paper 4.3)

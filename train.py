@@ -4,9 +4,9 @@
     python train.py --model DIR --target_len 131072    # the paper's 104 steps of 96 samples
 
 The story, in order (Hu et al., ACL 2025, section 4):
-    probe      a few steps of extension with randomly selected segments: the model is now H'
+    probe      a few steps of extension with randomly selected sentences: the model is now H'
     analysis   which token types does H' expect more than the base model H?  -> impactful types
-    extend     samples of 30 % of the target: impactful segments, positions spread over the target
+    extend     samples of 30 % of the target: sentences with most of these, spread over the target
     replay     short plain samples at a low, falling learning rate: old skills come back
     merge      the average of the tuned and the original weights
 
@@ -94,9 +94,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--select", choices=recipe.STRATEGIES, default="impact", help="which segments stay")
     add("--prefix", action="store_true", help="contiguous prefix, as the released code has")
     add("--train_len", type=int, help="sample, tokens (None: 30 %% of target_len, up to x 128)")
-    add("--probe_steps", type=int, help="(None: a tenth, at least 5 or a quarter)")
-    add("--extended", metavar="DIR", help="an H' of yours, instead of the probe")
-    add("--impactful", metavar="FILE", help="impactful.json of a run, instead of both")
+    add("--probe_steps", type=int, help="random steps first (None: a tenth, at least 5 or 1/4)")
+    add("--extended", metavar="DIR", help="a trained H' to analyse, instead of the probe's")
+    add("--impactful", metavar="FILE", help="of a run: neither probe nor analysis")
     add("--analysis_samples", type=int, default=8, help="samples the analysis looks at")
     add("--log_softmax", **off, help="analyse log-probabilities, not raw logits")
     add("--rebased_analysis", **off, help="against the base under the new RoPE base, not its own")
@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="out", metavar="DIR", help="where the result goes; must be empty")
     add("--keep_stages", **off, help="keep out/extended and out/replayed")
     add("--save_minutes", type=float, default=30, help="between saves of the training state")
-    add("--no_saves", action="store_true", help="no training state: 4-12 bytes a parameter, twice")
+    add("--no_saves", action="store_true", help="no state to resume: less disk (--plan)")
     add("--saves", dest="no_saves", action="store_false", default=False, help="undo --no_saves")
     add("--resume", action="store_true", help="go on in --out, with its flags where none is given")
     return parse_or_resume(p, argv, TOY)
@@ -185,7 +185,8 @@ def sample(
     stage: Stage, corpus: Corpus, tokenizer, args, impactful, generator
 ) -> tuple[Tensor, Tensor]:
     """One (input_ids (L,), position_ids (L,)). The text and its selection are drawn before the
-    positions, so every --method sees the same tokens at the same step."""
+    positions: given the same impactful types and probe, every --method but full sees the same
+    tokens at the same step."""
     prefix = args.prefix and stage.method == "longrecipe"
     options = {"method": stage.method, "select": stage.select, "prefix": prefix}
     options |= {"impactful": impactful, "generator": generator}

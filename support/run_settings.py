@@ -17,11 +17,19 @@ MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves", "keep_attention", "offl
 PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings that are paths
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """A default of None or False says nothing that the help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default is None or action.default is False
+        return action.help if said else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """--help shows the defaults; what is refused goes through report_errors as any other error."""
 
     def __init__(self, prog: str, doc: str, **more):
-        more |= {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+        more |= {"formatter_class": Help}
         super().__init__(prog=prog, description=doc.split("\n")[0], **more)
 
     def error(self, message: str) -> None:
@@ -34,6 +42,9 @@ def parse_or_resume(
     """The flags. Those that the command line does not give are, with --resume, the run's own, and
     for the toy model (no --model, or its folder however written) the toy's. ValueError for a flag
     that a run of an older version, to be resumed, cannot have been begun with."""
+    p.epilog = "Without --model, for the toy: " + " ".join(
+        f"--{k}" if v is True else f"--{k} {v}" for k, v in toy.items() if k != "model"
+    )
     args = p.parse_args(argv)
     if args.resume:
         before = settings_to_resume(Path(args.out))

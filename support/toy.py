@@ -89,8 +89,8 @@ def pick(table: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 class ToyCorpus(Corpus):
     """A corpus whose windows have the toy task woven in: a pair per 28 tokens of the sample, as far
-    as there are keys: the words, and letters that are a piece and rare in the text (" hone" of
-    " honey"), so that matching is learnt and not some keys (LOG.md)."""
+    as there are keys: the words, and pieces made of letters and rare in the text (" hone", the
+    start of " honey"), so that matching is learnt and not some keys (LOG.md)."""
 
     def __init__(self, tokens: Tokens, min_tokens: int, tokenizer):
         super().__init__(tokens, min_tokens)

@@ -404,6 +404,28 @@ def test_no_tensor_of_all_logits_is_ever_allocated():
     assert ours.largest <= 64 * V
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_where_no_gradient_is_wanted_the_loss_makes_none():
+    """A parameter asks for its gradient even under no_grad: of three products two were for it."""
+    hidden, weight = torch.randn(1, 6, 8), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(50, (1, 6))
+    with Products() as training:
+        expected, _ = linear_cross_entropy(hidden, weight, targets, chunk_tokens=2)
+    with torch.no_grad(), Products() as judging:
+        loss, _ = linear_cross_entropy(hidden, weight, targets, chunk_tokens=2)
+    assert (training.count, judging.count) == (9, 3)
+    assert torch.equal(loss, expected.detach())
+
+
 def test_any_ignore_index_is_ignored_and_nonsense_targets_are_not():
     hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
     expected = F.cross_entropy(hidden[:2] @ weight.T, torch.tensor([1, 2]), reduction="sum")

@@ -103,7 +103,7 @@ def flags_of(name: str, seed: int, args) -> str:
     )
     flags += "" if "--rope_base" in flags else f" --rope_base {linear}"
     steps = same_tokens(flags, args.target, args.steps)
-    return f"{flags} --steps {steps} --analysis_samples 2 --seed {seed}"  # two find all at 32,768
+    return f"{flags} --steps {steps} --analysis_samples 2 --seed {seed}"  # enough at 32,768
 
 
 def analyst(name: str) -> str:
@@ -220,14 +220,21 @@ def by_length(rows: list[dict]) -> dict:
 def lead(ours: dict, other: dict, length: int) -> dict:
     """By how much `ours` is above `other` (seed -> row, both) on the same haystacks: mean of the
     differences, haystack by haystack, in the seeds that both have, and its 95 % interval
-    (Student's t for n haystacks)."""
-    gains = []
+    (Student's t for n haystacks); and the mean of each seed: what training owes to chance is in no
+    interval."""
+    by_seed = []
     for seed in sorted(ours.keys() & other.keys()):
         pairs = zip(*(row[seed]["scores"][str(length)] for row in (ours, other)), strict=True)
-        gains += [statistics.mean(a) - statistics.mean(b) for a, b in pairs]
+        by_seed.append([statistics.mean(a) - statistics.mean(b) for a, b in pairs])
+    gains = [gain for one in by_seed for gain in one]
     mean, n = statistics.mean(gains), len(gains)
     half = student(n - 1) * statistics.stdev(gains) / math.sqrt(n)
-    return {"mean": mean, "interval_95": (mean - half, mean + half), "n": n}
+    return {
+        "mean": mean,
+        "interval_95": (mean - half, mean + half),
+        "n": n,
+        "by_seed": [statistics.mean(one) for one in by_seed],
+    }
 
 
 def student(freedom: int) -> float:
@@ -247,9 +254,11 @@ def student(freedom: int) -> float:
 
 
 def train_default(target: int, out: Path, flags: str = "") -> None:
+    command, made = f"--target_len {target} {flags}", read_record(out)
+    if made and recipe_in(made["settings"]) != recipe_in(settings_of(command)):
+        sys.exit(f"error: {out} holds a run of other settings; move it away")
     if not (out / "config.json").is_file():
-        resume = "--resume" if (out / "run.json").is_file() else ""
-        run(f"train.py --target_len {target} {flags} --out {out} {resume}")
+        run(f"train.py {command} --out {out} {'--resume' if made else ''}")
 
 
 def default_run(target: int, methods: list[str]) -> None:
