@@ -386,7 +386,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ppl", action="store_true", help="also the loss per token on n haystack texts per length")
     add("--haystack", metavar="PATH", help="text, folder (None: template, essays, Python docs)")
     add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of haystacks and needles")
     add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
     return p.parse_args(argv)
 

@@ -47,6 +47,8 @@ def announce(source: str, haystack, candidates: list, missing: list[dict], args)
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0] / 2**30
         log(f"free on the GPU: {free:.1f} GiB, for weights and cache")
+    if len({c.config.rope_theta for c in candidates}) > 1 and not args.controls:
+        log("the RoPE bases differ: --controls also judges the base's weights under the new one")
     tokens = sum(row["length"] for row in missing)
     log(f"to do: {len(missing):,} prompts of {tokens:,} tokens together")
 

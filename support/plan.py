@@ -87,7 +87,8 @@ def by_stage(config, args, stages, rate: float, disk: float) -> dict[str, dict]:
         flops = budget.executed_flops(config, s.tokens, args.keep_attention)
         row = {"steps": s.steps, "sequences": s.steps * B, "tokens": s.tokens, "flops": flops}
         rows[s.name] = row | {"seconds": s.steps * (B * flops / rate + step_s)}
-        if s.name == "probe" and s.steps:  # H' and H, forward only
+        if s.name == "probe" and args.select == "impact" and not args.impactful:
+            # H' and H, forward only
             n, forward = args.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
             row = {"steps": 0, "sequences": n, "tokens": s.tokens, "flops": forward}
             rows["analysis"] = row | {"seconds": n * row["flops"] / rate}

@@ -49,10 +49,10 @@ class RunFolder:
             if self.path.exists() and (
                 not self.path.is_dir() or any(f.name not in nothing for f in self.path.iterdir())
             ):
-                kind = "holds a finished run" if self.finished() else "is not empty"
-                raise ValueError(
-                    f"output folder {self.path} {kind}: another --out, or --resume to go on"
-                )
+                kind, remedy = "is not empty", "--resume to go on"
+                if self.finished():
+                    kind, remedy = "holds a finished run", "move it away"
+                raise ValueError(f"output folder {self.path} {kind}: another --out, or {remedy}")
             return
         check_same(settings_to_resume(self.path), settings)
 

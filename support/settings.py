@@ -78,4 +78,6 @@ def log_settings(corpus, stages, settings: dict) -> None:
     batch = settings["batch_sequences"]
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
     log(f"plan, steps x samples x tokens: {', '.join(plan)}")
+    if settings["select"] == "impact" and not any(s.steps for s in stages if s.name == "extend"):
+        log("warning: the probe takes all --steps: no sample is selected by the analysis")
     log("settings: " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))

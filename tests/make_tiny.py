@@ -225,9 +225,10 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         done, seconds = state["done"], state["seconds"]
     metrics = args.work / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= done]  # not those after the save
-    write_atomically(metrics, "".join(line + "\n" for line in kept))
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    whole = (line for line in lines if line.endswith("\n"))  # a kill may have cut the last one
+    kept = [line for line in whole if json.loads(line)["step"] <= done]  # not those after the save
+    write_atomically(metrics, "".join(kept))
     number = 0
     for lesson, (name, (*_, steps, lr)) in enumerate(LESSONS.items()):
         steps = math.ceil(steps * args.scale)

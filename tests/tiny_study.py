@@ -6,9 +6,9 @@
                                 # commands, kept, and other methods; --target: to another window
 
 With the same seed every run sees the same number of tokens: 30 % of the target x steps, whatever
-its method and share; replay and merge included. Judged by eval_needle.py with 8 questions a
-haystack, and by its loss at the old window; a seed has haystacks of its own, the same for all
-rows. The rows `untrained` are the tiny model under another RoPE base.
+its method and share, and (but for `no replay`) the same replay. Judged by eval_needle.py with 8
+questions a haystack, and by its loss at the old window; a seed has haystacks of its own, the same
+for all rows. The rows `untrained` are the tiny model under another RoPE base.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SETTINGS = {
     "select digits": "--select digits",
     "select first": "--select first",
     "analysis against the old base": "--no-log_softmax --no-rebased_analysis",
-    "share 10 %": "--train_len {tenth}",
+    "share 10 %": "--train_len {tenth} --replay_len {window}",
     "share 60 %": "--train_len {more}",
     "no merge": "--merge_weight 1 {same}",
     "no replay": "--replay_steps 0 {same}",
@@ -99,6 +99,7 @@ def flags_of(name: str, seed: int, args) -> str:
         same=f"--impactful {types_of(name, seed, args)} --probe_steps {probe}",
         tenth=args.target // 1280 * 128,
         more=2 * train_length(args.target),
+        window=WINDOW,
         **bases,
     )
     flags += "" if "--rope_base" in flags else f" --rope_base {linear}"
@@ -281,7 +282,8 @@ def default_run(target: int, methods: list[str]) -> None:
         shutil.copyfile(out / name, kept / name)
     shutil.copyfile(out / "impactful.json", kept / "impactful.json")
     (kept / "selection.json").write_text(json.dumps(selected(out), indent=1) + "\n")
-    run(f"eval_needle.py --model {out} --ppl --n 1 --n_beyond 1 --lengths 8192 {target}")
+    lengths = f"--n 1 --n_beyond 1 --lengths 8192 {target}"
+    run(f"eval_needle.py --model {out} --ppl --controls {lengths}")
     shutil.copyfile(out / "curves.png", kept / "curves.png")
     shutil.copyfile(out / "needle_results.json", kept / "loss_results.json")
     shutil.copyfile(out / "needle.jsonl", kept / "needle.jsonl")

@@ -92,18 +92,20 @@ def claims() -> str:
         low, high = e["interval_95"]
         return f"{e['mean']:.0%} ({low:.0%}-{high:.0%}, n = {e['n']})"
 
-    def shown(what: str, ours: dict, other: dict, run: dict, more: str = "") -> str:
+    def shown(what: str, ours: dict, other: dict, run: dict, more: str = "", seeds: int = 1) -> str:
         apart = beyond(ours, other)
         verdict = "A gain: the intervals do not" if apart else "No gain shown: the intervals"
         return (
             f"| | {what}: {share(ours)}; untrained under the same RoPE base: {share(other)}."
             f" **{verdict} overlap.**{more}"
-            f" ({run['threads']} core(s) of {run['hardware']}) |"
+            f" ({seeds} training seed(s); {run['threads']} core(s) of {run['hardware']}) |"
         )
 
     study_of = read(RESULTS / "tiny_study_32768.json")
     linear = [studied(study_of["runs"][name], "32768") for name in ("longrecipe", "untrained")]
-    leads = {k: e for k, e in leads_of(study_of["runs"], 32_768).items() if ", " not in k}
+    leads = leads_of(study_of["runs"], 32_768)
+    leads = {k: e for k, e in leads.items() if ", " not in k and k != "untrained"}
+    papers = studied(study_of["runs"]["untrained, paper's base"], "32768")
     groups = verdicts(leads)
     above = groups.pop("above", [])
     told = "".join(f"; {word} {', '.join(names)}" for word, names in sorted(groups.items()))
@@ -131,8 +133,11 @@ def claims() -> str:
                 "the same at 32,768, RoPE base x 4",
                 *linear,
                 study_of,
+                " But untrained under the paper's RoPE base the old weights find"
+                f" {share(papers)}."
                 f" Haystack by haystack it is above {len(above)} of {len(leads)} [other settings]"
                 f"(#the-toy){told}.",
+                len(study_of["runs"]["longrecipe"]),
             ),
             shown(
                 "SmolLM2-135M at 16,384, the paper's RoPE base",
@@ -208,21 +213,25 @@ def tiny() -> str:
     models = (models[0], models[1], models[-1])
     base, control, result = (entry(found["table"], m, "multiquery", target) for m in models)
     read_loss = read(TINY / "loss_results.json")["table"]
-    losses = [entry(read_loss, m, "loss", target)["mean"] for m in (models[0], models[2])]
+    old = s["base_len"]
+    losses = {m: [entry(read_loss, m, "loss", n)["mean"] for n in (old, target)] for m in models}
+    losses = [" / ".join(f"{x:.2f}" for x in losses[m]) for m in models]
     adds = "do not overlap" if beyond(result, control) else "overlap: no gain is shown"
     lines += [
         "",
         f"At {target:,} tokens the base finds {base['mean']:.0%} of the pairs, its weights under"
         f" the new RoPE base (10,000 x {s['rope_base'] / 10_000:.0f}) {control['mean']:.0%}, the"
         f" result of training {result['mean']:.0%}; the intervals of the last two {adds}."
-        f" Loss per token in one text of that length: {losses[0]:.2f} nats before,"
-        f" {losses[1]:.2f} after, [by position](assets/results/tiny_128k/curves.png).",
+        f" Loss, nats per token in one text of {old:,} / {target:,} tokens: base {losses[0]},"
+        f" untrained {losses[1]}, result {losses[2]}"
+        " ([by position](assets/results/tiny_128k/curves.png)).",
     ]
     chosen = read(TINY / "selection.json")
     lines += [
         "",
         f"Selection kept {chosen['questions_kept']:.0%} of the questions that the training texts"
-        f" hold, and of those {chosen['their_pair_kept']:.0%} with the pair they ask for.",
+        f" hold, and of those {chosen['their_pair_kept']:.0%} with the pair they ask for (8"
+        " samples).",
     ]
     rows = [json.loads(line) for line in (TINY / "needle.jsonl").read_text().splitlines()]
     shown = [r for r in rows if r["task"] == "multiquery" and r["model"] in (models[0], models[2])]
@@ -253,7 +262,8 @@ def tiny() -> str:
     lines += [
         "",
         "The tiny model was trained by this project from random weights"
-        f" (`python tests/make_tiny.py`, {made['training_seconds'] / 60:.0f} minutes on"
+        " (`python tests/make_tiny.py`, with requirements-dev.txt,"
+        f" {made['training_seconds'] / 60:.0f} minutes on"
         f" {made['threads']} cores of"
         f" {made['hardware']}):"
         f" {score['mean']:.0%} of eight keys at {score['length']:,} tokens (n = {score['n']},"
@@ -317,9 +327,9 @@ def study(target: int) -> str:
         lines += ["", f"{where}, longrecipe at {target:,} tokens is {'; '.join(told)}."]
     lines += [
         "",
-        "Questions kept: by selection, of those that the training texts hold; with their pair: of"
-        " the kept ones. Loss: nats per token in texts of 8,192 tokens less the base's in the same."
-        " At a length: share of questions"
+        "Questions kept: by selection, of those that the texts of 8 samples hold; with their pair:"
+        " of the kept ones. Loss: nats per token in texts of 8,192 tokens less the base's in the"
+        " same. At a length: share of questions"
         f" answered: {found['haystacks']} haystacks x 8 questions per length and seed;"
         f" {found['steps']} steps of 30 % of the target, or as many tokens; interval: whole"
         " haystacks drawn again, never narrower than Wilson's. Last column: against longrecipe"
