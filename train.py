@@ -126,7 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="out", metavar="DIR", help="where the result goes; must be empty")
     add("--keep_stages", **off, help="keep out/extended and out/replayed")
     add("--save_minutes", type=float, default=30, help="between saves of the training state")
-    add("--no_saves", action="store_true", help="no state to resume: less disk (--plan)")
+    add("--no_saves", action="store_true", help="no state: 4-12 bytes a parameter, twice")
     add("--saves", dest="no_saves", action="store_false", default=False, help="undo --no_saves")
     add("--resume", action="store_true", help="go on in --out, with its flags where none is given")
     return parse_or_resume(p, argv, TOY)

@@ -100,9 +100,10 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
     left.set(xlabel="distance of the needle (units of 1,024 tokens)", ylabel=f"{task}: found")
     left.set_title(f"texts of {longest:,} tokens", fontsize=9)
     left.set_ylim(-0.03, 1.03)
-    left.legend(fontsize=8)
+    below = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+    left.legend(**below)
     for axis in right:
         axis.set(xlabel="position (units of 1,024 tokens)", ylabel="loss, nats per token")
         axis.set_title(f"texts of {longest:,} tokens", fontsize=9)
-        axis.legend(fontsize=8)
+        axis.legend(**below)
     figure.savefig(path, dpi=130)

@@ -486,7 +486,7 @@ def test_the_toy_runs_through_all_stages(tmp_path, capsys):
 
 
 def test_a_folder_that_holds_another_run_is_refused(finished, bad):
-    bad("holds a finished run: another --out, or --resume", out=finished)
+    bad("holds a finished run: another --out, or move it away", out=finished)
     bad("--resume with another --lr", "--resume", "--lr", "1e-9", out=finished)
 
 
