@@ -104,7 +104,8 @@ def flags_of(name: str, seed: int, args) -> str:
     )
     flags += "" if "--rope_base" in flags else f" --rope_base {linear}"
     steps = same_tokens(flags, args.target, args.steps)
-    return f"{flags} --steps {steps} --analysis_samples 2 --seed {seed}"  # enough at 32,768
+    samples = max(2, same_tokens(flags, args.target, 2))  # in the analysis: as many tokens
+    return f"{flags} --steps {steps} --analysis_samples {samples} --seed {seed}"
 
 
 def analyst(name: str) -> str:
