@@ -279,13 +279,13 @@ def default_run(target: int, methods: list[str]) -> None:
     run(f"eval_needle.py --model {out} --compare {compared} --controls")
     for method, other in others.items():
         shutil.copyfile(other / "run.json", kept / f"run_{method}.json")
-    for name in ("needle.png", "needle_results.json", "run.json", "metrics.jsonl"):
+    for name in ("needle_results.json", "run.json", "metrics.jsonl", "impactful.json"):
         shutil.copyfile(out / name, kept / name)
-    shutil.copyfile(out / "impactful.json", kept / "impactful.json")
     (kept / "selection.json").write_text(json.dumps(selected(out), indent=1) + "\n")
     lengths = f"--n 1 --n_beyond 1 --lengths 8192 {target}"
     run(f"eval_needle.py --model {out} --ppl --controls {lengths}")
-    shutil.copyfile(out / "curves.png", kept / "curves.png")
+    for name in ("needle.png", "curves.png"):  # of the base, the control and the result
+        shutil.copyfile(out / name, kept / name)
     shutil.copyfile(out / "needle_results.json", kept / "loss_results.json")
     shutil.copyfile(out / "needle.jsonl", kept / "needle.jsonl")
 

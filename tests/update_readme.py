@@ -226,6 +226,8 @@ def tiny() -> str:
         f" untrained {losses[1]}, result {losses[2]}"
         " ([by position](assets/results/tiny_128k/curves.png)).",
     ]
+    if len(found["models"]) > 3:
+        lines[-1] += " The other methods had the same tokens; only their position ids differ."
     chosen = read(TINY / "selection.json")
     lines += [
         "",
