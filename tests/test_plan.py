@@ -371,6 +371,22 @@ def test_what_is_given_is_not_chosen(llama3):
         fit.check(config, args, there)
 
 
+@pytest.mark.parametrize(
+    "flags, analysed",
+    [
+        ((), True),
+        (("--extended", "DIR"), True),  # without a probe of ours
+        (("--impactful", "FILE", "--probe_steps", "2"), False),
+        (("--select", "random"), False),
+    ],
+)
+def test_the_plan_counts_the_analysis_where_there_is_one(llama3, flags, analysed):
+    config, args = planned(llama3, "--plan", "H100", "--optimizer", "adamw-host", *flags)
+    args.keep_attention = args.offload_inputs = True
+    rows = plan.by_stage(config, args, train.plan_stages(args), rate=4e14, disk=1e9)
+    assert ("analysis" in rows) == analysed
+
+
 def test_the_help_tells_what_no_saves_spares(llama3, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
