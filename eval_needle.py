@@ -43,20 +43,20 @@ from model import (
     prefill,
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
-from support.cli import log, report_errors
-from support.eval_cost import WorkBar, announce, prompt_flops
-from support.haystack import NOISE, draw_needles, draw_words, load_haystack, stands_in
-from support.hub import local_folder
-from support.judged import check_models, fingerprint
-from support.report import write_report
-from support.results import Results, setup_of
-from support.run_settings import Parser, base_of_run
-from support.tasks import TASKS, Task
-from support.templates import resolve_grid, resolve_tasks
+from support.huggingface.hub import local_folder
+from support.needles.cost import WorkBar, announce, prompt_flops
+from support.needles.haystack import NOISE, draw_needles, draw_words, load_haystack, stands_in
+from support.needles.judged import check_models, fingerprint
+from support.needles.report import write_report
+from support.needles.results import Results, setup_of
+from support.needles.tasks import TASKS, Task
+from support.needles.templates import resolve_grid, resolve_tasks
+from support.runs.flags import Parser, base_of_run
+from support.system.console import log, report_errors
 
 # ---- 1. Prompts, in token space ----------------------------------------------------------------
 
-# A Task (support/tasks.py has all of them) says how many `needles` are hidden and in which words;
+# A Task (support/needles/tasks.py has them all) says how many `needles` are hidden, in which words;
 # whether they are values of `one_key`; which of them to `ask` for: the "first", "all" in one
 # question, or "each" in turn after the same text; and what the `haystack` is: "text", "noise" (a
 # few sentences that repeat) or "needles" (nothing but lines like the needle).

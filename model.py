@@ -83,7 +83,7 @@ class LlamaConfig:
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
         """Read `path`/config.json. ValueError names the field that we miss or cannot honour."""
-        return cls(**support("folders").read_config(path))
+        return cls(**support("huggingface.folders").read_config(path))
 
     def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
         """The same shape with another RoPE base and window: all that extension changes here."""
@@ -281,7 +281,7 @@ class Llama(nn.Module):
         x = self.model["embed_tokens"](input_ids)
         training = self.activation_checkpointing and torch.is_grad_enabled()
         keep = training and self.keep_attention
-        options = {"context_fn": support("activations").keep_attention} if keep else {}
+        options = {"context_fn": support("memory.activations").keep_attention} if keep else {}
         on_host = self.layer_inputs.forward_pass if training and self.layer_inputs else nullcontext
         with on_host():
             for i, block in enumerate(self.model["layers"]):
@@ -437,8 +437,8 @@ def generate(
 
 
 def load_tokenizer(path: str | Path):
-    """The tokenizer of a folder: see support/tokenizer.py."""
-    return support("folders").load_tokenizer(path)
+    """The tokenizer of a folder: see support/huggingface/tokenizer.py."""
+    return support("huggingface.folders").load_tokenizer(path)
 
 
 def load_pretrained(
@@ -451,10 +451,10 @@ def load_pretrained(
     config = LlamaConfig.from_dir(path)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
-    return support("folders").fill(model, path, dtype, torch.device(device))
+    return support("huggingface.folders").fill(model, path, dtype, torch.device(device))
 
 
 def save_pretrained(model: Llama, path: str | Path, tokenizer_from: str | Path | None = None):
     """Write a folder that transformers opens unedited: config.json, safetensors, and the tokenizer
     files of `tokenizer_from`. Written beside `path`, then renamed."""
-    support("folders").save(model, path, tokenizer_from)
+    support("huggingface.folders").save(model, path, tokenizer_from)

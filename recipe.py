@@ -23,16 +23,20 @@ import torch
 from torch import Tensor
 
 from model import Llama, inverse_frequencies, load_tokenizer
-from support import atomic, checkpoint_files, config_files, coverage, explain_figure
-from support import explain as words
-from support.cli import check_ranges, report_errors
-from support.corpora import contents, load_corpora
-from support.export import check_exportable, export_flag, sample_settings, write_samples
-from support.hub import SMALL, local_folder
-from support.run_settings import Parser, read_impactful
-from support.text import Corpus, load_reference, load_tokens
-from support.tokenizer import check_fits
-from support.toy import TINY
+from support.data.sources import contents, load_corpora
+from support.data.text import Corpus, load_reference, load_tokens
+from support.data.toy import TINY
+from support.explain import distances as coverage
+from support.explain import figure as explain_figure
+from support.explain import words
+from support.huggingface import checkpoint as checkpoint_files
+from support.huggingface import config as config_files
+from support.huggingface.hub import SMALL, local_folder
+from support.huggingface.tokenizer import check_fits
+from support.runs.export import check_exportable, export_flag, sample_settings, write_samples
+from support.runs.flags import Parser, read_impactful
+from support.system import whole_files as atomic
+from support.system.console import check_ranges, report_errors
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")  # of drawing positions, 4
 STRATEGIES = ("impact", "digits", "random", "first")

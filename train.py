@@ -44,23 +44,23 @@ from model import (
     load_tokenizer,
     save_pretrained,
 )
-from support import budget
-from support import settings as checks
-from support.activations import LayerInputsOnHost
-from support.cli import log, log_device, peak_gib, progress, provenance, report_errors
-from support.config_files import check_extendable
-from support.corpora import contents, load_corpora
-from support.hub import CONFIG, FILES, local_folder
-from support.machine import HERE
-from support.optimizer import NAMES as OPTIMIZERS
-from support.optimizer import make_optimizer
-from support.plan import settle
-from support.run_settings import NO_SETTINGS, Parser, parse_or_resume, read_impactful
-from support.run_state import RunFolder
-from support.stop import unbroken
-from support.text import Corpus
-from support.tokenizer import check_fits
-from support.toy import TINY
+from support.data.sources import contents, load_corpora
+from support.data.text import Corpus
+from support.data.toy import TINY
+from support.huggingface.config import check_extendable
+from support.huggingface.hub import CONFIG, FILES, local_folder
+from support.huggingface.tokenizer import check_fits
+from support.memory import count as budget
+from support.memory.activations import LayerInputsOnHost
+from support.memory.machine import HERE
+from support.memory.optimizer import NAMES as OPTIMIZERS
+from support.memory.optimizer import make_optimizer
+from support.memory.table import settle
+from support.runs import checks
+from support.runs.flags import NO_SETTINGS, Parser, parse_or_resume, read_impactful
+from support.runs.run_folder import RunFolder
+from support.system.console import log, log_device, peak_gib, progress, provenance, report_errors
+from support.system.signals import unbroken
 
 # ---- 1. The command line: the paper's numbers are the defaults ---------------------------------
 

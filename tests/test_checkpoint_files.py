@@ -16,8 +16,8 @@ from smollm2 import ROOT
 import recipe
 import train
 from model import load_pretrained, save_pretrained
-from support import checkpoint_files
-from support.hub import local_folder
+from support.huggingface import checkpoint as checkpoint_files
+from support.huggingface.hub import local_folder
 
 # ---- memory ------------------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, ".")
 import recipe
 from model import load_pretrained, save_pretrained
-from support import checkpoint_files
+from support.huggingface import checkpoint as checkpoint_files
 checkpoint_files.SHARD_BYTES = 12_000_000
 task, source, out = sys.argv[1:]
 def anonymous():  # MB of memory that is not a mapped file

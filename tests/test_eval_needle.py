@@ -24,10 +24,10 @@ from eval_needle import (
     text_loss,
 )
 from model import LlamaConfig, generate, load_pretrained, load_tokenizer
-from support.eval_cost import forward_flops, kv_cache_bytes
-from support.figures import draw_curves, draw_heatmap
-from support.haystack import CITIES, load_haystack
-from support.results import KEY, Results, resampled, summarise, wilson
+from support.needles.cost import forward_flops, kv_cache_bytes
+from support.needles.figures import draw_curves, draw_heatmap
+from support.needles.haystack import CITIES, load_haystack
+from support.needles.results import KEY, Results, resampled, summarise, wilson
 
 
 @pytest.fixture(scope="module")

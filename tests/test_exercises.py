@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from fresh_copy import ROOT, environment, fresh_copy
 
-EXERCISES = Path(__file__).resolve().parent / "exercises"
+EXERCISES = Path(__file__).resolve().parents[1] / "examples/exercises"
 sys.path.insert(0, str(EXERCISES))
 import pose_defect  # noqa: E402
 import rope_base  # noqa: E402

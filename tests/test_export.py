@@ -11,9 +11,9 @@ from test_train import command, snapshot
 
 import recipe
 import train
-from support.atomic import only_writer
-from support.export import INDEX
-from support.run_settings import settings_of
+from support.runs.export import INDEX
+from support.runs.flags import settings_of
+from support.system.whole_files import only_writer
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_one_writer_at_a_time(trained, toy_dir, prose_file, tmp_path, capsys):
 def test_the_data_set_of_the_docstring_reads_them(trained, toy_dir, prose_file, tmp_path):
     import safetensors
 
-    from support import export as module
+    from support.runs import export as module
 
     folder = tmp_path / "samples"
     export(folder, flags(toy_dir, prose_file, trained))

@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 
 import train
 from model import load_pretrained, load_tokenizer
-from support import corpora, run_state
-from support.run_state import RunFolder
-from support.stop import signals_raise
+from support.data import sources as corpora
+from support.runs import run_folder as run_state
+from support.runs.run_folder import RunFolder
+from support.system.signals import signals_raise
 
 FLAGS = (
     "--target_len 512 --train_len 128 --steps 5 --probe_steps 2 --replay_steps 3"
@@ -360,7 +361,7 @@ def test_changes_of_the_text_of_python_and_of_the_toys_weaving_show(tmp_path, mo
             patch.setattr(corpora.toy, "__file__", str(tmp_path / "toy.py"))
             patch.setattr(corpora.toy_words, "__file__", str(tmp_path / "toy_words.py"))
             change = corpora.changed(began, corpora.contents(args))
-        assert re.fullmatch(r"support/toy.py, .* has changed since the start \(sha256: .*", change)
+        assert re.fullmatch(r"support/data/toy.py, .* has changed since the start \(sha.*", change)
     older = [{"path": "the Python standard library", "python": platform.python_version()}]
     assert corpora.changed(older, began) is None
 
@@ -563,7 +564,7 @@ def test_many_damaged_files_are_refused(name, toy_dir, tmp_path):
 def test_no_pickle_is_loaded_except_weights_only():
     """Every call of torch.load says weights_only=True, every np.load allow_pickle=False."""
     wanted, found = {"torch": "weights_only", "np": "allow_pickle"}, 0
-    for file in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py")):
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py")):
         text = file.read_text()
         assert not re.search(r"pickle\.loads?\(|Unpickler\(", text), file
         for call in ast.walk(ast.parse(text)):

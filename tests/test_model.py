@@ -32,7 +32,7 @@ from model import (
     rotate,
     save_pretrained,
 )
-from support.activations import LayerInputsOnHost
+from support.memory.activations import LayerInputsOnHost
 
 SHAPES = {
     "multi_head": {"num_key_value_heads": 4},
@@ -481,7 +481,7 @@ def test_sharded_folders_are_read_and_written(tmp_path, monkeypatch):
     hf.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     ours = load_pretrained(tmp_path / "shards")
-    monkeypatch.setattr("support.checkpoint_files.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("support.huggingface.checkpoint.SHARD_BYTES", 50_000)
     save_pretrained(ours, tmp_path / "again")
     again = load_pretrained(tmp_path / "again")
     names = dict(again.named_parameters())
@@ -515,7 +515,7 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("support.checkpoint_files.save_file", fail)
+    monkeypatch.setattr("support.huggingface.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_pretrained(model, tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
@@ -524,7 +524,7 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
 
 def test_loading_holds_one_source_tensor_at_a_time(tmp_path, monkeypatch):
     make_hf_llama().save_pretrained(tmp_path)
-    import support.checkpoint_files as files
+    import support.huggingface.checkpoint as files
 
     alive = []
     original = files.iter_tensors
@@ -574,7 +574,7 @@ def test_ids_equal_those_of_tokenizers_on_hard_text(smollm2_pair):
 
 
 def test_ids_equal_those_of_tokenizers_on_real_text(smollm2_pair):
-    from support.text import standard_library_topics
+    from support.data.text import standard_library_topics
 
     text = standard_library_topics()[:300_000]
     equal_ids(smollm2_pair, text)
@@ -649,7 +649,7 @@ def test_only_support_itself_is_said_to_be_missing(monkeypatch):
             load_tokenizer("x")
         return str(error.value)
 
-    for name in ("support", "support.folders"):
+    for name in ("support", "support.huggingface.folders"):
         assert missing(name) == f"this takes support/ beside model.py: No module named {name!r}"
     assert missing("regex") == "No module named 'regex'"
 

@@ -1,4 +1,4 @@
-"""support/optimizer.py: three ways to keep AdamW's state, against plain fp32 training and float64.
+"""memory/optimizer.py: three ways to keep AdamW's state, against plain fp32 training and float64.
 
 torchao compiles its step, which takes a CPU half a minute a shape; here its own functions run
 uncompiled (`eager`)."""
@@ -17,7 +17,7 @@ import torch
 
 import train
 from model import Llama, LlamaConfig
-from support.optimizer import NAMES, make_optimizer
+from support.memory.optimizer import NAMES, make_optimizer
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 TIED = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64, tie_word_embeddings=True)
@@ -292,7 +292,7 @@ def test_the_warnings_of_torchaos_import_are_not_shown_but_its_errors(loud_torch
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="torchao is not installed")
 def test_the_real_torchao_is_imported_without_a_word():
-    code = "import torch; from support.optimizer import make_optimizer as make\n"
+    code = "import torch; from support.memory.optimizer import make_optimizer as make\n"
     code += "make('adamw-8bit', torch.nn.Linear(4, 4), 1e-3, 0.1)"
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, cwd=optimizer_run.ROOT

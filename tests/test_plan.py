@@ -23,9 +23,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import model as model_module
 import train
 from model import Llama, LlamaConfig
-from support import budget, fit, machine, plan
-from support.activations import LayerInputsOnHost
-from support.optimizer import NAMES, make_optimizer
+from support.memory import choose as fit
+from support.memory import count as budget
+from support.memory import machine
+from support.memory import table as plan
+from support.memory.activations import LayerInputsOnHost
+from support.memory.optimizer import NAMES, make_optimizer
 
 SIZES = {
     "0.2M": (LlamaConfig(97, 64, 192, 3, 4, 2, 16, 64), 1024),

@@ -28,10 +28,11 @@ from recipe import (
     split_segments,
     train_length,
 )
-from support import coverage, explain_figure
-from support.config_files import read_window
-from support.text import standard_library_text, standard_library_topics
-from support.toy import TINY
+from support.data.text import standard_library_text, standard_library_topics
+from support.data.toy import TINY
+from support.explain import distances as coverage
+from support.explain import figure as explain_figure
+from support.huggingface.config import read_window
 
 
 def generator(seed: int = 0) -> torch.Generator:

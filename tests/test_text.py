@@ -1,4 +1,4 @@
-"""support/text.py: every kind of --data, and memory that does not grow with it."""
+"""support/data/text.py: every kind of --data, and memory that does not grow with it."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from conftest import PROSE
 import recipe
 import train
 from model import load_tokenizer
-from support.text import Corpus, load_tokens, read_pieces
+from support.data.text import Corpus, load_tokens, read_pieces
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ MEMORY = """
 import resource, sys
 sys.path.insert(0, ".")
 from model import load_tokenizer
-from support.text import Corpus, load_tokens
+from support.data.text import Corpus, load_tokens
 tokenizer = load_tokenizer(sys.argv[1])
 tokens = load_tokens([sys.argv[2]], tokenizer)
 corpus = Corpus(tokens, 10)

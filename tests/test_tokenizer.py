@@ -1,4 +1,4 @@
-"""support/tokenizer.py against the `tokenizers` library, which made the files it reads."""
+"""huggingface/tokenizer.py against the `tokenizers` library, which made the files it reads."""
 
 import base64
 import json
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from smollm2 import download
 
 from model import load_tokenizer
-from support.text import standard_library_text, standard_library_topics
-from support.tokenizer import LLAMA3_SPLIT
-from support.tokenizer_classes import LibraryTokenizer
+from support.data.text import standard_library_text, standard_library_topics
+from support.huggingface.tokenizer import LLAMA3_SPLIT
+from support.huggingface.tokenizer_classes import LibraryTokenizer
 
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 SCRIPTS = (

@@ -1,4 +1,4 @@
-"""support/toy.py, make_tiny.py and assets/tiny: the woven task is what it says, the test set is
+"""data/toy.py, make_tiny.py and assets/tiny: the woven task is what it says, the test set is
 held out, and the lessons are those of the recorded model."""
 
 import hashlib
@@ -13,8 +13,8 @@ import torch
 import recipe
 from eval_needle import TASKS, Haystack, make_sample
 from model import LlamaConfig, load_pretrained, load_tokenizer
-from support import toy, toy_words
-from support.standard_library import standard_library_sources, standard_library_topics
+from support.data import toy, toy_words
+from support.data.standard_library import standard_library_sources, standard_library_topics
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 

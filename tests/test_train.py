@@ -12,9 +12,9 @@ from conftest import PROSE, make_hf_llama, write_tokenizer
 import recipe
 import train
 from model import Llama, LlamaConfig, load_pretrained, save_pretrained
-from support.budget import matmul_parameters, training_flops
-from support.optimizer import MasterAdamW
-from support.run_settings import base_of_run, check_same, settings_of
+from support.memory.count import matmul_parameters, training_flops
+from support.memory.optimizer import MasterAdamW
+from support.runs.flags import base_of_run, check_same, settings_of
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 

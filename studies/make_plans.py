@@ -1,0 +1,65 @@
+"""The plans of README's table: Llama-3-8B on one 80 GB GPU in several memory modes, from the shape
+alone (seconds, no weights): `python studies/make_plans.py` -> assets/results/plan_8b.json."""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from support.memory import choose as fit  # noqa: E402
+from support.memory import machine  # noqa: E402
+from support.memory import table as plan  # noqa: E402
+from support.system.console import provenance  # noqa: E402
+
+OUT = ROOT / "assets" / "results" / "plan_8b.json"
+LLAMA3_8B = {  # config.json of Meta-Llama-3-8B
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+MODES = (
+    "--optimizer adamw --keep_attention --no-offload_inputs",
+    "--optimizer adamw-host --no-keep_attention --no-offload_inputs",
+    "--optimizer adamw-host --keep_attention --offload_inputs",
+    "--optimizer adamw-8bit --no-keep_attention --offload_inputs",
+)
+
+
+def one(folder: str, flags: str) -> tuple[str, dict]:
+    """(the levers that are on, the plan) on an H100, whose host is not looked at."""
+    args = train.parse(["--model", folder, "--plan", "H100", *flags.split()])
+    config = train.resolve(args)
+    there = machine.machine("H100", args.device, args.out)
+    full = fit.at_full_length(config, args, there)
+    fit.choose(config, args, there)
+    made = plan.make_plan(config, args, full, train.plan_stages(args), there)
+    return plan.as_flags(made["levers"]), made
+
+
+def main() -> None:
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA3_8B))
+        rows = dict(one(folder, flags) for flags in MODES)
+        chosen, made = one(folder, "")
+        rows[chosen] = made  # no lever given: those of full length are free as well
+        without = one(folder, "--no_saves")[1]["bytes"]["disk"]
+    made = {"chosen": chosen, "rows": rows, "disk_without_saves": without}
+    made["commit"] = provenance(started)["commit"]
+    OUT.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

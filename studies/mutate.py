@@ -1,0 +1,241 @@
+"""Do the tests see a wrong formula? Break each line under a tag [E..] and run the test that README
+names for it: `python studies/mutate.py` (some minutes; --tags E5 E6 for some of them).
+
+A mutant is one wrong text in place of a right one: a flipped sign, an off-by-one, a dropped factor.
+It is killed if the named test fails, or else another test of the same file. The table goes to
+assets/results/mutants.json. tests/test_readme.py checks that each tag has two mutants or more, that
+their right text stands under its tag, and that the table is of this list: so it fails when a line
+changes, until this is run again.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from fresh_copy import ROOT, environment, fresh_copy
+
+sys.path.insert(0, str(ROOT))
+from support.system.console import log, progress, provenance
+from support.system.whole_files import write_atomically
+
+TABLE = ROOT / "assets" / "results" / "mutants.json"
+
+MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
+    "E1": (
+        "model.py",
+        ("1.0 / theta ** (j / head_dim)", "1.0 * theta ** (j / head_dim)"),
+        ("theta ** (j / head_dim)", "theta ** (2 * j / head_dim)"),
+        (":, None].float() * inv_freq", ":, None].float().add(1) * inv_freq"),
+        ("a * cos - b * sin", "a * cos + b * sin"),
+        ("b * cos + a * sin", "b * cos - a * sin"),
+    ),
+    "E2": (
+        "recipe.py",
+        ("(1.0, extended), (-1.0, base)", "(-1.0, extended), (1.0, base)"),
+        ("+= sign * score", "+= score"),
+        ("delta[i + 1 : i + 1 + len(y)]", "delta[i : i + len(y)]"),
+    ),
+    "E3": (
+        "recipe.py",
+        ("delta[counted].double()", "delta[counted].double().abs()"),
+        ("positions >= first_position", "positions > first_position"),
+        ("counted[0] = False", "counted[0] = True"),
+    ),
+    "E4": (
+        "recipe.py",
+        ("per_type_sum / count.clamp(min=1)", "per_type_sum"),
+        ("mean.argsort(descending=True", "mean.argsort(descending=False"),
+        ("covered_before < top", "covered_before <= top"),
+        ("cumsum(0) - count[order]", "cumsum(0)"),
+    ),
+    "E5": (
+        "recipe.py",
+        ("[before_closers] & space_next", "[before_closers] & ~space_next"),
+        ("& ~closer_next", "& closer_next"),
+        ('(char == ord("\\n")) | ', '(char == ord("\\n")) & '),
+        ("searchsorted(token_begin, end_byte)", "searchsorted(token_begin, end_byte + 1)"),
+    ),
+    "E6": (
+        "recipe.py",
+        ("slots = 1 + torch", "slots = 2 + torch"),
+        ("randperm(T - L + N - 1,", "randperm(T - L + N,"),
+        ("slots)) - torch.arange(N)", "slots)) + torch.arange(N)"),
+        ("torch.arange(L) + skipped", "torch.arange(L) + 1 + skipped"),
+    ),
+    "E7": (
+        "recipe.py",
+        ("r, u = uniform(1, (L + 1) // 2), uniform(", "r, u = uniform(0, T - L), uniform("),
+        ("uniform(1, (L + 1) // 2), uniform(0, T - L)", "uniform(1, L // 2), uniform(0, T - L)"),
+        ("uniform(0, T - L)\n", "uniform(0, T - L - 1)\n"),
+        ("plain[r:] + u", "plain[r:] - u"),
+    ),
+    "E8": (
+        "recipe.py",
+        ("(head_dim / (head_dim - 2))", "((head_dim - 2) / head_dim)"),
+        ("old_len - (f - 1))", "old_len + (f - 1))"),
+        ("(f * new_len / old_len", "(new_len / old_len"),
+    ),
+    "E9": (
+        "model.py",
+        ("lse - logits.gather", "lse + logits.gather"),
+        ("[:, 0] * valid).sum()", "[:, 0]).sum()"),
+        ("index, -torch.ones_like(lse)", "index, torch.ones_like(lse)"),
+    ),
+    "E10": (
+        "recipe.py",
+        ("(1 - weight) * a.float() + weight * b", "weight * a.float() + (1 - weight) * b"),
+        ("(1 - weight) * a.float()", "a.float()"),
+    ),
+    "E11": (
+        "eval_needle.py",
+        ("bisect_right(row.ends", "bisect_left(row.ends"),
+        ("d * row.room) - 1]", "d * row.room) - 2]"),
+        ("d * row.room", "d * length"),
+    ),
+    "E12": (
+        "model.py",
+        ("sigmoid(lse_a - lse_b)", "sigmoid(lse_b - lse_a)"),
+        ("(1 - share) * b", "(1 + share) * b"),
+        ("share * a + (1 - share)", "a + (1 - share)"),
+    ),
+    "E13": (
+        "recipe.py",
+        ("hits[starts + size] - hits[starts]", "hits[starts + size - 1] - hits[starts]"),
+        ("hits[starts]).double() / size", "hits[starts]).double()"),
+    ),
+    "E14": (
+        "recipe.py",
+        ("            r = uniform(1, (L + 1) // 2)", "            r = uniform(1, L // 2)"),
+        ("positions[:r] = plain[:r]", "positions[: r - 1] = plain[: r - 1]"),
+        ("positions[:r] = plain[:r]", "positions[:r] = plain[:r] + 1"),
+    ),
+    "E15": (
+        "recipe.py",
+        ("torch.randperm(T, generator", "torch.randperm(T - 1, generator"),
+        ("[:L].sort().values", "[:L]"),
+    ),
+    "E16": (
+        "recipe.py",
+        ("-(-target_len * 3 // 1280)", "(target_len * 3 // 1280)"),
+        ("target_len * 3 //", "target_len * 4 //"),
+        ("min(target_len, -(", "max(target_len, -("),
+    ),
+    "E17": (
+        "train.py",
+        ("loss = loss_sum / valid", "loss = loss_sum / int((targets != -100).sum())"),
+        ("loss = loss_sum / valid", "loss = loss_sum / targets.numel()"),
+        ("total += float(loss.detach())", "total = float(loss.detach())"),
+    ),
+    "E18": (
+        "train.py",
+        ("(1 - step / stage.steps)", "(1 + step / stage.steps)"),
+        ("(first_step + step + 1)", "(first_step + step)"),
+        ("min(1.0, (first", "max(1.0, (first"),
+    ),
+    "E19": (
+        "eval_needle.py",
+        ("for answer in expected) / len(expected)", "for answer in expected)"),
+        ("answer.lower() in output.lower()", "answer in output"),
+    ),
+    "E20": (
+        "support/needles/results.py",
+        ("(p + z2 / (2 * n))", "(p - z2 / (2 * n))"),
+        ("z2 / (4 * n * n)", "z2 / (2 * n * n)"),
+        ("p * (1 - p) / n", "p * (1 + p) / n"),
+    ),
+    "E21": (
+        "support/needles/results.py",
+        ("return sum(means) / len(means)", "return sum(means)"),
+        ("/ sum(map(len, clusters))", "/ len(clusters)"),
+    ),
+    "E22": (
+        "support/needles/results.py",
+        ("int(0.025 * draws)", "int(0.5 * draws)"),
+        ("int(0.975 * draws)", "int(0.5 * draws)"),
+        ("rng.choices(g, k=len(g))", "rng.sample(g, k=len(g))"),
+    ),
+    "E23": (
+        "support/memory/count.py",
+        ("return 6.0 * matmul_parameters", "return 2.0 * matmul_parameters"),
+        ("* tokens + 6.0 * attention_flops", "* tokens - 6.0 * attention_flops"),
+        ("training_flops(config, tokens) + 6.0", "training_flops(config, tokens) + 3.0"),
+    ),
+}
+
+
+def named_tests() -> dict[str, list[str]]:
+    """Tag -> the tests of its row in README's equation table, as pytest wants them."""
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| \[(E\d+)\].*\|(.*)\|$", readme, re.MULTILINE)
+    named = {tag: re.findall(r"`(\w+\.py::\w+)`", cell) for tag, cell in rows}
+    return {tag: [f"tests/{test}" for test in tests] for tag, tests in named.items()}
+
+
+def line_of(file: str, right: str) -> str:
+    """The whole line: the table is stale when anything in it changes."""
+    text = (ROOT / file).read_text()
+    if text.count(right) != 1:
+        raise ValueError(f"{file} must hold {right!r} once: mend MUTANTS")
+    begin = text.index(right)
+    return text[text.rfind("\n", 0, begin) + 1 : text.index("\n", begin)].strip()
+
+
+def fails(folder: Path, tests: list[str]) -> bool:
+    """Run pytest on them in the copy. RuntimeError if it did not get as far as running them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    run = subprocess.run(
+        command, check=False, cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    if run.returncode not in (0, 1):
+        raise RuntimeError(f"pytest {' '.join(tests)}: {run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return run.returncode == 1
+
+
+def killer(folder: Path, file: str, right: str, wrong: str, tests: list[str]) -> str | None:
+    """Who notices the wrong text: the named tests, or the files they are in. None: nobody."""
+    path = folder / file
+    text = path.read_text()
+    path.write_text(text.replace(right, wrong))
+    try:
+        files = sorted({test.split("::")[0] for test in tests})
+        for candidates in (tests, files):
+            if fails(folder, candidates):
+                return " or ".join(candidates).replace("tests/", "")
+        return None
+    finally:
+        path.write_text(text)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Break each tagged line; do the tests notice?")
+    p.add_argument("--tags", nargs="+", choices=MUTANTS, default=list(MUTANTS), metavar="E1")
+    args, started, tests = p.parse_args(), time.time(), named_tests()
+    known = json.loads(TABLE.read_text())["mutants"] if TABLE.is_file() else []
+    rows = [row for row in known if row["tag"] in MUTANTS and row["tag"] not in args.tags]
+    work = [(t, MUTANTS[t][0], *pair) for t in args.tags for pair in MUTANTS[t][1:]]
+    lines = [line_of(file, right) for _, file, right, _ in work]  # before anything is run
+    with tempfile.TemporaryDirectory() as folder:
+        copy = fresh_copy(Path(folder) / "copy", models=True)
+        if fails(copy, sorted({test for tag in args.tags for test in tests[tag]})):
+            raise SystemExit("error: the tests fail before anything is broken")
+        bar = progress(zip(lines, work, strict=True), "mutants", total=len(work), unit="mutant")
+        for line, (tag, file, right, wrong) in bar:
+            who = killer(copy, file, right, wrong, tests[tag])
+            log(f"[{tag}] {right!r} -> {wrong!r}: {who or 'SURVIVES'}")
+            row = {"tag": tag, "file": file, "line": line, "right": right, "wrong": wrong}
+            rows.append(row | {"killed_by": who})
+    rows.sort(key=lambda row: int(row["tag"][1:]))
+    found = {"mutants": rows, "run": provenance(started) | {"tags": args.tags}}
+    write_atomically(TABLE, json.dumps(found, indent=1) + "\n")
+    survivors = [row for row in rows if row["killed_by"] is None]
+    print(f"{len(rows)} mutants of {len(MUTANTS)} formulas, {len(survivors)} survive: {TABLE.name}")
+    raise SystemExit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()

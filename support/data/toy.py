@@ -1,0 +1,155 @@
+"""The toy task: pairs of words told in the midst of long text, and asked for at its end.
+
+A tiny model can learn to answer them on two CPU cores in minutes, so they show there what a needle
+test shows on a real model."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from support.data.standard_library import SEPARATOR, standard_library_sources
+from support.data.text import Corpus, Tokens
+from support.data.toy_words import KEYS, PAIRS, QUESTIONS, TEST_KEYS, VALUES
+
+# the embedded model: what the commands take where no --model is given
+TINY = os.path.relpath(Path(__file__).resolve().parents[2] / "assets" / "tiny")
+
+PAIRS_A_LINE, TOKENS_A_PAIR = 8, 28  # of a ToyCorpus: dense, for few steps must do
+RARE = 1 / 2048  # a piece less frequent than this in the text can be a key
+
+
+class Weaver:
+    """Builds toy samples in token space."""
+
+    def __init__(self, tokenizer):
+        def encode(text: str) -> Tensor:
+            return torch.tensor(tokenizer.encode(text))
+
+        self.keys, self.values = (
+            torch.tensor([tokenizer.encode(" " + word) for word in words])[:, 0]
+            for words in (KEYS, VALUES)
+        )
+        self.pairs = [(encode(before), encode(after)) for before, after in PAIRS]
+        self.questions = [encode(question) for question in QUESTIONS]
+        self.comma = encode(",")
+
+    def weave_lists(
+        self, draw: Callable[[int], Tensor], tokens: int, keys: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """ids (tokens,): each of `keys` (n,) with a value, eight pairs to a line, the lines at
+        random places of the text draw(n) -> (n,); at its end the same pairs in other lines.
+
+        Each pair is told once: where copies stand between a pair and its question, the near one is
+        taken, and the distance is not learnt (LOG.md)."""
+        values = self.values[torch.randint(len(self.values), (len(keys),), generator=generator)]
+        pairs = torch.stack((keys, values), dim=1)
+        inserts: list[Insert] = []
+        for asked in (False, True):
+            for line in torch.randperm(len(keys), generator=generator).split(PAIRS_A_LINE):
+                before, after = self.pairs[integer(len(self.pairs), generator)]
+                place = float(torch.rand(1, generator=generator))
+                if asked:
+                    place, after = 1.0, self.comma[:0]
+                    before = self.questions[integer(len(self.questions), generator)]
+                listed = torch.cat([torch.cat((pairs[i], self.comma)) for i in line])[:-1]
+                inserts.append((place, torch.cat((before, listed, after))))
+        return insert(draw, tokens, inserts)
+
+
+Insert = tuple[float, Tensor]  # place in 0..1 of the text, ids
+
+
+def insert(draw: Callable[[int], Tensor], tokens: int, inserts: list[Insert]) -> Tensor:
+    """ids (tokens,): the text draw(n) -> (n,) with all inserts in their places."""
+    inserts = sorted(inserts, key=lambda one: one[0])
+    room = tokens - sum(len(ids) for _, ids in inserts)
+    if room < 0:
+        raise ValueError(f"{tokens} tokens are too few for toy pairs (--train_len, --replay_len)")
+    text = draw(room)
+    out, done = [], 0
+    for place, ids in inserts:
+        here = int(place * len(text))
+        out += [text[done:here], ids]
+        done = here
+    return torch.cat([*out, text[done:]])
+
+
+def integer(high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(high, (1,), generator=generator))
+
+
+def pick(table: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    return table[torch.randperm(len(table), generator=generator)[:n]]
+
+
+class ToyCorpus(Corpus):
+    """A corpus whose windows have the toy task woven in: a pair per 28 tokens of the sample, as far
+    as there are keys: the words, and pieces made of letters and rare in the text (" hone", the
+    start of " honey"), so that matching is learnt and not some keys (LOG.md)."""
+
+    def __init__(self, tokens: Tokens, min_tokens: int, tokenizer):
+        super().__init__(tokens, min_tokens)
+        self.weaver = Weaver(tokenizer)
+        self.tokenizer, self.known, self.questions = tokenizer, 0, 0
+        n = tokenizer.vocab_size
+        count = sum(np.bincount(part, minlength=n) for part in self.parts)
+        words = {tokenizer.encode(" " + word)[0] for word in KEYS + VALUES + TEST_KEYS}
+        rare = [
+            i
+            for i in range(n)
+            if count[i] < RARE * self.tokens
+            and i not in words
+            and re.fullmatch(" ?[a-zA-Z]{2,}", tokenizer.decode([i]))
+        ]
+        self.keys = torch.cat((self.weaver.keys, torch.tensor(rare, dtype=torch.int64)))
+        self.pairs = max(1, min(len(self.keys), min_tokens // TOKENS_A_PAIR))  # of one window
+
+    def window(self, tokens: int, generator: torch.Generator) -> Tensor:
+        return self.weaver.weave_lists(
+            lambda n: super(ToyCorpus, self).window(n, generator),
+            tokens,
+            pick(self.keys, self.pairs, generator),
+            generator,
+        )
+
+    def look_at(self, sample: Tensor) -> None:
+        known, questions = answerable(self.tokenizer.decode(sample.tolist()))
+        self.known, self.questions = self.known + known, self.questions + questions
+
+    def remark(self) -> str:
+        known, questions = self.known, self.questions
+        self.known = self.questions = 0
+        if questions == 0:
+            return ""
+        return f"the pair was kept for {known / questions:.1%} of the {questions} questions kept"
+
+
+def load_toy_text(tokenizer) -> Tokens:
+    """Python sources only: the language reference is what the toy is tested on."""
+    tokens = Tokens("the sources of the Python standard library, with word pairs woven in")
+    tokens.add_texts([[SEPARATOR.join(standard_library_sources())]], tokenizer)
+    return tokens
+
+
+def answerable(text: str) -> tuple[int, int]:
+    """(pairs asked for that were told before, pairs asked for) in the text of a sample.
+
+    >>> answerable("\\n# match owl yak, fox harp.\\n\\nRemember: owl yak, elk harp\\n")
+    (1, 2)
+    """
+    # subtle: without the line break before them, which belongs to a segment that may be gone
+    heads = "|".join(re.escape(b.strip()) for b in [before for before, _ in PAIRS] + [*QUESTIONS])
+    told, known, questions = set(), 0, 0
+    for line in re.split(f"\n|{heads}", text):
+        pairs = [p for p in re.findall(r"(\w+) (\w+)", line) if p[1] in VALUES]
+        if "." in line:  # what tells ends so, what asks has none
+            told.update(pairs)
+        else:
+            questions += len(pairs)
+            known += sum(pair in told for pair in pairs)
+    return known, questions

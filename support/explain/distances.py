@@ -1,0 +1,105 @@
+"""Which distances of two tokens, and which angles of RoPE, does a sample of positions train?"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from support.huggingface.config import read_config
+
+DRAWS = 16  # samples of each method whose distances are counted
+FULL = "full length"  # what the methods are to replace: plain positions over the whole target
+
+# ---- which distances are trained ---------------------------------------------------------------
+
+
+def distance_counts(positions: Tensor, target_len: int) -> Tensor:
+    """How many pairs i < j of a sample have p_j - p_i = d, exactly: strictly increasing positions
+    (L,) below T* -> (T*,) int64 by d; the entry of d = 0 is 0.
+
+    >>> distance_counts(torch.tensor([0, 1, 3]), 5).tolist()
+    [0, 1, 1, 1, 0]
+    """
+    # With x[p] = 1 where a token stands, count(d) = sum over p of x[p] x[p + d]: a correlation,
+    # taken by FFT. Twice as long, for it is cyclic; integers below 2^53, so rounding is exact.
+    present = torch.zeros(2 * target_len, dtype=torch.float64)
+    present[positions] = 1
+    power = torch.fft.rfft(present).abs().square()
+    counts = torch.fft.irfft(power, n=2 * target_len)[:target_len].round().long()
+    counts[0] = 0
+    return counts
+
+
+@dataclass(frozen=True)
+class Distances:
+    """The pairs of `draws` samples, by distance."""
+
+    draws: int
+    positions: Tensor  # (L,) of the first of them
+    first: Tensor  # (T*,) int64, its pairs
+    counts: Tensor  # (T*,) of all draws together
+    covered_by_one: float  # share of the distances 1..T*-1 that a sample holds, on average
+    covered: float  # that all draws together hold
+    mean: float  # distance of two tokens
+
+    @classmethod
+    def of(cls, draws: list[Tensor], target_len: int) -> "Distances":
+        each = [distance_counts(p, target_len) for p in draws]
+        counts = torch.stack(each).sum(0)
+        shares = [float((c[1:] > 0).double().mean()) for c in (*each, counts)]
+        mean = int((counts * torch.arange(target_len)).sum()) / int(counts.sum())
+        return cls(
+            len(draws), draws[0], each[0], counts, sum(shares[:-1]) / len(draws), shares[-1], mean
+        )
+
+
+# ---- which angles are new ----------------------------------------------------------------------
+
+
+def meets_new_angles(old: Tensor, now: Tensor, old_len: int, target_len: int) -> Tensor:
+    """Which pairs of dimensions meet angles below target_len that they never met below old_len?
+
+    old, now: radians per position of each pair (d/2,) before and after, now <= old -> bool (d/2,).
+    In its old window L0 a pair met the angles 0, w, 2w .. (L0-1)w. Wavelength 2 pi / w of at most
+    L0 positions: they go round the whole circle, in steps of at most w, and nothing is new. A
+    longer one: they end at (L0-1)w, short of a turn by more than a step; what is beyond is new."""
+    old, now = old.double(), now.double()
+    whole_circle = old * old_len >= 2 * math.pi
+    return ~whole_circle & (now * (target_len - 1) > old * (old_len - 1))
+
+
+@dataclass(frozen=True)
+class Angles:
+    """The pairs of dimensions before and after the change of the RoPE base."""
+
+    old_len: int
+    target_len: int
+    bases: tuple[float, float]
+    old: Tensor  # (d/2,) radians per position
+    new: Tensor
+
+    @property
+    def before(self) -> Tensor:
+        return meets_new_angles(self.old, self.old, self.old_len, self.target_len)
+
+    @property
+    def after(self) -> Tensor:
+        return meets_new_angles(self.old, self.new, self.old_len, self.target_len)
+
+
+def angles(folder: str, target_len: int, frequencies: Callable, new_base: Callable) -> Angles | str:
+    """Of a model folder, by the formulas of model.py and recipe.py; or why there is none."""
+    try:
+        c = read_config(folder)
+    except ValueError as error:
+        return f"nothing to say of the RoPE: {error}"
+    head_dim, theta, old_len = c["head_dim"], c["rope_theta"], c["max_position_embeddings"]
+    if c["rope_scaling"]:
+        return "nothing to say of the RoPE: the model scales it already (train.py: --rope_base)"
+    if target_len <= old_len:
+        return f"nothing to say of the RoPE: the model reaches {old_len:,} tokens as it is"
+    base = new_base(theta, head_dim, old_len, target_len)
+    old, new = (frequencies(head_dim, b) for b in (theta, base))
+    return Angles(old_len, target_len, (theta, base), old, new)

@@ -1,0 +1,136 @@
+"""The words of `python recipe.py`; support/explain/figure.py draws the same numbers."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support.data.toy import TINY
+from support.explain.distances import Angles, Distances
+from support.huggingface.config import read_json
+from support.runs.flags import settings_of
+
+# what was found for SmolLM2, as an example, and for the embedded model
+EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
+OF_THE_TOY = Path(TINY).parent / "results" / "tiny_128k" / "impactful.json"
+NO_ANALYSIS = f"""\
+no --impactful FILE: tokens with a digit stand in for the impactful ones here, as in the released
+code; train.py finds them by its analysis. What it found for SmolLM2:
+    --model models/smollm2 --impactful {EXAMPLE}
+"""
+
+
+def known_analysis(folder: str) -> Path | None:
+    """The impactful.json beside a model that train.py made, or of a kept run of the toy."""
+    if (Path(folder) / "impactful.json").is_file():
+        return Path(folder) / "impactful.json"
+    return OF_THE_TOY if Path(folder).resolve() == Path(TINY).resolve() else None
+
+
+def mean_shifts(file: str | Path) -> dict[int, str]:
+    """token id -> mean shift of an impactful.json, in its order: largest first. A table made by
+    hand may have no shifts."""
+    found = read_json(Path(file)).items()
+    shifts = {i: v[1] for i, v in found if isinstance(v, list) and len(v) == 2}
+    known = {i for i, shift in shifts.items() if isinstance(shift, int | float)}
+    return {int(i): f"{shifts[i]:+.1f}" if i in known else "" for i, _ in found}
+
+
+def unit_of(file: str | Path | None) -> str:
+    """In what the shifts of an impactful.json are, where the run beside it tells; else "shift"."""
+    beside = Path(file).with_name("run.json") if file else None
+    if beside is None or not beside.is_file():
+        return "shift"
+    settings = settings_of(beside.parent)
+    return "nats" if settings.get("log_softmax") else "logits" if settings else "shift"
+
+
+def tell_types(
+    file: str | Path | None, impactful: Tensor, ids: Tensor, starts: Tensor, tokenizer
+) -> None:
+    """The first of the impactful types, bool (V,), that the text holds, each with a sentence of it.
+    file: where they are from, by mean shift; None: types with a digit, by count."""
+    count = torch.bincount(ids, minlength=len(impactful))
+    if file is None:
+        print(NO_ANALYSIS)
+        ranked = dict.fromkeys(
+            count.masked_fill(~impactful, -1).argsort(descending=True).tolist(), ""
+        )
+    else:
+        ranked = mean_shifts(file)
+    print(
+        f"impactful types: {int(impactful.sum()):,} of {len(impactful):,}"
+        f" ({file or 'those with a digit'}); {impactful[ids].double().mean():.1%} of this text's"
+        " tokens are of them"
+    )
+    print(f"{unit_of(file):>8}  times  type, in [] within a sentence of the text")
+    for v in [v for v in ranked if count[v] and impactful[v]][:8]:
+        t = int((ids == v).nonzero()[0])
+        segment = int(torch.searchsorted(starts, t, right=True)) - 1
+        begin, end = starts.tolist()[segment], [*starts.tolist(), len(ids)][segment + 1]
+        before, own, after = (
+            tokenizer.decode(part.tolist())
+            for part in (ids[begin:t], ids[t : t + 1], ids[t + 1 : end])
+        )
+        sentence = f"{before[-30:]}[{own}]{after[:30]}"
+        print(f"{ranked[v]:>8}  {count[v]:>5,}  {' '.join(sentence.split())}")
+
+
+def tell_selection(
+    ids: Tensor, starts: Tensor, share: Tensor, taken: Tensor, kept: int, tokenizer, select: str
+) -> None:
+    """What became of the segments (N,) of a text, and why: share of impactful tokens, taken."""
+    hit = share > 0
+    print(
+        f"\ntext: {len(ids):,} tokens in {len(starts):,} segments;"
+        f" {(~hit).double().mean():.1%} hold no impactful token (the paper drops those)\n"
+        f"sample: {kept:,} tokens in {int(taken.sum()):,} segments, chosen by {select}\n"
+        f"   keep: {int((taken & hit).sum()):,} that hold impactful tokens; their share of such"
+        f" tokens is {mean_share(share, taken & hit)}\n"
+        f"   fill: {int((taken & ~hit).sum()):,} that hold none, where the others are too few\n"
+        f"   drop: {int((~taken).sum()):,}; their share of impactful tokens is"
+        f" {mean_share(share, ~taken)}\n\n"
+        "verdict  impactful  segment (the first 12; impactful: share of its tokens)"
+    )
+    for i, segment in enumerate(ids.tensor_split(starts[1:13])[:12]):
+        verdict = ("keep" if hit[i] else "fill") if taken[i] else "drop"
+        print(f"{verdict:>7}  {share[i]:>9.0%}  {tokenizer.decode(segment.tolist())!r}")
+
+
+def mean_share(share: Tensor, of: Tensor) -> str:
+    return f"{share[of].mean():.0%} on average" if of.any() else "none"
+
+
+def tell_positions(found: dict[str, Distances]) -> None:
+    """Where each method puts the tokens of the sample, and which distances it trains."""
+    draws = max(d.draws for d in found.values())
+    print(
+        f"\n{'':>54}share of all distances that are trained\n"
+        f"{'method':>12}  {'position ids':<12}  {'jumps':>8}  {'mean distance':>13}"
+        f"  {'by one sample':>13}  {f'by {draws}':>6}"
+    )
+    for method, d in found.items():
+        last, jumps = int(d.positions[-1]), int((d.positions.diff() > 1).sum())
+        print(
+            f"{method:>12}  {f'0..{last:,}':<12}  {jumps:>8,}  {d.mean:>13,.0f}"
+            f"  {d.covered_by_one:>13.1%}  {d.covered:>6.1%}"
+        )
+
+
+def tell_angles(angles: Angles | str) -> None:
+    """How many pairs of dimensions meet angles that the base model never saw."""
+    if isinstance(angles, str):
+        print(f"\n{angles}")
+        return
+    a, pairs = angles, len(angles.old)
+    part = int((a.old * a.old_len < 2 * math.pi).sum())
+    longest = 2 * math.pi / float(a.old[-1])
+    print(
+        f"\nRoPE: {pairs} pairs of dimensions turn with the position. Within the old window of"
+        f" {a.old_len:,} tokens, {pairs - part} of\nthem went round the whole circle; {part} did"
+        f" not (the slowest takes {longest:,.0f} tokens for a turn).\n"
+        f"pairs that meet angles at {a.target_len:,} tokens which the base model never saw:\n"
+        f"   before: {int(a.before.sum())} of {pairs}, with the old base {a.bases[0]:,.0f}\n"
+        f"   after:  {int(a.after.sum())} of {pairs}, with the new base {a.bases[1]:,.0f}"
+    )

@@ -1,0 +1,110 @@
+"""Which optimizer and which memory levers does a run take, and does it fit? Decided from
+config.json alone, before weights are loaded."""
+
+import copy
+import importlib.util
+import itertools
+
+from support.memory import count as budget
+from support.memory.machine import Machine
+from support.memory.optimizer import NAMES, NEEDS_TORCHAO
+
+# Assumed, not measured
+DEVICE_EXTRA = {"cuda": 3e9, "cpu": 1.1e9}  # context, workspaces, fragmentation; libraries, text
+HOST_EXTRA = {"cuda": 3e9, "cpu": 0.0}  # Python, libraries, one tensor on its way
+ADVICE = "shorter samples (--train_len) or another --optimizer may need less"
+
+
+def width(args) -> int:
+    return 2 if args.dtype == "bfloat16" else 4
+
+
+def needs(config, args, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes by part on the device and on the host, for samples of so many tokens."""
+    levers = (args.optimizer, args.keep_attention, args.offload_inputs)
+    device = budget.device_bytes(config, tokens, width(args), *levers)
+    host = budget.host_bytes(config, tokens, width(args), args.optimizer, args.offload_inputs)
+    extra, kind = "libraries, workspaces", args.device
+    return device | {extra: DEVICE_EXTRA[kind]}, host | {extra: HOST_EXTRA[kind]}
+
+
+def needs_on_disk(config, args) -> dict[str, int]:
+    saves = not args.no_saves
+    return budget.disk_bytes(config, width(args), args.optimizer, args.keep_stages, saves)
+
+
+def longest(args) -> int:
+    return max(args.train_len, args.replay_len)
+
+
+def has_torchao() -> bool:
+    return importlib.util.find_spec("torchao") is not None
+
+
+# ---- choosing and checking ---------------------------------------------------------------------
+
+
+def choose(config, args, there: Machine) -> None:
+    """Fill in args.optimizer, keep_attention and offload_inputs where they are not given: the first
+    combination that fits, or the one that needs least of the device. In order of speed: attention
+    computed again costs 10 % of the arithmetic, the optimizer on the host 2 %, offloaded inputs
+    nothing that can be planned for; 8-bit is another optimizer, and comes last."""
+    given = (args.optimizer, args.keep_attention, args.offload_inputs)
+    optimizers = NAMES if has_torchao() or not there.here else NAMES[:2]
+    options = [optimizers, (True, False), (False, True)]
+    options = [o if g is None else (g,) for g, o in zip(given, options, strict=True)]
+    combinations = sorted(itertools.product(*options), key=lambda x: (x[0] == NAMES[2], not x[1]))
+    sizes = {}
+    for levers in combinations:
+        args.optimizer, args.keep_attention, args.offload_inputs = levers
+        if not shortage(config, args, there):
+            return
+        device, host = (sum(part.values()) for part in needs(config, args, longest(args)))
+        sizes[levers] = device + host * (there.kind == "cpu")
+    args.optimizer, args.keep_attention, args.offload_inputs = min(sizes, key=sizes.get)
+
+
+def at_full_length(config, args, there: Machine):
+    """args of the same run with --method full: the same steps, samples and replay, but levers of
+    its own. To be called before `choose` has filled in those of args."""
+    full = copy.copy(args)
+    full.method, full.train_len = "full", args.target_len
+    choose(config, full, there)
+    return full
+
+
+def shortage(config, args, there: Machine) -> str | None:
+    """What memory does not suffice, in words; None if all does."""
+    device, host = (sum(part.values()) for part in needs(config, args, longest(args)))
+    name = "GPU memory"
+    if there.kind == "cpu":
+        device, host, name = device + host, 0, "memory"
+    if device > there.device:
+        return f"{name}: {size(device)} needed, {size(there.device)} there"
+    if there.host is not None and host > there.host:
+        return f"host memory: {size(host)} needed, {size(there.host)} free"
+    return None
+
+
+def size(n: float) -> str:
+    """
+    >>> size(16.06e9), size(3.1e6)
+    ('16.1 GB', '3.1 MB')
+    """
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
+def check(config, args, there: Machine) -> None:
+    """ValueError where memory or disk does not suffice."""
+    if args.optimizer == "adamw-8bit" and there.here and not has_torchao():
+        raise ValueError(NEEDS_TORCHAO)
+    short, advice = shortage(config, args, there), ADVICE
+    disk = sum(needs_on_disk(config, args).values())
+    if not short and there.here and disk > there.disk:
+        short = f"disk for --out {args.out}: {size(disk)} needed, {size(there.disk)} free"
+        advice = "another --out may have it" + ("" if args.no_saves else ", --no_saves needs less")
+    if short:
+        raise ValueError(
+            f"this run does not fit, with --optimizer {args.optimizer}: {short}; {advice};"
+            " --plan shows the parts"
+        )

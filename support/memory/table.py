@@ -1,0 +1,193 @@
+"""--plan: what a run takes, from config.json alone: bytes by part, FLOPs and hours by stage.
+
+Bytes and FLOPs are counted (count.py); what a machine makes of them is partly assumed (machine.py
+and below), and the table says so."""
+
+from dataclasses import replace
+
+import torch
+
+from support.memory import choose as fit
+from support.memory import count as budget
+from support.memory.machine import HERE, Machine, disk_rate, machine, training_rate
+from support.system.console import log
+
+LEVERS = ("optimizer", "keep_attention", "offload_inputs")
+# Assumed for adamw-host: bytes a second of host memory, and to or from the GPU
+HOST_BYTES_PER_S, LINK_BYTES_PER_S = 30e9, 20e9
+
+
+def settle(config, args, stages, finished: bool = False) -> bool:
+    """Choose what --optimizer and the levers leave open; ValueError if the run does not fit and is
+    not finished. With --plan: print the table first, and return True, for nothing else is to be
+    done."""
+    there, given = machine(args.plan or HERE, args.device, args.out), args.optimizer
+    full = fit.at_full_length(config, args, there)
+    fit.choose(config, args, there)
+    if args.optimizer == "adamw-8bit" and not given and not fit.shortage(config, args, there):
+        log("adamw-8bit chosen: memory is too short for fp32 AdamW, whose result it nears")
+    if args.plan:
+        print(table(make_plan(config, args, full, stages, there)), flush=True)
+    if not finished:
+        fit.check(config, args, there)
+    return bool(args.plan)
+
+
+def make_plan(config, args, full, stages, there: Machine) -> dict:
+    """All numbers of the plan, for the table and as JSON: bytes, FLOPs, seconds. full: see
+    fit.at_full_length."""
+    where = args.plan or HERE
+    rate, rate_from = training_rate(where, args.device, getattr(torch, args.dtype))
+    disk, disk_from = disk_rate(where, args.out)
+    conventions = {
+        "model FLOPs, causal attention, nothing twice": budget.training_flops,
+        "FLOPs executed, attention computed twice": lambda c, t: budget.executed_flops(c, t, False),
+        "FLOPs executed, attention kept": lambda c, t: budget.executed_flops(c, t, True),
+        "model FLOPs, attention without its causal half": budget.noncausal_flops,
+    }
+    lengths = (args.train_len, args.target_len)
+    each = [budget.executed_flops(config, a.train_len, a.keep_attention) for a in (args, full)]
+    long = [s if s.name == "replay" else replace(s, tokens=full.train_len) for s in stages]
+    return {
+        "parameters": sum(budget.parameters(config)),
+        "dtype": args.dtype,
+        "machine": there.name,
+        "there": {"device": there.device, "host": there.host, "disk": there.disk},
+        **of_run(config, args, stages, there, rate, disk),
+        "full_length": of_run(config, full, long, there, rate, disk),
+        "one_sample": {k: [float(f(config, n)) for n in lengths] for k, f in conventions.items()},
+        "one_sample_s": [flops / rate for flops in each],
+        "lengths": lengths,
+        "rate": {"flops_per_s": rate, "from": rate_from},
+        "disk_rate": {"bytes_per_s": disk, "from": disk_from},
+    }
+
+
+def of_run(config, args, stages, there: Machine, rate: float, disk: float) -> dict:
+    """Bytes, seconds and levers of a run; shortage: None if it fits."""
+    device, host = fit.needs(config, args, fit.longest(args))
+    on_disk, rows = fit.needs_on_disk(config, args), by_stage(config, args, stages, rate, disk)
+    return {
+        "levers": {k: getattr(args, k) for k in LEVERS},
+        "bytes": {"device": device, "host": host, "disk": on_disk},
+        "shortage": fit.shortage(config, args, there),
+        "stages": rows,
+        "seconds": sum(r["seconds"] for r in rows.values()),
+        "save_s": on_disk["training state"] / disk,
+    }
+
+
+def by_stage(config, args, stages, rate: float, disk: float) -> dict[str, dict]:
+    """What each stage computes and how long it takes; rate: FLOP/s, disk: bytes a second."""
+    N, w, B = sum(budget.parameters(config)), fit.width(args), args.batch_sequences
+    step_s = 0.0
+    if args.optimizer == "adamw-host":  # weights, m, v, gradient read, three written; over the link
+        step_s = N * 28 / HOST_BYTES_PER_S + (N * (4 + w) / LINK_BYTES_PER_S)
+    rows = {}
+    for s in stages:
+        flops = budget.executed_flops(config, s.tokens, args.keep_attention)
+        row = {"steps": s.steps, "sequences": s.steps * B, "tokens": s.tokens, "flops": flops}
+        rows[s.name] = row | {"seconds": s.steps * (B * flops / rate + step_s)}
+        if s.name == "probe" and args.select == "impact" and not args.impactful:
+            # H' and H, forward only
+            n, forward = args.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
+            row = {"steps": 0, "sequences": n, "tokens": s.tokens, "flops": forward}
+            rows["analysis"] = row | {"seconds": n * row["flops"] / rate}
+    state = fit.needs_on_disk(config, args)["training state"]
+    saves = sum(r["seconds"] for r in rows.values()) // (60 * max(args.save_minutes, 1e-3))
+    saves = min(saves, sum(s.steps for s in stages)) if state else 0
+    nothing = {"steps": 0, "sequences": 0, "tokens": 0, "flops": 0}
+    rows["merge"] = nothing | {"seconds": 4 * w * N / disk}
+    rows["saves"] = nothing | {"steps": int(saves), "seconds": saves * state / disk}
+    return rows
+
+
+# ---- in words ----------------------------------------------------------------------------------
+
+
+def table(plan: dict) -> str:
+    """The plan in the terminal."""
+    sizes, there = plan["bytes"], plan["there"]
+    lines = [
+        f"plan: {plan['parameters']:,} parameters, {plan['dtype']}, on {plan['machine']};"
+        f" {in_words(plan['levers'])}",
+        "",
+        f"{'GB (1e9 bytes)':32}{'device':>10}{'host':>10}{'disk':>10}",
+    ]
+    parts = dict.fromkeys(part for column in sizes.values() for part in column)
+    cells = {p: [sizes[c].get(p, 0) for c in sizes] for p in parts}
+    cells["sum"] = [sum(column.values()) for column in sizes.values()]
+    cells["there"] = [there[c] for c in sizes]
+    for name, row in cells.items():
+        shown = [short(x / 1e9) if x else "" for x in row]
+        lines.append(f"{name:32}" + "".join(f"{x:>10}" for x in shown))
+    if there["disk"] is None:
+        lines.append(f"host and disk of that {plan['machine']} are not known and not checked")
+    lines += [
+        "",
+        f"{'stage':10}{'steps':>8}{'samples':>9}{'tokens':>9}{'FLOPs each':>12}{'hours':>9}",
+    ]
+    for name, r in plan["stages"].items():
+        numbers = f"{r['steps']:>8,}{r['sequences']:>9,}{r['tokens']:>9,}{r['flops']:>12.2e}"
+        lines.append(f"{name:10}{numbers}{short(r['seconds'] / 3600):>9}")
+    rate = plan["rate"]
+    lines += [
+        f"{'sum':48}{short(plan['seconds'] / 3600):>9}",
+        f"at {rate['flops_per_s'] / 1e12:.3g} TFLOP/s executed, {rate['from']};"
+        f" a save: {plan['save_s'] / 60:.2g} minutes at"
+        f" {plan['disk_rate']['bytes_per_s'] / 1e9:.2g} GB/s, {plan['disk_rate']['from']}",
+        "",
+    ]
+    return "\n".join(lines + against_full_length(plan))
+
+
+def against_full_length(plan: dict) -> list[str]:
+    """One sample by each convention; then time and memory, both with the levers they would have."""
+    full, lengths = plan["full_length"], plan["lengths"]
+
+    def row(name: str, a: float, b: float, form=short) -> str:
+        return f"{name:48}{form(a):>10}{form(b):>10}{1 - a / b:>8.1%}"
+
+    def both(number) -> list[float]:
+        return [number(plan), number(full)]
+
+    conventions = plan["one_sample"].items()
+    fits = f"does not fit: {full['shortage']}" if full["shortage"] else "fits"
+    return [
+        f"{'one sample, forward and backward':48}{lengths[0]:>10,}{lengths[1]:>10,}{'less':>8}",
+        *(row(name, *pair, "{:.2e}".format) for name, pair in conventions),
+        row("seconds *", *plan["one_sample_s"]),
+        row("hours: probe, analysis, extend *", *both(lambda p: extension_s(p["stages"]) / 3600)),
+        row("hours: all, with merge and saves *", *both(lambda p: p["seconds"] / 3600)),
+        row("GB of device *", *both(lambda p: sum(p["bytes"]["device"].values()) / 1e9)),
+        f"* {lengths[1]:,}: --method full with the same steps and samples, and levers of its own:",
+        f"  {in_words(full['levers'])}; {fits}",
+    ]
+
+
+def extension_s(stages: dict) -> float:
+    """Seconds of probe, analysis and extension."""
+    parts = ("probe", "analysis", "extend")
+    return sum(row["seconds"] for name, row in stages.items() if name in parts)
+
+
+def as_flags(levers: dict) -> str:
+    """
+    >>> as_flags({"optimizer": "adamw", "keep_attention": False, "offload_inputs": True})
+    'adamw --offload_inputs'
+    """
+    on = [f"--{name}" for name in LEVERS[1:] if levers[name]]
+    return " ".join([levers["optimizer"], *on])
+
+
+def in_words(levers: dict) -> str:
+    return ", ".join(f"{k} {v}" for k, v in levers.items())
+
+
+def short(x: float) -> str:
+    """Three digits, or all before the point.
+
+    >>> short(12345.6), short(12.345), short(0.0123456)
+    ('12,346', '12.3', '0.0123')
+    """
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

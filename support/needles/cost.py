@@ -1,0 +1,85 @@
+"""What an evaluation will cost, told before it starts: key-value cache, time left."""
+
+import time
+
+import torch
+
+from support.system.console import log, progress
+
+DECODE = 16  # a generated token costs about as much time as so many of a prompt, on a CPU
+
+
+def kv_cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
+    """Keys and values of all layers.
+
+    Llama-3-8B at 131,072 tokens in bfloat16: 2 x 32 layers x 8 heads x 128 x 131,072 x 2 bytes =
+    16 GiB."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return per_token * tokens * dtype.itemsize
+
+
+def forward_flops(config, begin: int, end: int) -> float:
+    """Forward pass over tokens begin..end after a cache of `begin`: matrix products and causal
+    attention, no output head."""
+    c = config
+    heads = c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
+    weights = c.hidden_size * (2 * heads + 3 * c.intermediate_size)
+    pairs = (end * end - begin * begin) / 2
+    attention = 4 * c.num_attention_heads * c.head_dim * pairs
+    return c.num_hidden_layers * (2 * weights * (end - begin) + attention)
+
+
+def prompt_flops(config, begin: int, end: int, answer_tokens: int) -> float:
+    """A prompt of `end` tokens whose first `begin` are in the cache, and its answer."""
+    answer = answer_tokens * forward_flops(config, end, end + 1) * DECODE
+    return forward_flops(config, begin, end) + answer
+
+
+def announce(source: str, haystack, candidates: list, missing: list[dict], args) -> None:
+    """The haystack, the largest cache, and how much there is to do."""
+    longest, dtype = args.lengths[-1], args.torch_dtype
+    n, sentences = len(haystack.ids), len(haystack.starts)
+    log(f"haystack: {source}, {n:,} tokens, {sentences:,} sentences")
+    if n < longest:
+        log(f"warning: shorter than --lengths {longest}, so it repeats (--haystack)")
+    cache = max(kv_cache_bytes(c.config, longest, dtype) for c in candidates) / 2**30
+    log(f"key-value cache at {longest:,} tokens: {cache:.2f} GiB ({str(dtype)[6:]})")
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        log(f"free on the GPU: {free:.1f} GiB, for weights and cache")
+    if len({c.config.rope_theta for c in candidates}) > 1 and not args.controls:
+        log("the RoPE bases differ: --controls also judges the base's weights under the new one")
+    tokens = sum(row["length"] for row in missing)
+    log(f"to do: {len(missing):,} prompts of {tokens:,} tokens together")
+
+
+class WorkBar:
+    """A progress bar whose unit is work (FLOPs), not prompts: one of 131,072 tokens takes hundreds
+    of times as long as one of 8,192, and its ETA knows that."""
+
+    def __init__(self, total: float):
+        layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        self.bar = progress(None, "needles", total=total, bar_format=layout)
+        self.told = torch.cuda.is_available()  # there it is over soon
+
+    def tell_time(self, candidate, prefill, tokens: int = 256) -> None:
+        """Once, before the first prompt on a CPU: how long all may take, by the speed at which a
+        short one is read (the second of two, as the first also warms up)."""
+        if self.told:
+            return
+        ids = torch.arange(tokens) % candidate.config.vocab_size
+        for _ in range(2):
+            started = time.monotonic()
+            prefill(ids)
+        speed = forward_flops(candidate.config, 0, tokens) / (time.monotonic() - started)
+        minutes = self.bar.total / speed / 60
+        time_left = f"about {minutes:,.0f} minutes" if minutes > 1 else "less than a minute"
+        log(f"a short prompt is read at {speed / 1e9:,.0f} GFLOP/s, so all may take {time_left}")
+        self.told = True
+
+    def done(self, label: str, work: float) -> None:
+        self.bar.set_description(label, refresh=False)
+        self.bar.update(work)
+
+    def close(self) -> None:
+        self.bar.close()

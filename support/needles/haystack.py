@@ -1,0 +1,118 @@
+"""What the needle evaluation draws from: haystack text, words for keys and values."""
+
+import itertools
+import random
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from support.data.standard_library import SEPARATOR, standard_library_topics
+from support.data.text import find_files, read_texts
+
+ROOT = Path(__file__).resolve().parents[2]
+ESSAYS = ROOT / "data" / "essays"  # where examples/smollm2.py puts them
+
+REFERENCE = "python-reference"  # --haystack by this name: the reference that Python ships
+
+CITIES = tuple(
+    """
+Accra Adelaide Algiers Amsterdam Ankara Athens Auckland Baku Bangkok Barcelona Beirut Belgrade
+Bergen Berlin Bogota Boston Bratislava Brussels Bucharest Budapest Cairo Calgary Canberra Caracas
+Chicago Copenhagen Dakar Dallas Delhi Denver Dhaka Dublin Durban Edinburgh Florence Geneva Glasgow
+Hamburg Hanoi Havana Helsinki Houston Istanbul Jakarta Karachi Kiev Kyoto Lagos Lahore Lima Lisbon
+London Lyon Madrid Manila Marseille Melbourne Miami Milan Minsk Montreal Moscow Mumbai Munich
+Nairobi Naples Osaka Oslo Ottawa Paris Perth Porto Prague Quito Riga Rome Santiago Seattle Seoul
+Shanghai Singapore Sofia Stockholm Sydney Taipei Tallinn Tehran Tokyo Toronto Tunis Turin
+Vancouver Venice Vienna Warsaw
+""".split()
+)
+
+# a haystack that says nothing; it repeats
+NOISE = "The lamp is lit. The road is long. The rain is cold. On we walk. Uphill and down again.\n"
+
+
+def load_haystack(path: str | None) -> tuple[str, str]:
+    """(text, where it came from): files or a folder, else the essays if fetched, else Python's
+    reference."""
+    if path == REFERENCE or (path is None and not ESSAYS.is_dir()):
+        return standard_library_topics(), "Python's language reference (--haystack for your own)"
+    text = SEPARATOR.join("".join(p) for p in read_texts(find_files([path or str(ESSAYS)])))
+    source = path or str(ESSAYS.relative_to(ROOT))  # so that no result names a machine's folders
+    if not text.strip():
+        raise ValueError(f"haystack {source} holds no text (--haystack)")
+    return text, source
+
+
+def stands_in(key: str, text: str) -> bool:
+    """Is the key a word of the text, which is in lower case?
+
+    >>> stands_in("Pear", "a pear."), stands_in("Pear", "it appears")
+    (True, False)
+    """
+    key = key.lower()
+    if key not in text:
+        return False
+    return re.search(rf"(?<![a-z0-9]){re.escape(key)}(?![a-z0-9])", text) is not None
+
+
+def draw_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str = "") -> list[str]:
+    """n different ones of `words`, or n "numbers" (seven digits) or "uuids"; none stands in `text`,
+    which is in lower case, nor within another one (a score is a search: "cat" is in "catfish").
+
+    ValueError if the text leaves too few."""
+    if isinstance(words, str):
+        found: dict[str, None] = {}  # a set that keeps its order
+        while len(found) < n:
+            if words == "numbers":
+                word = str(rng.randint(1_000_000, 9_999_999))
+            else:
+                word = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+            if word not in text:
+                found[word] = None
+        return list(found)
+    free = [word for word in words if word.lower() not in text]
+    if len(free) < n:
+        raise ValueError(f"the haystack holds all but {len(free)} of the needles' {n} words")
+    return rng.sample(free, n)
+
+
+def draw_many(words: Sequence[str] | str, n: int, rng: random.Random) -> list[str]:
+    """n different keys for a haystack of needles; where `words` are too few, several joined.
+
+    >>> draw_many(["a", "b"], 3, random.Random(0))
+    ['b-b-a', 'a-b-a', 'b-a-a']
+    """
+    if isinstance(words, str):
+        return draw_words(words, n, rng)
+    k = next(k for k in itertools.count(1) if len(words) ** k >= 2 * n)
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found["-".join(rng.choices(words, k=k))] = None
+    return list(found)
+
+
+def lines_like(needle: str, keys: list[str], values: Sequence[str] | str, rng, answers) -> str:
+    """A text of needles only, one a line, for `keys`; no line holds one of `answers`."""
+    if isinstance(values, str):
+        drawn = draw_words(values, len(keys), rng)
+    else:
+        free = [value for value in values if value not in answers]
+        if not free:
+            raise ValueError("a haystack of needles takes more values than those of the needles")
+        drawn = rng.choices(free, k=len(keys))
+    lines = [needle.format(key=k, value=v) for k, v in zip(keys, drawn, strict=True)]
+    low = [answer.lower() for answer in answers]
+    return "".join(x + "\n" for x in lines if not any(answer in x.lower() for answer in low))
+
+
+def draw_needles(task, n_keys: int, tokens: int, tokenizer, rng) -> tuple[list, list, list[int]]:
+    """(keys, values, ids (tokens,) of a haystack that consists of needles with other ones)."""
+    values, lines = draw_words(task.values, task.needles, rng), 16
+    while True:
+        keys = draw_many(task.keys, n_keys + lines, rng)
+        others, answers = keys[n_keys:], keys[:n_keys] + values
+        ids = tokenizer.encode(lines_like(task.needle, others, task.values, rng, answers))
+        if len(ids) >= tokens:
+            return keys[:n_keys], values, ids[:tokens]
+        lines = 16 + int(1.2 * lines * tokens / max(1, len(ids)))

@@ -1,0 +1,159 @@
+"""`python recipe.py --export DIR`: the samples of a run as files, for an engine of your own.
+
+    DIR/samples.json               settings (relative paths: from its started_in, itself relative
+                                   to DIR), what the data holds, and a row for every step
+    DIR/step_00000.safetensors     input_ids and position_ids, (samples, tokens) int32
+    DIR/step_00001.safetensors     ...
+
+One file an optimizer step, in the order train.py takes them (probe, extend, replay); the rows of
+a file are the samples of its batch, also in order. samples.json has for every step: file, stage,
+samples, tokens and lr. As a data set for transformers (targets are shifted inside its models):
+
+    class Samples(torch.utils.data.Dataset):
+        def __init__(self, folder):
+            self.folder, self.steps = folder, json.load(open(f"{folder}/samples.json"))["steps"]
+            self.rows = [(s["file"], i) for s in self.steps for i in range(s["samples"])]
+        def __len__(self):
+            return len(self.rows)
+        def __getitem__(self, n):
+            file, i = self.rows[n]
+            with safetensors.safe_open(f"{self.folder}/{file}", "pt") as step:
+                ids = step.get_slice("input_ids")[i].long()
+                positions = step.get_slice("position_ids")[i].long()
+            return {"input_ids": ids, "labels": ids, "position_ids": positions,
+                    "attention_mask": torch.ones_like(ids)}   # without it gaps cut attention!
+
+The model must be given settings["rope_base"] and settings["target_len"] as its RoPE base and
+window. Do not shuffle: the order is the seed's. A file is whole or not there, the same command
+goes on where it was stopped, and "status" says "done" once all are there. examples/fsdp_run.py
+trains from such a folder."""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from support.data import sources as corpora
+from support.data.text import Corpus
+from support.huggingface.config import read_json
+from support.runs.flags import MAY_DIFFER, NO_SETTINGS, Parser, same, settings_of, started_in
+from support.system.console import log, progress, provenance, telling
+from support.system.whole_files import LOCK, only_writer, replacing, write_atomically
+
+INDEX = "samples.json"
+# settings of train.py that change no sample and say nothing an engine should know
+OTHER = (
+    *NO_SETTINGS,
+    *MAY_DIFFER,
+    "dtype",
+    "optimizer",
+    "analysis_samples",
+    "log_softmax",
+    "rebased_analysis",
+    "top",
+)
+
+
+def export_flag() -> Parser:
+    """The flag --export alone: what is left of a command line with it goes to train.py's parser."""
+    p = Parser("recipe.py", "The samples of a run as files.", add_help=False)
+    what = "write the samples that train.py would see to DIR, and nothing else; all other flags are"
+    where = "then train.py's (format: support/runs/export.py)"
+    p.add_argument("--export", type=Path, metavar="DIR", help=f"{what} {where}")
+    return p
+
+
+def check_exportable(args) -> None:
+    """ValueError for flags of train.py, resolved, that leave open which samples it would see."""
+    if args.resume or args.plan:
+        raise ValueError("--export goes with neither --resume nor --plan")
+    if args.select == "impact" and not args.impactful:
+        raise ValueError(
+            "--export with --select impact needs the impactful types beforehand: --impactful FILE,"
+            " the impactful.json that train.py with the same flags leaves in its --out after the"
+            " analysis (then give its --probe_steps, too); or --select random"
+        )
+
+
+def sample_settings(args, impactful: Tensor | None, texts: tuple[Corpus, Corpus]) -> dict:
+    """What the samples hang on, and what an engine needs beside them."""
+    settings = {k: v for k, v in vars(args).items() if k not in OTHER}
+    types = None if impactful is None else impactful.nonzero()[:, 0].tolist()
+    return settings | {"impactful_types": types, "data_tokens": [text.tokens for text in texts]}
+
+
+def write_samples(
+    folder: Path,
+    settings: dict,
+    data: list[dict],
+    stages: list,
+    learning_rate: Callable,
+    draw: Callable[..., Iterable[tuple[Tensor, Tensor]]],
+) -> None:
+    """data: what the text holds, see support/data/sources.py; stages: those of train.py;
+    draw(stage, step) -> (input_ids, position_ids) of each sample of an optimizer step, counted over
+    all stages. ValueError if the folder holds anything else than samples of these settings and this
+    data."""
+    started = time.time()
+    plan = [(stage, i) for stage in stages for i in range(stage.steps)]
+    steps = [
+        {
+            "file": f"step_{step:05d}.safetensors",
+            "stage": stage.name,
+            "samples": settings["batch_sequences"],
+            "tokens": stage.tokens,
+            "lr": learning_rate(stage, i, settings["warmup_steps"], step - i),
+        }
+        for step, (stage, i) in enumerate(plan)
+    ]
+    index = {"settings": settings, "started_in": started_in(folder), "data": data, "steps": steps}
+    check_folder(folder, index)
+    with only_writer(folder), telling(lambda: whole(folder, steps)):
+        check_folder(folder, index)  # once more: another one may have ended just now
+        if not (folder / INDEX).is_file():
+            write_index(folder, index, status="running")
+        for i, row in enumerate(progress(steps, "export", unit="step")):
+            if (folder / row["file"]).is_file():
+                continue
+            ids, positions = (
+                torch.stack(column).int() for column in zip(*draw(plan[i][0], i), strict=True)
+            )
+            with replacing(folder / row["file"]) as file:
+                file.write(save({"input_ids": ids, "position_ids": positions}))
+        if read_json(folder / INDEX)["status"] != "done":
+            write_index(folder, index, status="done", **provenance(started))
+    log(f"{whole(folder, steps)}; format: support/runs/export.py")
+
+
+def write_index(folder: Path, index: dict, **more) -> None:
+    write_atomically(folder / INDEX, json.dumps(index | more, indent=1) + "\n")
+
+
+def whole(folder: Path, steps: list[dict]) -> str:
+    done = sum((folder / row["file"]).is_file() for row in steps)
+    return f"{done} of {len(steps)} steps are whole in {folder}" + (
+        "" if done == len(steps) else "; the same command goes on"
+    )
+
+
+def check_folder(folder: Path, index: dict) -> None:
+    if (folder / INDEX).is_file():
+        old, new = settings_of(folder, INDEX), json.loads(json.dumps(index["settings"]))
+        for name in sorted(old.keys() | new.keys()):
+            if not same(name, old.get(name), new.get(name)):
+                shown = [str(x.get(name))[:60] for x in (old, new)]
+                raise ValueError(
+                    f"{folder} holds samples with another {name} ({shown[0]}, now {shown[1]}):"
+                    " another --export"
+                )
+        if change := corpora.changed(read_json(folder / INDEX).get("data", []), index["data"]):
+            raise ValueError(f"{change}; put it back, or another --export than {folder}")
+    elif folder.exists() and (
+        not folder.is_dir()
+        or any(f.name not in (LOCK, INDEX + ".writing") for f in folder.iterdir())
+    ):
+        raise ValueError(f"--export {folder} is not empty: another folder for the samples")

@@ -1,0 +1,188 @@
+"""The output folder of a run: its settings, its metrics, the state to resume from."""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from support.data import sources as corpora
+from support.huggingface.checkpoint import not_finite
+from support.huggingface.config import read_json
+from support.runs.flags import check_same, settings_to_resume, started_in
+from support.system.console import telling
+from support.system.signals import unbroken
+from support.system.whole_files import (
+    LOCK,
+    check_unlocked,
+    only_writer,
+    replacing,
+    sync,
+    write_atomically,
+)
+
+STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
+SKIPS = 3  # steps without a finite loss and gradient, one after the other, end a run
+
+
+class RunFolder:
+    """out/run.json (settings, data), out/metrics.jsonl (one line per step), out/state.pt (the last
+    complete save)."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.data: list[dict] = []  # what the run's text holds: see check_data
+        self.saved_step: int | None = None
+        self.skips = {"total": 0, "in_a_row": 0}  # steps that were left out: see append_metrics
+
+    # ---- settings ----
+
+    def check(self, settings: dict, resume: bool) -> None:
+        """ValueError if another process writes to the folder, or it holds something else, or a run
+        with other settings. Writes nothing."""
+        check_unlocked(self.path)
+        self.check_settings(settings, resume)
+
+    def check_settings(self, settings: dict, resume: bool) -> None:
+        if not resume:
+            # left by a run that was killed before its first file was whole: nothing to resume
+            nothing = {LOCK, "run.json.writing"}
+            if self.path.exists() and (
+                not self.path.is_dir() or any(f.name not in nothing for f in self.path.iterdir())
+            ):
+                kind, remedy = "is not empty", "--resume to go on"
+                if self.finished():
+                    kind, remedy = "holds a finished run", "move it away"
+                raise ValueError(f"output folder {self.path} {kind}: another --out, or {remedy}")
+            return
+        check_same(settings_to_resume(self.path), settings)
+
+    def check_data(self, data: list[dict], resume: bool) -> None:
+        """ValueError that names a path of the text which holds something else than when the run
+        began (an older version did not write that down). Writes nothing; write_settings will."""
+        self.data = data
+        began = read_json(self.path / "run.json").get("data", []) if resume else []
+        if change := corpora.changed(began, data):
+            raise ValueError(f"--resume: {change}; put it back, or begin again in another --out")
+
+    def finished(self) -> bool:
+        """Done, or killed after the result was in place."""
+        if not (self.path / "run.json").is_file():
+            return False
+        done = read_json(self.path / "run.json").get("status") == "done"
+        published = (self.path / "config.json").is_file() and not (self.path / STATE).is_file()
+        return done or published
+
+    def write_settings(self, settings: dict, **more) -> None:
+        start = started_in(self.path)
+        run = {"settings": settings, "started_in": start, "data": self.data, **more}
+        write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
+
+    def write_impactful(self, types: dict[int, list]) -> None:
+        """out/impactful.json: token id -> [text, mean shift in logits, or nats], largest first."""
+        text = json.dumps(types, ensure_ascii=False, indent=0)
+        write_atomically(self.path / "impactful.json", text + "\n")
+
+    # ---- metrics and state ----
+
+    def append_metrics(self, row: dict) -> None:
+        """One line a step. A loss or norm that is not finite is null there (JSON has no NaN), and
+        the step, which then changed no weight, counts as skipped."""
+        bad = {k: None for k in ("loss", "grad_norm") if not math.isfinite(row[k])}
+        self.skips["total"] += bool(bad)
+        self.skips["in_a_row"] = self.skips["in_a_row"] + 1 if bad else 0
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row | bad | {"skipped": self.skips["total"]}) + "\n")
+
+    def too_many_skips(self) -> bool:
+        return self.skips["in_a_row"] >= SKIPS
+
+    def give_up(self, batch: list[tuple[torch.Tensor, ...]], step: int) -> None:
+        """ValueError that says where the last skipped batch is: input_ids, position_ids (B, T)."""
+        tensors = [torch.cat(parts) for parts in zip(*batch, strict=True)]
+        names = ("input_ids", "position_ids", "targets")
+        save_file(dict(zip(names, tensors, strict=True)), self.path / BATCH)
+        raise ValueError(
+            f"steps {step - SKIPS + 1} to {step} had no finite loss and gradient and changed no"
+            f" weight; the last batch is in {self.path / BATCH}: lower --lr in another --out, or"
+            " look at the data"
+        )
+
+    def save(self, state: dict) -> None:
+        """Written beside, synced and renamed: a kill at any moment leaves one complete state, and
+        Ctrl-C waits for the end. ValueError for a state with a number that is not finite."""
+        with unbroken():
+            if bad := next(not_finite(state), None):
+                raise ValueError(f"not saved: {bad} of the state is not finite; lower --lr")
+            if (self.path / METRICS).is_file():
+                sync(self.path / METRICS)
+            try:
+                with replacing(self.path / STATE) as file:
+                    torch.save(state | {"skips": self.skips}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # torch hides the full disk behind it
+                    raise error.__context__ from None
+                raise
+            self.saved_step = state["step"]
+
+    def load(self) -> dict | None:
+        """The saved state (None before the first save). Lines of metrics.jsonl that came after it
+        go."""
+        if not (self.path / STATE).is_file():
+            (self.path / METRICS).unlink(missing_ok=True)
+            return None
+        # mapped, not read: the masters of an 8B would not fit into memory a second time
+        path = self.path / STATE
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        metrics = self.path / METRICS
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        kept = lines[: state["step"]]
+        write_atomically(metrics, "".join(line + "\n" for line in kept))
+        self.saved_step, self.skips = state["step"], state["skips"]
+        return state
+
+    # ---- beginning and end ----
+
+    @contextlib.contextmanager
+    def running(self, settings: dict, resume: bool, trainer) -> Iterator[None]:
+        """Around the training, alone in the folder. Stopped by a signal it saves first; whatever
+        stops it, the last line says what is saved and which command goes on."""
+        with only_writer(self.path), telling(self.what_is_saved):
+            self.check_settings(settings, resume)  # once more: another run may have ended just now
+            self.write_settings(settings, status="running")
+            try:
+                yield
+            except KeyboardInterrupt:
+                with unbroken():  # a second Ctrl-C does not cost the save
+                    if trainer.step > (self.saved_step or 0) and not self.finished():
+                        trainer.save()
+                raise
+
+    def what_is_saved(self) -> str:
+        command = f"python train.py --resume --out {self.path}"
+        if self.finished():
+            return f"the result is complete in {self.path}"
+        if self.saved_step is None:
+            return f"nothing is saved yet; to begin again: {command}"
+        state = self.path / STATE
+        return f"saved up to step {self.saved_step} in {state}; to go on: {command}"
+
+    def publish(self, folder: Path) -> None:
+        """Move a finished model folder's files into the run folder; config.json last, as the sign
+        of done."""
+        with unbroken():
+            for file in sorted(folder.iterdir(), key=lambda f: f.name == "config.json"):
+                os.replace(file, self.path / file.name)
+            shutil.rmtree(folder)
+            sync(self.path)
+            for name in (STATE, STATE + ".writing"):  # the latter from a save that was cut off
+                (self.path / name).unlink(missing_ok=True)

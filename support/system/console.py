@@ -1,0 +1,166 @@
+"""What the commands share: the one place where an error or Ctrl-C becomes one line, progress with
+ETA, provenance."""
+
+import contextlib
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from support.system.signals import Terminated, signals_raise
+
+BARS = weakref.WeakSet()  # every progress bar of this process that may still be drawn
+
+
+@contextlib.contextmanager
+def report_errors() -> Iterator[None]:
+    """The boundary of main(): bad input, a full disk or too little memory becomes one `error:` line
+    and exit code 2, Ctrl-C one line and exit code 130, SIGTERM one and 143; a bug keeps its
+    traceback."""
+    try:
+        with signals_raise():
+            yield
+    except BrokenPipeError:  # the reader of our output has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except (ValueError, OSError, SafetensorError) as error:
+        last_line(f"error: {error}", error)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).split("DefaultCPUAllocator: ")[-1].splitlines()
+        last_line(f"error: out of memory: {' '.join(reason)}", error)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        last_line(word, stop)
+        raise SystemExit(code) from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for CUDA only."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    said = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
+    return known or any(words in str(error) for words in said)
+
+
+def last_line(message: str, error: BaseException) -> None:
+    """The message and the notes of the error. The bars are closed first: one that is open is drawn
+    again, below the message."""
+    for bar in list(BARS):
+        bar.close()
+    notes = getattr(error, "__notes__", [])
+    log("; ".join(" ".join(part.split()) for part in (message, *notes)))
+
+
+@contextlib.contextmanager
+def telling(what_is_saved: Callable[[], str]) -> Iterator[None]:
+    """Whatever ends the body early: the last line also says what is saved and how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(what_is_saved())
+        raise
+
+
+def check_ranges(
+    args, at_least_1=(), above_1=(), positive=(), not_negative=(), within_0_1=(), seed=()
+) -> None:
+    """ValueError for the first flag whose number cannot be meant; flags not given (None) pass."""
+    tests = (
+        (at_least_1, lambda x: x >= 1, "must be at least 1"),
+        (above_1, lambda x: 1 < x < math.inf, "must be above 1"),
+        (positive, lambda x: 0 < x < math.inf, "must be positive"),
+        (not_negative, lambda x: 0 <= x < math.inf, "must not be negative"),
+        (within_0_1, lambda x: 0 <= x <= 1, "must be within 0..1"),
+        (seed, lambda x: 0 <= x < 2**31, f"must be within 0..{2**31 - 1}"),
+    )
+    for names, test, rule in tests:
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not test(value):
+                raise ValueError(f"--{name} {value} {rule}")
+
+
+def progress(iterable, description: str, **options):
+    """tqdm with our settings: elapsed time and ETA, one line, silent redraws where nobody looks."""
+    quiet = not sys.stderr.isatty()
+    bar = tqdm(
+        iterable,
+        desc=description,
+        dynamic_ncols=True,
+        mininterval=30 if quiet else 0.5,
+        smoothing=0.1,
+        **options,
+    )
+    BARS.add(bar)
+    return bar
+
+
+def log(message: str) -> None:
+    """A line that does not tear the progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def log_device(device: str, backends, toy: bool) -> None:
+    """backends: what attention may run on there, in order."""
+    if device == "cpu" and toy:
+        log("no CUDA device: going on with the CPU, for which the toy's numbers are made")
+    elif device == "cpu":
+        log("no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:")
+        log("--steps, --replay_steps, --batch_sequences and --train_len make less of it")
+    else:
+        names = ", ".join(b.name for b in backends)
+        log(f"{torch.cuda.get_device_name()}; attention: the first that fits of {names}")
+
+
+def provenance(started: float) -> dict:
+    """What a number needs beside it: commit, hardware, versions, seconds, peak memory."""
+    root = Path(__file__).resolve().parents[2]
+    commit = None
+    if shutil.which("git"):
+        # nothing is written, not even the index that `git describe` would refresh
+        options = ["--no-optional-locks", "-C", str(root)]
+        command = ["git", *options, "describe", "--always", "--dirty"]
+        git = subprocess.run(command, check=False, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.time() - started, 1),
+        "peak_GiB": round(peak_gib(), 2),
+    }
+
+
+def peak_gib() -> float:
+    """Peak memory so far in GiB: reserved on the GPU, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = info.read_text().split("\n") if info.is_file() else []
+    name = next(
+        (line.split(":")[1].strip() for line in names if line.startswith("model name")), "CPU"
+    )
+    amx = any("amx_bf16" in line for line in names)
+    return f"{name}{' with AMX' if amx else ''}"
