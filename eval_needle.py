@@ -52,6 +52,7 @@ from support.needles.results import Results, setup_of
 from support.needles.tasks import TASKS, Task
 from support.needles.templates import resolve_grid, resolve_tasks
 from support.runs.flags import Parser, base_of_run
+from support.system.bad_input import BadInput
 from support.system.console import log, report_errors
 
 # ---- 1. Prompts, in token space ----------------------------------------------------------------
@@ -166,7 +167,7 @@ def make_row(task: Task, haystack: Haystack, length: int, row_seed: str) -> Row:
     # for the haystack; the same whichever key is asked for, so that the needles stay in place
     rest = answer_tokens + len(head) + max(map(len, tails)) + sum(max(map(len, n)) for n in needles)
     if (room := length - rest) < 1:
-        raise ValueError(
+        raise BadInput(
             f"--lengths {length} is too short: with its keys this prompt takes at least"
             f" {rest + 1} tokens"
         )
@@ -394,13 +395,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
     """Who is judged, and all tasks by name. Writes nothing."""
     if args.model == RESULT and not Path(RESULT).exists():
-        raise ValueError(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
+        raise BadInput(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
     args.model = local_folder(args.model)
     if args.compare is None:
         args.compare = base_of_run(args.model)
     args.compare = list(dict.fromkeys(map(local_folder, args.compare)))
     if args.model in args.compare:
-        raise ValueError(f"--compare {args.model} is --model itself")
+        raise BadInput(f"--compare {args.model} is --model itself")
     folders = (*args.compare, args.model)  # the base first, as in every table and figure
     candidates = [Candidate(f, f, LlamaConfig.from_dir(f)) for f in folders]
     tasks, fields = resolve_tasks(args, TASKS)

@@ -45,6 +45,11 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+try:
+    from support.system.bad_input import BadInput  # a command prints it as one line
+except ModuleNotFoundError:
+    BadInput = ValueError  # this file alone
+
 
 def support(name: str):
     """A module of support/, imported where it is needed: all else works without."""
@@ -269,7 +274,7 @@ class Llama(nn.Module):
         B, T = input_ids.shape
         start, c = cache.length if cache is not None else 0, self.config
         if c.sliding_window is not None and start + T > c.sliding_window:
-            raise ValueError(f"{start + T} tokens exceed sliding_window {c.sliding_window}")
+            raise BadInput(f"{start + T} tokens exceed sliding_window {c.sliding_window}")
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=input_ids.device).expand(B, T)
         if position_ids.shape != (B, T):

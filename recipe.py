@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Llama, inverse_frequencies, load_tokenizer
+from model import BadInput, Llama, inverse_frequencies, load_tokenizer
 from support.data.sources import contents, load_corpora
 from support.data.text import Corpus, load_reference, load_tokens
 from support.data.toy import TINY
@@ -42,7 +42,7 @@ METHODS = ("longrecipe", "pose", "rpes", "full", "none")  # of drawing positions
 STRATEGIES = ("impact", "digits", "random", "first")
 
 
-class TooFewSegments(ValueError):
+class TooFewSegments(BadInput):
     """A sample of one segment has no gap to put positions into; another text will do."""
 
 
@@ -100,9 +100,9 @@ def impactful_types(per_type_sum: Tensor, count: Tensor, top: float = 0.2) -> Te
     [True, True, False, False]
     """
     if not 0 < top <= 1:
-        raise ValueError(f"top must be in (0, 1], got {top}")
+        raise BadInput(f"top must be in (0, 1], got {top}")
     if int(count.sum()) == 0:
-        raise ValueError("no token was counted: the analysis saw nothing past the old window")
+        raise BadInput("no token was counted: the analysis saw nothing past the old window")
     mean = torch.where(count > 0, per_type_sum / count.clamp(min=1), -torch.inf)
     order = mean.argsort(descending=True, stable=True)
     # [E4] take types v by Delta(v) / count(v), largest first, while sum of count < top * total
@@ -137,7 +137,7 @@ def split_segments(ids: Tensor, tokenizer) -> Tensor:
     os.path stay whole with any tokenizer (the released code lists token ids of Llama 3 and misses
     ".\\n\\n"). A token that holds an end in its middle belongs to the segment before."""
     if len(ids) == 0:
-        raise ValueError("cannot split an empty sample into segments")
+        raise BadInput("cannot split an empty sample into segments")
     flat, begin = _vocabulary_bytes(tokenizer)
     token = ids.numpy()
     size = begin[token + 1] - begin[token]  # bytes of each token
@@ -205,11 +205,11 @@ def select_segments(
     digit_types) before the others; random; first. Ties fall at random. ValueError if ids are too
     short, or impactful is missing where it is needed."""
     if strategy not in STRATEGIES:
-        raise ValueError(f"unknown selection {strategy!r}: {', '.join(STRATEGIES)} (--select)")
+        raise BadInput(f"unknown selection {strategy!r}: {', '.join(STRATEGIES)} (--select)")
     if len(ids) < train_len:
-        raise ValueError(f"{len(ids)} tokens are shorter than a sample of --train_len {train_len}")
+        raise BadInput(f"{len(ids)} tokens are shorter than a sample of --train_len {train_len}")
     if strategy in ("impact", "digits") and impactful is None:
-        raise ValueError(f"selection {strategy!r} needs `impactful`, a bool table of token types")
+        raise BadInput(f"selection {strategy!r} needs `impactful`, a bool table of token types")
     N = len(starts)
     order = torch.arange(N) if strategy == "first" else torch.randperm(N, generator=generator)
     if strategy in ("impact", "digits"):
@@ -235,7 +235,7 @@ def spread_segments(starts: Tensor | None, L: int, T: int, generator) -> Tensor:
     if starts is None or len(starts) < 2:
         raise TooFewSegments("longrecipe needs at least two segments in a sample (--train_len)")
     if starts[0] != 0 or starts[-1] >= L or (starts.diff() <= 0).any():
-        raise ValueError(f"segment starts must increase from 0 and stay below the length {L}")
+        raise BadInput(f"segment starts must increase from 0 and stay below the length {L}")
     N = len(starts)
     # [E6] T* - L + N slots: segment 1 in slot 0, the other N - 1 in distinct random slots, in
     #      order; each empty slot is one skipped position:   pos(s_i) = start(s_i) + slot_i - i
@@ -264,11 +264,11 @@ def sample_position_ids(
     Drawn afresh each call. ValueError: unknown method, sample that does not fit, one segment."""
     L, T = train_len, target_len
     if not 1 <= L <= T:
-        raise ValueError(f"--train_len {L} tokens do not fit into --target_len {T}")
+        raise BadInput(f"--train_len {L} tokens do not fit into --target_len {T}")
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}, choose from {', '.join(METHODS)} (--method)")
+        raise BadInput(f"unknown method {method!r}, choose from {', '.join(METHODS)} (--method)")
     if prefix and method != "longrecipe":
-        raise ValueError(f"a contiguous prefix belongs to method longrecipe, not to {method!r}")
+        raise BadInput(f"a contiguous prefix belongs to method longrecipe, not to {method!r}")
     plain = torch.arange(L)
 
     def uniform(low: int, high: int) -> int:  # both ends included
@@ -288,7 +288,7 @@ def sample_position_ids(
     if method == "rpes":
         return torch.randperm(T, generator=generator)[:L].sort().values  # [E15] any L of T*, alike
     if method == "full" and L != T:
-        raise ValueError(f"method full wants --train_len {L} to equal --target_len {T}")
+        raise BadInput(f"method full wants --train_len {L} to equal --target_len {T}")
     return plain
 
 
@@ -340,9 +340,9 @@ def ntk_rope_base(
     131.5
     """
     if head_dim <= 2:
-        raise ValueError(f"head_dim {head_dim} has a single frequency: no base to change")
+        raise BadInput(f"head_dim {head_dim} has a single frequency: no base to change")
     if new_len <= old_len:
-        raise ValueError(f"the new window {new_len} must be longer than the old one {old_len}")
+        raise BadInput(f"the new window {new_len} must be longer than the old one {old_len}")
     f = new_len / old_len if factor is None else factor
     # [E8] theta' = theta * (f * T* / L0 - (f - 1)) ^ (d / (d - 2))
     return theta * (f * new_len / old_len - (f - 1)) ** (head_dim / (head_dim - 2))
@@ -359,14 +359,14 @@ def merge(
     The config (RoPE base, window) and the dtype are the tuned model's. ValueError if the two
     differ in shape or vocabulary, or weight is outside 0..1."""
     if not 0 <= weight <= 1:
-        raise ValueError(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
+        raise BadInput(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
     original_dir, tuned_dir = Path(original_dir), Path(tuned_dir)
     original, tuned = (config_files.read_config(d) for d in (original_dir, tuned_dir))
     for config in (original, tuned):
         config["model_type"] = config["raw"]["model_type"]
     for field in sorted(set(original) - {"raw", "rope_theta", "max_position_embeddings"}):
         if original[field] != tuned[field]:
-            raise ValueError(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
+            raise BadInput(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
 
     def averaged():
         for name, (a, b) in checkpoint_files.iter_pairs(original_dir, tuned_dir):
@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
         check_ranges(args, above_1=("target_len",), seed=("seed",))
         args.train_len = train_length(args.target_len) if args.train_len is None else args.train_len
         if not 2 <= args.train_len <= args.target_len:
-            raise ValueError(
+            raise BadInput(
                 f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
             )
         explain_figure.check_path(args.figure)

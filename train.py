@@ -59,6 +59,7 @@ from support.memory.table import settle
 from support.runs import checks
 from support.runs.flags import NO_SETTINGS, Parser, parse_or_resume, read_impactful
 from support.runs.run_folder import RunFolder
+from support.system.bad_input import BadInput
 from support.system.console import log, log_device, peak_gib, progress, provenance, report_errors
 from support.system.signals import unbroken
 
@@ -231,7 +232,7 @@ def accumulate(
     equal to 1 x 4."""
     valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
     if valid == 0:
-        raise ValueError("a step without a single target token")
+        raise BadInput("a step without a single target token")
     # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
     total = 0.0
     for input_ids, position_ids, targets in micro_batches:

@@ -31,6 +31,8 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from support.system.bad_input import BadInput  # noqa: E402
+
 OUT = ROOT / "assets" / "results" / "fsdp.json"
 # The tiny model, extended to 16 times a window of 256; every stage and a batch for each process.
 FLAGS = (
@@ -48,7 +50,7 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, folder: Path, mask: bool = True):
         self.index = json.loads((folder / "samples.json").read_text())
         if self.index["status"] != "done":
-            raise ValueError(f"{folder} is not complete: give the same --export again")
+            raise BadInput(f"{folder} is not complete: give the same --export again")
         steps = self.index["steps"]
         self.rows = [(folder / s["file"], i) for s in steps for i in range(s["samples"])]
         self.mask = mask
@@ -77,7 +79,7 @@ def extended(config, settings: dict):
 def worker(folder: Path, losses: Path | None, mask: bool) -> None:
     """One of the processes that torchrun starts."""
     if "WORLD_SIZE" not in os.environ or losses is None:
-        raise ValueError(
+        raise BadInput(
             "--samples is for a process of torchrun: torchrun --nproc_per_node 2"
             " examples/fsdp_run.py --samples DIR --losses FILE"
         )
@@ -90,7 +92,7 @@ def worker(folder: Path, losses: Path | None, mask: bool) -> None:
     steps, settings = samples.index["steps"], settings_of(folder, "samples.json")
     processes = int(os.environ["WORLD_SIZE"])
     if settings["batch_sequences"] % processes:
-        raise ValueError(f"batches of {settings['batch_sequences']} for {processes} processes")
+        raise BadInput(f"batches of {settings['batch_sequences']} for {processes} processes")
 
     class OurSchedule(Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
@@ -193,7 +195,7 @@ def measure(work: Path) -> dict:
     blind = torchrun(work / "samples", work / "blind.json", "--no_mask")
     theirs = load_file(work / "fsdp.safetensors")
     if theirs.keys() != weights.keys() or len(found["rows"]) != len(rows):
-        raise ValueError("the two engines trained other tensors, or another number of steps")
+        raise BadInput("the two engines trained other tensors, or another number of steps")
     loss = {
         "train.py": [r["loss"] for r in rows],
         "train.py, batch reversed": [r["loss"] for r in backwards],

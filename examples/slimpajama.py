@@ -16,6 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import load_tokenizer
 from support.runs.flags import Parser
+from support.system.bad_input import BadInput
 from support.system.console import check_ranges, progress, report_errors
 
 NAME, SAMPLES = "yaofu/slimpajama-per-source-length-upsample", 10_000
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
             import datasets  # here, so that --help needs neither
             import transformers
         except ImportError as error:
-            raise ValueError(f'{error}: pip install datasets "transformers>=5"') from error
+            raise BadInput(f'{error}: pip install datasets "transformers>=5"') from error
 
         mine = load_tokenizer(args.model)
         llama2 = transformers.AutoTokenizer.from_pretrained("meta-llama/Llama-2-7b-hf")

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support.huggingface.checkpoint import write_tensors  # noqa: E402
 from support.runs.flags import Parser  # noqa: E402
+from support.system.bad_input import BadInput  # noqa: E402
 from support.system.console import report_errors  # noqa: E402
 from support.system.whole_files import write_folder  # noqa: E402
 
@@ -204,7 +205,7 @@ def main(argv=None) -> None:
         args = parser.parse_args(argv)
         for out in (args.model_out, args.essays_out):
             if out.exists() and not out.is_dir():
-                raise ValueError(f"{out} is a file; a folder is needed (--model_out, --essays_out)")
+                raise BadInput(f"{out} is a file; a folder is needed (--model_out, --essays_out)")
         print(f"model: {fetch_model(args.model_out)}\nessays: {fetch_essays(args.essays_out)}")
 
 

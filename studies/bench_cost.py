@@ -33,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import linear_cross_entropy, load_pretrained
 from support.memory.optimizer import MasterAdamW
+from support.system.bad_input import BadInput
 from support.system.console import provenance, report_errors
 from train import next_token_targets
 
@@ -191,7 +192,7 @@ def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, o
         found |= provenance(started)
         out.write_text(json.dumps(found, indent=2) + "\n")
     if not rows:
-        raise ValueError(f"no length was measured: {'; '.join(notes)}")
+        raise BadInput(f"no length was measured: {'; '.join(notes)}")
     measured = sorted({r["tokens"] for r in rows})
     median = {
         k: {n: statistics.median(r[k] for r in rows if r["tokens"] == n) for n in measured}

@@ -30,6 +30,7 @@ from model import CUDA_BACKENDS, Llama, LlamaConfig, generate, prefill
 from support.memory import count as budget
 from support.memory.activations import LayerInputsOnHost
 from support.memory.optimizer import make_optimizer
+from support.system.bad_input import BadInput
 from support.system.console import provenance, report_errors
 from support.system.whole_files import write_atomically
 from train import accumulate, next_token_targets
@@ -209,11 +210,11 @@ def main(argv=None) -> None:
     args = p.parse_args(argv)
     with report_errors():
         if not (args.toy or torch.cuda.is_available()):
-            raise ValueError("no CUDA device here; --toy runs on a CPU")
+            raise BadInput("no CUDA device here; --toy runs on a CPU")
         bench = Bench(args)
         known = bench.parts()
         if unknown := set(args.parts or ()) - set(known):
-            raise ValueError(f"--parts {sorted(unknown)} are none of {list(known)}")
+            raise BadInput(f"--parts {sorted(unknown)} are none of {list(known)}")
         found = json.loads(args.out.read_text()) if args.out.is_file() else {"parts": {}}
         for name in args.parts or known:
             if name in found["parts"]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from fresh_copy import ROOT, environment, fresh_copy
 
 sys.path.insert(0, str(ROOT))
+from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance
 from support.system.whole_files import write_atomically
 
@@ -180,7 +181,7 @@ def line_of(file: str, right: str) -> str:
     """The whole line: the table is stale when anything in it changes."""
     text = (ROOT / file).read_text()
     if text.count(right) != 1:
-        raise ValueError(f"{file} must hold {right!r} once: mend MUTANTS")
+        raise BadInput(f"{file} must hold {right!r} once: mend MUTANTS")
     begin = text.index(right)
     return text[text.rfind("\n", 0, begin) + 1 : text.index("\n", begin)].strip()
 

@@ -19,6 +19,7 @@ from model import LlamaConfig  # noqa: E402
 from support.memory import count as budget  # noqa: E402
 from support.memory import table as plan  # noqa: E402
 from support.needles.results import clustered  # noqa: E402
+from support.system.bad_input import BadInput  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results"
 RUN, TINY = RESULTS / "smollm2_16k", RESULTS / "tiny_128k"
@@ -670,7 +671,7 @@ def render(text: str) -> str:
     for name, make in REGIONS.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README needs the region {name!r} exactly once")
+            raise BadInput(f"README needs the region {name!r} exactly once")
         before, rest = text.split(begin)
         text = f"{before}{begin}{make()}\n{end}{rest.split(end)[1]}"
     return text

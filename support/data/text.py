@@ -16,6 +16,7 @@ from support.data.standard_library import (
     standard_library_text,
     standard_library_topics,
 )
+from support.system.bad_input import BadInput
 
 CUT = re.compile(r"(?<=\w) (?=\w)")
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".npy", ".bin")
@@ -26,11 +27,11 @@ def find_files(paths: list[str]) -> list[Path]:
     files = []
     for path in map(Path, paths):
         if not path.exists():
-            raise ValueError(f"{path} does not exist (files or folders are wanted)")
+            raise BadInput(f"{path} does not exist (files or folders are wanted)")
         inside = path.rglob("*") if path.is_dir() else []
         found = sorted(p for p in inside if p.suffix in SUFFIXES) if path.is_dir() else [path]
         if not found:
-            raise ValueError(f"folder {path} holds no file of {', '.join(SUFFIXES)}")
+            raise BadInput(f"folder {path} holds no file of {', '.join(SUFFIXES)}")
         files += found
     return files
 
@@ -49,7 +50,7 @@ def read_texts(files: list[Path]) -> Iterator[Iterator[str]]:
                 except (ValueError, TypeError, KeyError):
                     text = None
                 if not isinstance(text, str):
-                    raise ValueError(f'{file}, line {number}: not a JSON object with a "text"')
+                    raise BadInput(f'{file}, line {number}: not a JSON object with a "text"')
                 yield iter([text])
 
 
@@ -66,7 +67,7 @@ def read_pieces(file: Path, characters: int = 1 << 22) -> Iterator[str]:
                     yield text[:cut]
                 rest = text[cut:]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+            raise BadInput(f"{file} is not UTF-8 text: {error}") from error
     yield rest
 
 
@@ -74,21 +75,22 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     """Token ids of a .npy file (1-D: one document; 2-D: one a row) or a .bin file (one document;
     uint16 where the vocabulary fits, else uint32), mapped, not read into memory."""
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty")
+        raise BadInput(f"{file} is empty")
     if file.suffix == ".bin":
         dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         if file.stat().st_size % np.dtype(dtype).itemsize:
-            raise ValueError(f"{file} does not hold whole {np.dtype(dtype).name} token ids")
+            raise BadInput(f"{file} does not hold whole {np.dtype(dtype).name} token ids")
         ids = np.memmap(file, dtype=dtype, mode="r")
     else:
-        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+        try:
+            ids = np.load(file, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:  # numpy has no class of its own for a damaged file
+            raise BadInput(f"{file} is no array of token ids: {error}") from None
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
-        raise ValueError(
-            f"{file} holds {ids.dtype} {ids.shape}, token ids (N,) or (n, N) are wanted"
-        )
+        raise BadInput(f"{file} holds {ids.dtype} {ids.shape}, token ids (N,) or (n, N) are wanted")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
-        raise ValueError(
+        raise BadInput(
             f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: another one's?"
         )
     return ids
@@ -165,7 +167,7 @@ class Corpus:
         self.too_short = len(sizes) - len(self.documents)
         self.tokens = int(self.documents[:, 2].sum())
         if len(self.documents) == 0:
-            raise ValueError(
+            raise BadInput(
                 f"{tokens.source}: no document reaches {min_tokens} tokens (the longest has"
                 f" {max(sizes, default=0)}); {remedy}"
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 from support.data.standard_library import SEPARATOR, standard_library_sources
 from support.data.text import Corpus, Tokens
 from support.data.toy_words import KEYS, PAIRS, QUESTIONS, TEST_KEYS, VALUES
+from support.system.bad_input import BadInput
 
 # the embedded model: what the commands take where no --model is given
 TINY = os.path.relpath(Path(__file__).resolve().parents[2] / "assets" / "tiny")
@@ -69,7 +70,7 @@ def insert(draw: Callable[[int], Tensor], tokens: int, inserts: list[Insert]) ->
     inserts = sorted(inserts, key=lambda one: one[0])
     room = tokens - sum(len(ids) for _, ids in inserts)
     if room < 0:
-        raise ValueError(f"{tokens} tokens are too few for toy pairs (--train_len, --replay_len)")
+        raise BadInput(f"{tokens} tokens are too few for toy pairs (--train_len, --replay_len)")
     text = draw(room)
     out, done = [], 0
     for place, ids in inserts:

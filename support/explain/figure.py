@@ -8,6 +8,7 @@ from torch import Tensor
 
 from support.explain.distances import FULL, Angles, Distances
 from support.huggingface.config import read_window
+from support.system.bad_input import BadInput
 
 # The methods for the legend, in drawing order: longrecipe comes last, on top.
 METHODS = {
@@ -195,6 +196,6 @@ def check_path(path: str | Path) -> None:
 
     path, formats = Path(path), FigureCanvasBase.get_supported_filetypes()
     if not path.parent.is_dir():
-        raise ValueError(f"--figure {path}: folder {path.parent} does not exist")
+        raise BadInput(f"--figure {path}: folder {path.parent} does not exist")
     if path.suffix[1:].lower() not in formats:
-        raise ValueError(f"--figure {path} must end in one of .{', .'.join(sorted(formats))}")
+        raise BadInput(f"--figure {path} must end in one of .{', .'.join(sorted(formats))}")

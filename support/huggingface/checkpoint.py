@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.huggingface.config import read_json
+from support.system.bad_input import BadInput
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -40,22 +41,22 @@ def tensor_files(path: Path) -> dict[str, Path]:
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{path / INDEX} has no weight_map")
+            raise BadInput(f"{path / INDEX} has no weight_map")
         for file in set(weight_map.values()):
             if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{path / INDEX} points outside the folder: {file!r}")
+                raise BadInput(f"{path / INDEX} points outside the folder: {file!r}")
             if not (path / file).is_file():
-                raise ValueError(f"{path / INDEX} names {file}, which is not in the folder")
+                raise BadInput(f"{path / INDEX} names {file}, which is not in the folder")
         return {name: path / file for name, file in weight_map.items()}
     if (path / SINGLE).is_file():
         with open_safetensors(path / SINGLE) as file:
             return dict.fromkeys(file.keys(), path / SINGLE)
     if list(path.glob("pytorch_model*.bin")):
-        raise ValueError(
+        raise BadInput(
             f"{path} holds pytorch_model.bin; only safetensors are read. Convert it:"
             " AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    raise ValueError(f"model folder {path} holds no {SINGLE} and no {INDEX}")
+    raise BadInput(f"model folder {path} holds no {SINGLE} and no {INDEX}")
 
 
 @contextlib.contextmanager
@@ -64,7 +65,7 @@ def open_safetensors(path: Path) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise BadInput(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def not_finite(value, name: str = "") -> Iterator[str]:
@@ -92,7 +93,7 @@ def finite(file, name: str, path: Path) -> torch.Tensor:
     """A tensor of an open safetensors file."""
     tensor = file.get_tensor(name)
     if any(not_finite(tensor, name)):
-        raise ValueError(f"{path}: tensor {name} holds NaN or infinity: a failed training?")
+        raise BadInput(f"{path}: tensor {name} holds NaN or infinity: a failed training?")
     return tensor
 
 
@@ -104,7 +105,7 @@ def iter_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             inside = set(file.keys())
             for name in sorted(n for n, f in files.items() if f == file_path):
                 if name not in inside:
-                    raise ValueError(f"{file_path} lacks tensor {name}, which the index promises")
+                    raise BadInput(f"{file_path} lacks tensor {name}, which the index promises")
                 yield name, finite(file, name, file_path)
 
 
@@ -115,11 +116,11 @@ def iter_pairs(
     files = tensor_files(first)
     for name, b in iter_tensors(second):
         if name not in files:
-            raise ValueError(f"{first} lacks tensor {name}, which {second} has")
+            raise BadInput(f"{first} lacks tensor {name}, which {second} has")
         with open_safetensors(files[name]) as file:
             a = finite(file, name, files[name])
         if a.shape != b.shape:
-            raise ValueError(f"{name}: {tuple(a.shape)} in {first}, {tuple(b.shape)} in {second}")
+            raise BadInput(f"{name}: {tuple(a.shape)} in {first}, {tuple(b.shape)} in {second}")
         yield name, (a, b)
 
 
@@ -140,7 +141,7 @@ def read_tensors(
     }
     extra = sorted(set(files) - set(shapes) - ignored)
     if missing or extra:
-        raise ValueError(
+        raise BadInput(
             f"{path}: tensors do not fit config.json; missing {missing[:5] or 'none'},"
             f" extra {extra[:5] or 'none'}"
         )
@@ -149,7 +150,7 @@ def read_tensors(
         if name in ignored:
             continue
         if tensor.shape != shapes[name]:
-            raise ValueError(
+            raise BadInput(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)},"
                 f" config.json says {tuple(shapes[name])}"
             )

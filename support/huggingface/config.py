@@ -5,14 +5,16 @@ from pathlib import Path
 
 import torch
 
+from support.system.bad_input import BadInput
+
 
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise BadInput(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(value).__name__}")
+        raise BadInput(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -46,7 +48,7 @@ def positive(raw: dict, name: str, kind: type | tuple = int) -> float:
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= limit:
         noun = "integer" if kind is int else "number"
         shown = repr(value)[:50]
-        raise ValueError(
+        raise BadInput(
             f"config.json: {name} must be a positive {noun} up to {limit:,}, found {shown}"
         )
     return value
@@ -56,25 +58,25 @@ def read_config(path: str | Path) -> dict:
     """config.json -> the fields of LlamaConfig. ValueError names what cannot be honoured."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(
+        raise BadInput(
             f"model folder {path} does not exist (--model wants a folder with config.json)"
         )
     if not (path / "config.json").is_file():
-        raise ValueError(f"model folder {path} holds no config.json")
+        raise BadInput(f"model folder {path} holds no config.json")
     raw = read_json(path / "config.json")
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(
+        raise BadInput(
             f"config.json: model_type {family!r} is not supported ({', '.join(FAMILIES)} are)"
         )
     for name, expected in {"hidden_act": "silu", "partial_rotary_factor": 1.0}.items():
         if raw.get(name, expected) != expected:
-            raise ValueError(
+            raise BadInput(
                 f"config.json: {name} {raw[name]!r} is not supported (only {expected!r})"
             )
     for name in ("attention_bias", "mlp_bias", "quantization_config"):
         if raw.get(name):
-            raise ValueError(f"config.json: {name} {raw[name]!r} is not supported")
+            raise BadInput(f"config.json: {name} {raw[name]!r} is not supported")
     theta, scaling = read_rope(raw)
     return {
         "vocab_size": positive(raw, "vocab_size"),
@@ -107,16 +109,16 @@ def read_rope(raw: dict) -> tuple[float, dict | None]:
     rope = {"rope_theta": 10_000.0} | {k: raw[k] for k in ["rope_theta"] if raw.get(k) is not None}
     for spelling in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(spelling) or {}, dict):
-            raise ValueError(f"config.json: {spelling} must be an object, found {raw[spelling]!r}")
+            raise BadInput(f"config.json: {spelling} must be an object, found {raw[spelling]!r}")
         rope |= raw.get(spelling) or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        raise ValueError(
+        raise BadInput(
             f"config.json: rope type {kind!r} is not supported ({', '.join(ROPE_FIELDS)} are)"
         )
     theta = float(positive(rope, "rope_theta", (int, float)))
     if theta <= 1:
-        raise ValueError(f"config.json: rope_theta must be above 1, found {theta}")
+        raise BadInput(f"config.json: rope_theta must be above 1, found {theta}")
     if kind == "default":
         return theta, None
     fields = {name: positive(rope, name, (int, float)) for name in ROPE_FIELDS[kind]}
@@ -128,15 +130,15 @@ def read_heads(raw: dict) -> dict:
     given = {k: v for k, v in raw.items() if v is not None}
     kv_heads = positive({"num_key_value_heads": heads} | given, "num_key_value_heads")
     if heads % kv_heads:
-        raise ValueError(
+        raise BadInput(
             f"config.json: num_attention_heads {heads} is no multiple of"
             f" num_key_value_heads {kv_heads}"
         )
     head_dim = positive({"head_dim": width // heads} | given, "head_dim")
     if heads * head_dim > 2**24:
-        raise ValueError(f"config.json: {heads} heads of {head_dim} are too wide to be meant")
+        raise BadInput(f"config.json: {heads} heads of {head_dim} are too wide to be meant")
     if head_dim % 2 or ("head_dim" not in given and width % heads):
-        raise ValueError(
+        raise BadInput(
             f"config.json: head_dim must be even and hidden_size {width} a multiple of"
             f" num_attention_heads {heads} where it is not given, found {head_dim}"
         )
@@ -183,12 +185,12 @@ def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
 def check_extendable(config, target_len: int, rope_base: float | None) -> None:
     """ValueError where a longer window would not be seen, or its RoPE base cannot be computed."""
     if config.sliding_window is not None and config.sliding_window < target_len:
-        raise ValueError(
+        raise BadInput(
             f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"
             f" {target_len}: attention would never see the window this run is to reach"
         )
     if rope_base is None and config.rope_scaling is not None:
-        raise ValueError(
+        raise BadInput(
             f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), and the"
             " paper's formula for the base assumes that it does not: give --rope_base; the"
             f" scaling stays, its base now is {config.rope_theta:g}"

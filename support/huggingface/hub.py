@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from support.system.bad_input import BadInput
+
 CONFIG = ("config.json",)  # all that --plan needs
 SMALL = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
 FILES = (*SMALL, "*.safetensors")
@@ -22,11 +24,11 @@ def local_folder(name: str, files: tuple[str, ...] = FILES) -> str:
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
     if not is_name or path.parent.is_dir():
         why = f" ({path.parent} is a folder here, so the hub is not asked)" if is_name else ""
-        raise ValueError(f"model folder {name} does not exist{near_names(path)}{why}")
+        raise BadInput(f"model folder {name} does not exist{near_names(path)}{why}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(
+        raise BadInput(
             f"{name} is no folder; `pip install huggingface_hub` lets us fetch it from the hub,"
             " or download its config, safetensors and tokenizer files into a folder yourself"
         ) from None
@@ -34,7 +36,7 @@ def local_folder(name: str, files: tuple[str, ...] = FILES) -> str:
         return snapshot_download(name, allow_patterns=files)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise BadInput(
             f"{name} is no folder and could not be fetched from the hub: {reason}"
         ) from error
 

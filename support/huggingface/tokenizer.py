@@ -14,6 +14,7 @@ import regex
 
 from support.huggingface.config import read_json
 from support.huggingface.tokenizer_classes import ByteLevelTokenizer, LibraryTokenizer, Tokenizer
+from support.system.bad_input import BadInput
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # With a Digits step in front, digits are pieces of their own, and white space may end at one.
@@ -47,7 +48,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not (path / "tokenizer.json").is_file():
         if (path / "tokenizer.model").is_file():
             return from_tiktoken_file(path / "tokenizer.model", settings)
-        raise ValueError(f"{path} holds no tokenizer.json and no tokenizer.model")
+        raise BadInput(f"{path} holds no tokenizer.json and no tokenizer.model")
     data = read_json(path / "tokenizer.json")
     try:
         special = {t["content"]: int(t["id"]) for t in data.get("added_tokens") or []}
@@ -58,13 +59,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return LibraryTokenizer(path / "tokenizer.json", special, settings, reason)
         return from_bpe(data["model"], pattern, data.get("normalizer"), special, settings)
     except (LookupError, TypeError, AttributeError, OverflowError, regex.error) as error:
-        raise ValueError(f"{path / 'tokenizer.json'} is damaged: {error!r}") from error
+        raise BadInput(f"{path / 'tokenizer.json'} is damaged: {error!r}") from error
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """ValueError if the model's vocabulary lacks some of the tokenizer's ids."""
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise BadInput(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
             f" {vocab_size}: they do not belong together"
         )
@@ -88,7 +89,7 @@ def from_bpe(model: dict, pattern: str, normalizer, special: dict, settings: dic
             ranks.setdefault(token, len(ranks))
     unknown = [t for t in ranks if len(t) > 1 and t not in to_id]
     if unknown or not to_id:
-        raise ValueError(f"tokenizer.json: merges make tokens beyond the vocabulary: {unknown[:3]}")
+        raise BadInput(f"tokenizer.json: merges make tokens beyond the vocabulary: {unknown[:3]}")
     return ByteLevelTokenizer(ranks, to_id, pattern, normalizer is not None, special, settings)
 
 
@@ -98,12 +99,12 @@ def from_tiktoken_file(path: Path, settings: dict) -> Tokenizer:
         lines = path.read_bytes().splitlines()
         ranks = {base64.b64decode(t, validate=True): int(i) for t, i in map(bytes.split, lines)}
     except ValueError as error:
-        raise ValueError(
+        raise BadInput(
             f"{path} is not in tiktoken's format (SentencePiece?): a tokenizer.json is needed"
         ) from error
     # subtle: tiktoken panics, past `except Exception`, where a rank occurs twice or a byte has none
     if sorted(ranks.values()) != list(range(len(ranks))) or sum(len(t) == 1 for t in ranks) != 256:
-        raise ValueError(f"{path} is damaged: its ranks are not 0, 1, 2, ... with every byte in it")
+        raise BadInput(f"{path} is damaged: its ranks are not 0, 1, 2, ... with every byte in it")
     names = ["<|begin_of_text|>", "<|end_of_text|>"]
     special = {name: len(ranks) + i for i, name in enumerate(names)}
     settings = {"add_bos_token": True, "bos_token": names[0], "eos_token": names[1]} | settings

@@ -6,6 +6,8 @@ from pathlib import Path
 import regex
 import tiktoken
 
+from support.system.bad_input import BadInput
+
 
 class Tokenizer:
     """encode(text) -> ids without special tokens; decode(ids) -> text; token_bytes(id) -> bytes.
@@ -70,11 +72,11 @@ class LibraryTokenizer(Tokenizer):
         try:
             from tokenizers import Tokenizer as Library
         except ImportError:
-            raise ValueError(f"{reason}; `pip install tokenizers` reads it") from None
+            raise BadInput(f"{reason}; `pip install tokenizers` reads it") from None
         try:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library has no class of its own
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise BadInput(f"{path} is damaged: {error}") from error
         self._library.encode_special_tokens = True  # text is data
         vocabulary = self._library.get_vocab(with_added_tokens=False)
         super().__init__({i: piece_bytes(t) for t, i in vocabulary.items()}, special, settings)

@@ -8,6 +8,7 @@ import itertools
 from support.memory import count as budget
 from support.memory.machine import Machine
 from support.memory.optimizer import NAMES, NEEDS_TORCHAO
+from support.system.bad_input import BadInput
 
 # Assumed, not measured
 DEVICE_EXTRA = {"cuda": 3e9, "cpu": 1.1e9}  # context, workspaces, fragmentation; libraries, text
@@ -97,14 +98,14 @@ def size(n: float) -> str:
 def check(config, args, there: Machine) -> None:
     """ValueError where memory or disk does not suffice."""
     if args.optimizer == "adamw-8bit" and there.here and not has_torchao():
-        raise ValueError(NEEDS_TORCHAO)
+        raise BadInput(NEEDS_TORCHAO)
     short, advice = shortage(config, args, there), ADVICE
     disk = sum(needs_on_disk(config, args).values())
     if not short and there.here and disk > there.disk:
         short = f"disk for --out {args.out}: {size(disk)} needed, {size(there.disk)} free"
         advice = "another --out may have it" + ("" if args.no_saves else ", --no_saves needs less")
     if short:
-        raise ValueError(
+        raise BadInput(
             f"this run does not fit, with --optimizer {args.optimizer}: {short}; {advice};"
             " --plan shows the parts"
         )

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from support.system.bad_input import BadInput
+
 NAMES = ("adamw", "adamw-host", "adamw-8bit")
 NEEDS_TORCHAO = "--optimizer adamw-8bit needs torchao: pip install torchao"
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -152,7 +154,7 @@ class EightBitAdamW(MasterAdamW):
             with without_warnings("torchao", "torch.utils._pytree"):
                 from torchao.optim import AdamW8bit
         except ImportError as error:
-            raise ValueError(f"{NEEDS_TORCHAO} ({error})") from None
+            raise BadInput(f"{NEEDS_TORCHAO} ({error})") from None
         self.kind = AdamW8bit
         super().__init__(model, lr, weight_decay)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from support.data.standard_library import SEPARATOR, standard_library_topics
 from support.data.text import find_files, read_texts
+from support.system.bad_input import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 ESSAYS = ROOT / "data" / "essays"  # where examples/smollm2.py puts them
@@ -40,7 +41,7 @@ def load_haystack(path: str | None) -> tuple[str, str]:
     text = SEPARATOR.join("".join(p) for p in read_texts(find_files([path or str(ESSAYS)])))
     source = path or str(ESSAYS.relative_to(ROOT))  # so that no result names a machine's folders
     if not text.strip():
-        raise ValueError(f"haystack {source} holds no text (--haystack)")
+        raise BadInput(f"haystack {source} holds no text (--haystack)")
     return text, source
 
 
@@ -73,7 +74,7 @@ def draw_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str
         return list(found)
     free = [word for word in words if word.lower() not in text]
     if len(free) < n:
-        raise ValueError(f"the haystack holds all but {len(free)} of the needles' {n} words")
+        raise BadInput(f"the haystack holds all but {len(free)} of the needles' {n} words")
     return rng.sample(free, n)
 
 
@@ -99,7 +100,7 @@ def lines_like(needle: str, keys: list[str], values: Sequence[str] | str, rng, a
     else:
         free = [value for value in values if value not in answers]
         if not free:
-            raise ValueError("a haystack of needles takes more values than those of the needles")
+            raise BadInput("a haystack of needles takes more values than those of the needles")
         drawn = rng.choices(free, k=len(keys))
     lines = [needle.format(key=k, value=v) for k, v in zip(keys, drawn, strict=True)]
     low = [answer.lower() for answer in answers]

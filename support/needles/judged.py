@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from support.huggingface.tokenizer import load_tokenizer
+from support.system.bad_input import BadInput
 
 
 def check_models(configs: dict, longest: int) -> None:
@@ -12,12 +13,12 @@ def check_models(configs: dict, longest: int) -> None:
     own = load_tokenizer(list(configs)[-1])
     for folder, config in configs.items():
         if config.sliding_window is not None and config.sliding_window < longest:
-            raise ValueError(
+            raise BadInput(
                 f"{folder}: sliding_window {config.sliding_window} is shorter than"
                 f" --lengths {longest}"
             )
         if own.vocab_size > config.vocab_size or own != load_tokenizer(folder):
-            raise ValueError(
+            raise BadInput(
                 f"{folder}: its tokenizer or vocabulary is not that of --model {list(configs)[-1]}"
             )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.needles.tasks import NIAH_M
+from support.system.bad_input import BadInput
 from support.system.console import log, telling
 from support.system.whole_files import check_unlocked, only_writer, write_atomically
 
@@ -20,7 +21,7 @@ class Results:
 
     def __init__(self, folder: Path):
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out {folder} is a file; a folder for the results is needed")
+            raise BadInput(f"--out {folder} is a file; a folder for the results is needed")
         check_unlocked(folder)  # another one's half-written line is not ours to mend
         path = folder / "needle.jsonl"
         self.path, self.rows = path, {}
@@ -34,7 +35,7 @@ class Results:
                 self.rows[self.key(row)] = row
             except (json.JSONDecodeError, KeyError, TypeError):
                 if i + 1 < len(lines):
-                    raise ValueError(
+                    raise BadInput(
                         f"{path}, line {i + 1} is no result of ours; move the file away"
                     ) from None
                 write_atomically(path, "".join(x + "\n" for x in lines[:-1]))  # killed in mid-line

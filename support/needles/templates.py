@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from support.huggingface.config import read_json
+from support.system.bad_input import BadInput
 from support.system.console import check_ranges, log
 
 LISTS = {"keys": ("uuids",), "values": ("numbers", "uuids")}  # or a list of words
@@ -21,47 +22,47 @@ def read_template(path: Path) -> dict:
     for name, value in fields.items():
         kind = KINDS.get(name)
         if kind is None:
-            raise ValueError(f"{path}: unknown field {name!r}; {', '.join(KINDS)}")
+            raise BadInput(f"{path}: unknown field {name!r}; {', '.join(KINDS)}")
         if name in LISTS and value in LISTS[name]:
             continue
         if type(value) is not kind or (kind is int and value < 1):
-            raise ValueError(f"{path}: {name} is {value!r}, wanted: {kind.__name__}")
+            raise BadInput(f"{path}: {name} is {value!r}, wanted: {kind.__name__}")
         if kind is list:
             check_words(f"{path}: {name}", value)
         if name in WORDING and kind is str:
             try:
                 value.format(key="", value="")
             except (KeyError, IndexError, ValueError):
-                raise ValueError(
+                raise BadInput(
                     f"{path}: {name}: only {{key}} and {{value}} may be in braces"
                 ) from None
     if fields.get("ask", "all") not in ASK:
-        raise ValueError(f"{path}: ask {fields['ask']!r} is none of {', '.join(ASK)}")
+        raise BadInput(f"{path}: ask {fields['ask']!r} is none of {', '.join(ASK)}")
     return fields
 
 
 def check_words(where: str, words: list) -> None:
     if not (words and all(isinstance(x, str) and x for x in words)):
-        raise ValueError(f"{where} must be a list of words")
+        raise BadInput(f"{where} must be a list of words")
     if len(set(words)) < len(words):
-        raise ValueError(f"{where} holds a word twice")
+        raise BadInput(f"{where} holds a word twice")
     if where.endswith("values"):  # they are searched in the answer
         low = sorted((x.lower() for x in words), key=len)
         for i, x in enumerate(low):
             if inside := [y for y in low[i + 1 :] if x in y]:
-                raise ValueError(f"{where}: {x!r} is part of {inside[0]!r}")
+                raise BadInput(f"{where}: {x!r} is part of {inside[0]!r}")
 
 
 def check_task(name: str, task) -> None:
     """ValueError if the wording cannot tell the needles of this task apart."""
     many = (task.needles > 1 and not task.one_key) or task.haystack == "needles"
     if "{value}" not in task.needle or (many and "{key}" not in task.needle):
-        raise ValueError(f"{name}: needle must hold {{key}} and {{value}}")
+        raise BadInput(f"{name}: needle must hold {{key}} and {{value}}")
     if "{key}" in task.needle and "{key}" not in task.question + task.answer:
-        raise ValueError(f"{name}: neither question nor answer holds {{key}}")
+        raise BadInput(f"{name}: neither question nor answer holds {{key}}")
     keys = 1 if task.one_key or task.haystack == "needles" else task.needles
     if not isinstance(task.keys, str) and len(task.keys) < keys:
-        raise ValueError(f"{name} has {task.needles} needles, but only {len(task.keys)} keys")
+        raise BadInput(f"{name} has {task.needles} needles, but only {len(task.keys)} keys")
 
 
 def resolve_tasks(args, known: dict) -> tuple[dict, dict]:
@@ -72,7 +73,7 @@ def resolve_tasks(args, known: dict) -> tuple[dict, dict]:
     fields = read_template(path) if args.template or path.is_file() else {}
     own = fields.get("task")
     if own is not None and own not in known:
-        raise ValueError(f"{path}: task {own!r} is none of {', '.join(known)}")
+        raise BadInput(f"{path}: task {own!r} is none of {', '.join(known)}")
     args.tasks = [own or "niah_single"] if args.tasks is None else list(dict.fromkeys(args.tasks))
     wording = {k: tuple(v) if k in LISTS and isinstance(v, list) else v for k, v in fields.items()}
     more = {k: v for k, v in wording.items() if k in OF_TASK}
@@ -110,8 +111,8 @@ def resolve_grid(args, fields: dict, tasks: dict, windows: list[int]) -> None:
     args.depths = sorted(set(args.depths))
     check_ranges(args, at_least_1=("n", "n_beyond"), seed=("seed",))
     if not args.tasks and not args.ppl:
-        raise ValueError("--tasks without a name wants --ppl: else there is nothing to run")
+        raise BadInput("--tasks without a name wants --ppl: else there is nothing to run")
     if args.lengths[0] < 2:
-        raise ValueError(f"--lengths {args.lengths[0]} must be at least 2 tokens")
+        raise BadInput(f"--lengths {args.lengths[0]} must be at least 2 tokens")
     if outside := [d for d in args.depths if not 0 <= d <= 1]:
-        raise ValueError(f"--depths {outside[0]:g} must be within 0..1")
+        raise BadInput(f"--depths {outside[0]:g} must be within 0..1")

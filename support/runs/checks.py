@@ -4,6 +4,7 @@ be known to fail before the model is loaded."""
 import torch
 
 from support.huggingface.config import read_config
+from support.system.bad_input import BadInput
 from support.system.console import check_ranges, log
 
 
@@ -24,34 +25,32 @@ def check_lengths(args) -> None:
     """With every length filled in: do they go together?"""
     target = f"--target_len {args.target_len}"
     if args.target_len <= args.base_len:
-        raise ValueError(f"{target} must exceed the window {args.base_len} (--base_len)")
+        raise BadInput(f"{target} must exceed the window {args.base_len} (--base_len)")
     if not 2 <= args.train_len <= args.target_len:
-        raise ValueError(f"--train_len {args.train_len} must be between 2 and {target}")
+        raise BadInput(f"--train_len {args.train_len} must be between 2 and {target}")
     if args.method == "full" and args.train_len != args.target_len:
-        raise ValueError(
-            f"--method full needs --train_len {args.target_len}, the whole --target_len"
-        )
+        raise BadInput(f"--method full needs --train_len {args.target_len}, the whole --target_len")
     if args.prefix and args.method != "longrecipe":
-        raise ValueError(f"--prefix belongs to --method longrecipe, not to {args.method}")
+        raise BadInput(f"--prefix belongs to --method longrecipe, not to {args.method}")
     if not 2 <= args.replay_len <= args.target_len:
-        raise ValueError(f"--replay_len {args.replay_len} must be between 2 and --target_len")
+        raise BadInput(f"--replay_len {args.replay_len} must be between 2 and --target_len")
 
 
 def check_probe(args, needs_probe: bool) -> None:
     if needs_probe and args.method == "none" and args.train_len <= args.base_len:
-        raise ValueError(
+        raise BadInput(
             "--method none never leaves the old window, so it has no impactful types of its own:"
             " --impactful FILE of another run, or --select random"
         )
     if not 0 <= args.probe_steps <= args.steps or (needs_probe and args.probe_steps == 0):
-        raise ValueError(
+        raise BadInput(
             f"--probe_steps {args.probe_steps} must be between 1 and --steps {args.steps}"
         )
 
 
 def check_extended(folder: str | None, vocab_size: int) -> None:
     if folder and read_config(folder)["vocab_size"] != vocab_size:
-        raise ValueError(f"--extended {folder} has another vocabulary than --model")
+        raise BadInput(f"--extended {folder} has another vocabulary than --model")
 
 
 def check_samples(args, stages, texts, tokenizer, impactful, sample, analysis_sample) -> None:
@@ -65,7 +64,7 @@ def check_samples(args, stages, texts, tokenizer, impactful, sample, analysis_sa
         (analysis_sample(i, stages[0], texts[0], tokenizer, args)[1][1:] >= args.base_len).any()
         for i in range(args.analysis_samples)
     ):
-        raise ValueError(
+        raise BadInput(
             f"no position of the {args.analysis_samples} samples of the analysis is past the old"
             f" window {args.base_len}: more --analysis_samples, a longer --train_len, or another"
             f" --seed than {args.seed}"

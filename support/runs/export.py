@@ -41,6 +41,7 @@ from support.data import sources as corpora
 from support.data.text import Corpus
 from support.huggingface.config import read_json
 from support.runs.flags import MAY_DIFFER, NO_SETTINGS, Parser, same, settings_of, started_in
+from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance, telling
 from support.system.whole_files import LOCK, only_writer, replacing, write_atomically
 
@@ -70,9 +71,9 @@ def export_flag() -> Parser:
 def check_exportable(args) -> None:
     """ValueError for flags of train.py, resolved, that leave open which samples it would see."""
     if args.resume or args.plan:
-        raise ValueError("--export goes with neither --resume nor --plan")
+        raise BadInput("--export goes with neither --resume nor --plan")
     if args.select == "impact" and not args.impactful:
-        raise ValueError(
+        raise BadInput(
             "--export with --select impact needs the impactful types beforehand: --impactful FILE,"
             " the impactful.json that train.py with the same flags leaves in its --out after the"
             " analysis (then give its --probe_steps, too); or --select random"
@@ -146,14 +147,14 @@ def check_folder(folder: Path, index: dict) -> None:
         for name in sorted(old.keys() | new.keys()):
             if not same(name, old.get(name), new.get(name)):
                 shown = [str(x.get(name))[:60] for x in (old, new)]
-                raise ValueError(
+                raise BadInput(
                     f"{folder} holds samples with another {name} ({shown[0]}, now {shown[1]}):"
                     " another --export"
                 )
         if change := corpora.changed(read_json(folder / INDEX).get("data", []), index["data"]):
-            raise ValueError(f"{change}; put it back, or another --export than {folder}")
+            raise BadInput(f"{change}; put it back, or another --export than {folder}")
     elif folder.exists() and (
         not folder.is_dir()
         or any(f.name not in (LOCK, INDEX + ".writing") for f in folder.iterdir())
     ):
-        raise ValueError(f"--export {folder} is not empty: another folder for the samples")
+        raise BadInput(f"--export {folder} is not empty: another folder for the samples")

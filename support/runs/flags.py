@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from support.huggingface.config import read_json
+from support.system.bad_input import BadInput
 from support.system.console import log
 
 # flags that say where and how, not what is trained
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=doc.split("\n")[0], **more)
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} (--help)")
+        raise BadInput(f"{message} (--help)")
 
 
 def parse_or_resume(
@@ -50,7 +51,7 @@ def parse_or_resume(
         before = settings_to_resume(Path(args.out))
         for name in sorted(vars(args).keys() - before.keys() - {*NO_SETTINGS, *MAY_DIFFER}):
             if getattr(args, name) != p.get_default(name):
-                raise ValueError(
+                raise BadInput(
                     f"--resume with --{name}: the run was begun by a version without that flag, and"
                     " goes on only without it"
                 )
@@ -90,10 +91,10 @@ def settings_of(folder: str | Path, file: str = "run.json") -> dict:
 def settings_to_resume(folder: Path) -> dict:
     """ValueError if there is no run to go on with."""
     if not (folder / "run.json").is_file():
-        raise ValueError(f"nothing to resume: {folder / 'run.json'} does not exist (--out)")
+        raise BadInput(f"nothing to resume: {folder / 'run.json'} does not exist (--out)")
     settings = settings_of(folder)
     if not isinstance(settings.get("model"), str):
-        raise ValueError(f"{folder / 'run.json'} holds no settings of a run (--out)")
+        raise BadInput(f"{folder / 'run.json'} holds no settings of a run (--out)")
     return settings
 
 
@@ -102,7 +103,7 @@ def check_same(before: dict, now: dict) -> None:
     for name in sorted(before):  # a flag that came later than the run: see parse_or_resume
         old, new = before.get(name), now.get(name)
         if name not in MAY_DIFFER and not same(name, old, new):
-            raise ValueError(
+            raise BadInput(
                 f"--resume with another --{name}: the run has {old!r}, now {new!r}; without the"
                 " flag the run's own is taken"
             )
@@ -139,11 +140,11 @@ def base_of_run(folder: str | Path) -> list[str]:
 def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
     """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
     if not Path(path).is_file():
-        raise ValueError(f"--impactful {path} does not exist (an impactful.json of a run)")
+        raise BadInput(f"--impactful {path} does not exist (an impactful.json of a run)")
     names = list(read_json(Path(path)))
     if not all(name.isdecimal() for name in names):
-        raise ValueError(f"{path} is no impactful.json of a run (--impactful)")
+        raise BadInput(f"{path} is no impactful.json of a run (--impactful)")
     types = torch.tensor([int(name) for name in names])
     if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
-        raise ValueError(f"{path} names no token types of this vocabulary (--impactful)")
+        raise BadInput(f"{path} names no token types of this vocabulary (--impactful)")
     return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)

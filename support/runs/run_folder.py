@@ -16,6 +16,7 @@ from support.data import sources as corpora
 from support.huggingface.checkpoint import not_finite
 from support.huggingface.config import read_json
 from support.runs.flags import check_same, settings_to_resume, started_in
+from support.system.bad_input import BadInput
 from support.system.console import telling
 from support.system.signals import unbroken
 from support.system.whole_files import (
@@ -59,7 +60,7 @@ class RunFolder:
                 kind, remedy = "is not empty", "--resume to go on"
                 if self.finished():
                     kind, remedy = "holds a finished run", "move it away"
-                raise ValueError(f"output folder {self.path} {kind}: another --out, or {remedy}")
+                raise BadInput(f"output folder {self.path} {kind}: another --out, or {remedy}")
             return
         check_same(settings_to_resume(self.path), settings)
 
@@ -69,7 +70,7 @@ class RunFolder:
         self.data = data
         began = read_json(self.path / "run.json").get("data", []) if resume else []
         if change := corpora.changed(began, data):
-            raise ValueError(f"--resume: {change}; put it back, or begin again in another --out")
+            raise BadInput(f"--resume: {change}; put it back, or begin again in another --out")
 
     def finished(self) -> bool:
         """Done, or killed after the result was in place."""
@@ -108,7 +109,7 @@ class RunFolder:
         tensors = [torch.cat(parts) for parts in zip(*batch, strict=True)]
         names = ("input_ids", "position_ids", "targets")
         save_file(dict(zip(names, tensors, strict=True)), self.path / BATCH)
-        raise ValueError(
+        raise BadInput(
             f"steps {step - SKIPS + 1} to {step} had no finite loss and gradient and changed no"
             f" weight; the last batch is in {self.path / BATCH}: lower --lr in another --out, or"
             " look at the data"
@@ -119,7 +120,7 @@ class RunFolder:
         Ctrl-C waits for the end. ValueError for a state with a number that is not finite."""
         with unbroken():
             if bad := next(not_finite(state), None):
-                raise ValueError(f"not saved: {bad} of the state is not finite; lower --lr")
+                raise BadInput(f"not saved: {bad} of the state is not finite; lower --lr")
             if (self.path / METRICS).is_file():
                 sync(self.path / METRICS)
             try:
@@ -142,7 +143,7 @@ class RunFolder:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise BadInput(f"{path} is damaged: {error}") from error
         metrics = self.path / METRICS
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
         kept = lines[: state["step"]]

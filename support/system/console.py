@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from support.system.bad_input import BadInput
 from support.system.signals import Terminated, signals_raise
 
 BARS = weakref.WeakSet()  # every progress bar of this process that may still be drawn
@@ -25,7 +26,7 @@ BARS = weakref.WeakSet()  # every progress bar of this process that may still be
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """The boundary of main(): bad input, a full disk or too little memory becomes one `error:` line
+    """The boundary of main(): BadInput, a full disk or too little memory becomes one `error:` line
     and exit code 2, Ctrl-C one line and exit code 130, SIGTERM one and 143; a bug keeps its
     traceback."""
     try:
@@ -34,7 +35,7 @@ def report_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (ValueError, OSError, SafetensorError) as error:
+    except (BadInput, OSError, SafetensorError) as error:
         last_line(f"error: {error}", error)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:
@@ -91,7 +92,7 @@ def check_ranges(
         for name in names:
             value = getattr(args, name)
             if value is not None and not test(value):
-                raise ValueError(f"--{name} {value} {rule}")
+                raise BadInput(f"--{name} {value} {rule}")
 
 
 def progress(iterable, description: str, **options):

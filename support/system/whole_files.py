@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from support.system.bad_input import BadInput
+
 LOCK = ".lock"
 
 
@@ -52,7 +54,7 @@ def write_folder(path: str | Path) -> Iterator[Path]:
     beside, old = path.with_name(path.name + ".writing"), path.with_name(path.name + ".old")
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not empty and (not (path / "config.json").is_file() or (path / "run.json").exists()):
-        raise ValueError(f"{path} is not empty and no plain model folder: not replacing it")
+        raise BadInput(f"{path} is not empty and no plain model folder: not replacing it")
     path.parent.mkdir(parents=True, exist_ok=True)
     if old.exists() and not path.exists():  # killed between the two renames below
         os.replace(old, path)
@@ -87,7 +89,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             alone = False
         if not alone:
-            raise ValueError(f"another run is writing to {folder}: wait for it, or take another")
+            raise BadInput(f"another run is writing to {folder}: wait for it, or take another")
         try:
             yield
         finally:
