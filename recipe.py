@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from model import BadInput, Llama, inverse_frequencies, load_tokenizer
-from support.data.text import Corpus, load_reference, load_tokens
+from support.data.sources import load_reference, load_tokens
+from support.data.text import Corpus
 from support.data.toy import TINY
 from support.explain import distances as coverage
 from support.explain import figure as explain_figure

@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from model import load_pretrained, load_tokenizer, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
-from support.data.toy import ToyCorpus, answerable, load_toy_text  # noqa: E402
+from support.data.sources import load_toy_text  # noqa: E402
+from support.data.toy import ToyCorpus, answerable  # noqa: E402
 from support.needles.results import clustered, mean_of  # noqa: E402
 from support.runs.flags import read_impactful  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402

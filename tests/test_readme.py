@@ -17,7 +17,7 @@ from fresh_copy import environment, fresh_copy
 from update_readme import ROOT, RUN, render
 
 from model import load_tokenizer
-from support.data.text import load_tokens
+from support.data.sources import load_tokens
 
 README = (ROOT / "README.md").read_text()
 CODE = ("model.py", "recipe.py", "train.py", "eval_needle.py")
