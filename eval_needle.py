@@ -257,7 +257,7 @@ class SharedPrefix:
 
     @torch.no_grad()
     def log_probability(self, ids: Tensor, answer_ids: Tensor, room: int = 0) -> float:
-        """log p(answer | prompt) in nats, all tokens of the answer (A,) summed: one forward pass
+        """log p(answer | prompt) in nats, summed over the answer_ids: one forward pass
         over the prompt's last token and the answer but for its last, then forgotten again."""
         self.read(ids, max(room, len(answer_ids)))
         inputs, head = torch.cat([ids[-1:], answer_ids[:-1]]), self.model.lm_head.weight
