@@ -8,7 +8,6 @@
     6. merge            average the tuned weights with the original ones              (paper 4.3)
 
     python recipe.py                  # explains one sample, in words and as a figure
-    python recipe.py --export DIR ... # the samples that `python train.py ...` would see, as files
 
 Everything here works on one sample of token ids (T,); nothing trains, nothing needs a GPU. Does NOT
 do: content jumps of the published PoSE (all methods get the same tokens), parts of speech (the
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 
 from model import BadInput, Llama, inverse_frequencies, load_tokenizer
-from support.data.sources import contents, load_corpora
 from support.data.text import Corpus, load_reference, load_tokens
 from support.data.toy import TINY
 from support.explain import distances as coverage
@@ -32,8 +30,6 @@ from support.explain import words
 from support.huggingface import checkpoint as checkpoint_files
 from support.huggingface import config as config_files
 from support.huggingface.hub import SMALL, local_folder
-from support.huggingface.tokenizer import check_fits
-from support.runs.export import check_exportable, export_flag, sample_settings, write_samples
 from support.runs.flags import Parser, read_impactful
 from support.system import whole_files as atomic
 from support.system.console import check_ranges, report_errors
@@ -379,7 +375,7 @@ def merge(
         checkpoint_files.copy_tokenizer(tuned_dir, folder)
 
 
-# ---- 7. `python recipe.py`: one sample explained, or the samples of a run written ---------------
+# ---- 7. `python recipe.py`: one sample explained -------------------------------------------
 
 
 def explain(args, folder: str) -> None:
@@ -415,28 +411,8 @@ def explain(args, folder: str) -> None:
     print(f"\nfigure: {args.figure}")
 
 
-def export(folder: Path, flags: list[str]) -> None:
-    """Write what train.py would see with these flags of its own, without training."""
-    import train  # not above: train.py imports this file
-
-    args = train.parse(flags)
-    config = train.resolve(args)
-    check_exportable(args)
-    tokenizer = load_tokenizer(args.model)
-    check_fits(tokenizer, config.vocab_size)
-    impactful = read_impactful(args.impactful, config.vocab_size) if args.impactful else None
-    corpora = load_corpora(args, tokenizer)
-
-    def draw(stage: train.Stage, step: int):
-        return train.draw(stage, step, corpora[stage.name == "replay"], tokenizer, args, impactful)
-
-    settings, stages = sample_settings(args, impactful, corpora), train.plan_stages(args)
-    write_samples(folder, settings, contents(args), stages, train.learning_rate, draw)
-
-
 def main(argv: list[str] | None = None) -> None:
-    export_to = export_flag()
-    p = Parser("recipe.py", "What LongRecipe does to one text.", parents=[export_to])
+    p = Parser("recipe.py", "What LongRecipe does to one text.")
     add = p.add_argument
     add("--model", default=TINY, metavar="DIR", help="its tokenizer and RoPE are used")
     add("--text", metavar="FILE", help="(None: Python's language reference)")
@@ -446,10 +422,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
     add("--seed", type=int, default=0)
     with report_errors():
-        to, flags = export_to.parse_known_args(argv)
-        if to.export is not None:
-            return export(to.export, flags)
-        args = p.parse_args(flags)
+        args = p.parse_args(argv)
         check_ranges(args, above_1=("target_len",), seed=("seed",))
         args.train_len = train_length(args.target_len) if args.train_len is None else args.train_len
         if not 2 <= args.train_len <= args.target_len:
