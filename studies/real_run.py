@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from update_readme import plain_name, table_order
+from make_docs import in_order, word
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -72,11 +72,11 @@ def judge(name: str, model: Path, others: str, flags: str, dtype: str) -> None:
 
 
 def panels(models: dict) -> tuple[dict, dict]:
-    """Titles and trained windows of the heat-map, as README's table names and orders the models."""
-    order = table_order(models)
+    """Titles and trained windows of the heat-map, as docs/results.md names and orders models."""
+    order = in_order(models)
     # the control has the base's weights: trained for the base's window
     windows = {m: models[m.removesuffix(" (new base)")]["window"] for m in order}
-    return {m: plain_name(m) for m in order}, windows
+    return {m: word(m) for m in order}, windows
 
 
 def redraw() -> None:
