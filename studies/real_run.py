@@ -1,8 +1,8 @@
-"""The real run behind README's first table: SmolLM2-135M from its window of 8,192 to 16,384 tokens.
+"""The real run behind docs/results.md: SmolLM2-135M from its window of 8,192 to 16,384 tokens.
 
     python studies/real_run.py                 # hours on 2 cores; killed and restarted it goes on
     python studies/real_run.py --redraw        # only figure and intervals, from the rows in assets/
-    python studies/real_run.py --smallest      # README's first commands: time, memory and disk
+    python studies/real_run.py --smallest      # docs/running.md's commands: time, memory and disk
 
 Trains longrecipe first, then the control `--method none` on the same tokens, judges the rows on
 essays that no training has seen (needles and loss), and copies table, figure and JSON to
@@ -41,7 +41,7 @@ METHODS = {
     "none": f"--method none --impactful {RUNS}/longrecipe/impactful.json",
 }
 EVAL = "--lengths 2048 8192 16384 --n 2 --ppl"
-# README's "Try it"; tests/test_readme.py compares
+# the commands of docs/running.md; tests/test_docs.py compares
 SMALLEST_TRAIN = (
     f"train.py --model {BASE} --target_len 16384 --train_len 1024 --steps 4 --probe_steps 1"
     " --replay_steps 1 --batch_sequences 2 --analysis_samples 2 --lr 1e-4"
@@ -102,7 +102,7 @@ def gigabytes(path: Path) -> float:
 
 
 def smallest() -> None:
-    """Run README's first commands in a folder of their own; keep what they needed."""
+    """Run the commands of docs/running.md in a folder of their own; keep what they needed."""
     with tempfile.TemporaryDirectory() as tmp:
         out, most, state = Path(tmp) / "out", 0.0, 0.0
         training = subprocess.Popen([sys.executable, *SMALLEST_TRAIN.split(), "--out", str(out)])
@@ -140,7 +140,7 @@ def main(argv=None) -> None:
     p.add_argument(
         "--redraw", action="store_true", help="figure and intervals, from the rows in assets/"
     )
-    p.add_argument("--smallest", action="store_true", help="only README's first commands, measured")
+    p.add_argument("--smallest", action="store_true", help="only the commands of docs/running.md")
     args = p.parse_args(argv)
     os.chdir(ROOT)
     if args.redraw or args.smallest:
