@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tiny_study import SETTINGS, lead  # noqa: E402
+from common import lead  # noqa: E402
+from tiny_study import SETTINGS  # noqa: E402
 
 from support.memory import table as plan  # noqa: E402
 from support.needles.results import clustered  # noqa: E402
@@ -137,7 +138,7 @@ def main_table() -> str:
 
 
 def windows_table() -> str:
-    """train.py and eval_needle.py with other --target_len (tiny_study.py --default --target N)."""
+    """train.py and eval_needle.py with other --target_len (readme_runs.py default --target N)."""
     rows = []
     for folder in sorted(RESULTS.glob("tiny_*k"), key=lambda f: int(f.name[5:-1])):
         run = read(folder / "run.json")
@@ -228,15 +229,16 @@ def study_verdicts() -> str:
 def first_run() -> str:
     """What README's first pair of commands took, and what it found at its longest length."""
     if not (RESULTS / "first_run.json").is_file():
-        return "What this pair took and found: not run yet (`python studies/first_run.py`)."
-    trained, judged = (read("first_run.json")[k] for k in ("train", "eval"))
-    length, told = max(e["length"] for e in judged["table"]), []
-    for row, label in rows_of(judged).items():
-        e = find(judged["table"], label, judged["table"][0]["task"], length)
+        return "What this pair took and found: not run yet (`python studies/readme_runs.py first`)."
+    found = read("first_run.json")
+    trained, judged, results = (found[k] for k in ("train", "eval", "results"))
+    length, told = max(e["length"] for e in results["table"]), []
+    for row, label in rows_of(results).items():
+        e = find(results["table"], label, results["table"][0]["task"], length)
         told.append(f"{row} {share(e)[:-1]}, n = {e['n']})")
     return (
         f"It took {trained['seconds'] / 60:.1f} + {judged['seconds'] / 60:.1f} minutes"
-        f" ({trained['threads']} core(s) of {trained['hardware']}, {trained['peak_GiB']:.1f} GiB,"
+        f" ({found['threads']} core(s) of {found['hardware']}, {trained['peak_GiB']:.1f} GiB,"
         f" [JSON](assets/results/first_run.json)). Found at {length:,} tokens: {'; '.join(told)}."
     )
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import mutate
 import pytest
-import real_run
+import readme_runs
 from fresh_copy import environment, fresh_copy
-from make_docs import FACT, PAGES, REGION, REGIONS, RESULTS, ROOT, fact, render, word
+from make_docs import FACT, PAGES, REGION, REGIONS, RESULTS, ROOT, fact, render
 
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 ALL = "\n".join(TEXT.values())
@@ -90,25 +90,27 @@ def test_the_toys_kept_runs_have_the_settings_that_the_commands_have_now(name):
     assert ours == {k: kept[k] for k in ours} and len(ours) > 25
 
 
-def test_the_smallest_run_was_measured_with_the_commands_shown():
-    shown = re.sub(" +", " ", TEXT["docs/running.md"].replace("\\\n", " "))
-    measured = json.loads((RESULTS / "smallest_run.json").read_text())
-    for part, command in (("train", real_run.SMALLEST_TRAIN), ("eval", real_run.SMALLEST_EVAL)):
-        assert f"python {command}\n" in shown
-        assert measured[part]["command"] == command
+@pytest.mark.parametrize(
+    ("name", "page"), [("first", "README.md"), ("smallest", "docs/running.md")]
+)
+def test_a_kept_run_was_measured_with_the_commands_shown(name, page):
+    shown = [
+        command for block, lines in shell_blocks().items() for command in lines if page in block
+    ]
+    kept = RESULTS / f"{name}_run.json"
+    measured = json.loads(kept.read_text()) if kept.is_file() else {}
+    for part, command in readme_runs.SETS[name].items():
+        if part in ("train", "eval"):
+            assert f"python {command}" in [re.sub(" +", " ", line) for line in shown]
+        assert not measured or measured[part]["command"] == command
 
 
-def test_table_and_figure_of_smollm2_are_of_the_committed_rows_in_one_order():
-    rows = [json.loads(line) for line in (real_run.RESULTS / "needle.jsonl").open()]
-    summary = json.loads((real_run.RESULTS / "rows" / "needle_results.json").read_text())
+def test_the_table_of_smollm2_rests_on_the_committed_rows():
+    rows = [json.loads(line) for line in (RESULTS / "smollm2_16k" / "needle.jsonl").open()]
+    summary = json.loads((RESULTS / "smollm2_16k" / "rows" / "needle_results.json").read_text())
     for e in (e for e in summary["table"] if e["task"] == "niah_single"):
         same = [r for r in rows if all(r[k] == e[k] for k in ("model", "task", "length"))]
         assert len(same) == e["n"] and sum(r["score"] for r in same) / e["n"] == e["mean"]
-    titles, windows = real_run.panels(summary["models"])
-    assert [windows[m] for m in windows] == [8192, 8192, 16384, 16384]  # untrained: the old one
-    region = TEXT["docs/results.md"].split("<!-- begin real -->")[1]
-    places = [region.index(f"| {titles[m]} |") for m in windows]
-    assert places == sorted(places) and [word(m) for m in windows] == list(titles.values())
 
 
 # ---- formulas ----------------------------------------------------------------------------------
