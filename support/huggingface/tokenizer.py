@@ -251,8 +251,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             reason = f"{path}: {reason} is beyond our byte-level BPE"
             return LibraryTokenizer(data, data.get("added_tokens") or [], settings, reason)
         return from_bpe(data, pattern, settings)
-    except (LookupError, TypeError, AttributeError, OverflowError, regex.error) as error:
-        raise BadInput(f"{file} is damaged: {error!r}") from error
+    except BadInput:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, regex.error) as e:
+        raise BadInput(f"{file} is damaged: {e!r}") from e
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
