@@ -165,14 +165,16 @@ def split_segments(ids: Tensor, tokenizer) -> Tensor:
     def one_of(characters: str) -> np.ndarray:
         return np.isin(char, [ord(c) for c in characters])
 
+    def latest(where: np.ndarray) -> np.ndarray:  # index of the last True so far
+        return np.maximum.accumulate(np.where(where, np.arange(len(char)), -1))
+
     stop, wide, closer, space = map(one_of, (STOPS, WIDE_STOPS, CLOSERS, SPACES))
-    # For each character the nearest one at or before it that is not a closer: the stop of `."`
-    before_closers = np.maximum.accumulate(np.where(closer, 0, np.arange(len(char))))
     space_next = np.append(space[1:], True)  # the end of the text counts as white space
-    more_next = np.append((stop | wide | closer)[1:], False)
+    run = stop | wide | closer  # stops and closing quotes that follow one another: ?!")
+    run_ends, before_run = run & ~np.append(run[1:], False), latest(~run)
     # [E5] seg(S): disjoint runs whose union is S, in order; an end is after character i where
-    ends = (char == ord("\n")) | (stop[before_closers] & space_next)
-    ends |= wide[before_closers] & ~more_next
+    ends = (char == ord("\n")) | (run_ends & (latest(wide) > before_run))
+    ends |= run_ends & (latest(stop) > before_run) & space_next
     if ends.sum() * RARE < len(char):
         say_once("a text with hardly any sentence end (. ! ? or line break): split at its spaces")
         ends |= space_next & ~space
@@ -195,14 +197,10 @@ def digit_types(tokenizer) -> Tensor:
 def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
     """Tokens of each segment, (N,) int64. Raises BadInput unless starts (N,) increase from 0 and
     stay below total_tokens."""
-    if (
-        len(starts) == 0
-        or starts[0] != 0
-        or starts[-1] >= total_tokens
-        or (starts.diff() <= 0).any()
-    ):
+    size = torch.diff(starts, append=torch.tensor([total_tokens]))
+    if len(starts) == 0 or starts[0] != 0 or (size <= 0).any():
         raise BadInput(f"segment starts must increase from 0 and stay below {total_tokens} tokens")
-    return torch.diff(starts, append=torch.tensor([total_tokens]))
+    return size
 
 
 def impactful_share(ids: Tensor, starts: Tensor, impactful: Tensor) -> Tensor:
@@ -230,7 +228,7 @@ def select_segments(
     too short, starts are not those of ids, or impactful is missing where it is needed."""
     if strategy not in STRATEGIES:
         raise BadInput(f"unknown selection {strategy!r}: {', '.join(STRATEGIES)} (--select)")
-    if not 1 <= train_len:
+    if train_len < 1:
         raise BadInput(f"a sample of --train_len {train_len} must have at least one token")
     if len(ids) < train_len:
         raise BadInput(f"{len(ids)} tokens are shorter than a sample of --train_len {train_len}")
@@ -381,12 +379,14 @@ def next_token_targets(input_ids: Tensor) -> Tensor:
 
 
 def train_length(target_len: int) -> int:
-    """Tokens of a sample: 30 % of the target as in the paper, rounded up to a multiple of 128 (which
-    suits GPU kernels).
+    """Tokens of a sample: 30 % of the target as in the paper, rounded up to a multiple of 128,
+    which suits GPU kernels. Raises BadInput if there is no target.
 
     >>> train_length(131072)
     39424
     """
+    if target_len < 1:
+        raise BadInput(f"--target_len {target_len} must have at least one token")
     return min(target_len, -(-target_len * 3 // 1280) * 128)  # [E16] 128 * ceil(0.3 T* / 128)
 
 

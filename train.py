@@ -2,6 +2,7 @@
 
     python train.py --target_len 131072                # the embedded tiny model, on a laptop
     python train.py --model DIR --target_len 131072    # the paper's 104 steps of 96 samples
+    python train.py --export DIR ...                   # only the samples, for an engine of your own
 
 The story, in order (Hu et al., ACL 2025, section 4):
     probe      a few steps of extension with randomly selected sentences: the model is now H'
@@ -30,6 +31,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ from model import (
     load_tokenizer,
     save_pretrained,
 )
+from recipe import next_token_targets
 from support.data.sources import contents, load_corpora
 from support.data.text import Corpus
 from support.data.toy import TINY
@@ -57,6 +60,7 @@ from support.memory.optimizer import NAMES as OPTIMIZERS
 from support.memory.optimizer import make_optimizer
 from support.memory.table import settle
 from support.runs import checks
+from support.runs.export import check_exportable, sample_settings, write_samples
 from support.runs.flags import NO_SETTINGS, Parser, parse_or_resume, read_impactful
 from support.runs.run_folder import RunFolder
 from support.system.bad_input import BadInput
@@ -130,6 +134,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--no_saves", action="store_true", help="no state: 4-12 bytes a parameter, twice")
     add("--saves", dest="no_saves", action="store_false", default=False, help="undo --no_saves")
     add("--resume", action="store_true", help="go on in --out, with its flags where none is given")
+    add("--export", metavar="DIR", help="write the samples of the run to DIR and do nothing else")
     return parse_or_resume(p, argv, TOY)
 
 
@@ -210,15 +215,6 @@ def draw(
         seed = args.seed * 1_000_003 + step + 100_000_000 * b
         generator = torch.Generator().manual_seed(seed)
         yield sample(stage, corpus, tokenizer, args, impactful, generator)
-
-
-def next_token_targets(input_ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T): the token that follows; the last one has none.
-
-    >>> next_token_targets(torch.tensor([[5, 6, 7]])).tolist()
-    [[6, 7, -100]]
-    """
-    return torch.cat((input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)), dim=1)
 
 
 def accumulate(
@@ -415,11 +411,28 @@ def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
     run.publish(run.path / "merged")
 
 
+def export(args: argparse.Namespace, config: LlamaConfig) -> None:
+    """Write the samples that the run would see to the folder --export, without training."""
+    check_exportable(args)
+    tokenizer = load_tokenizer(args.model)
+    check_fits(tokenizer, config.vocab_size)
+    impactful = read_impactful(args.impactful, config.vocab_size) if args.impactful else None
+    corpora = load_corpora(args, tokenizer)
+
+    def samples(stage: Stage, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return draw(stage, step, corpora[stage.name == "replay"], tokenizer, args, impactful)
+
+    settings, stages = sample_settings(args, impactful, corpora), plan_stages(args)
+    write_samples(Path(args.export), settings, contents(args), stages, learning_rate, samples)
+
+
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
         args = parse(argv)
         started = time.time()
         config = resolve(args)
+        if args.export:
+            return export(args, config)
         stages = plan_stages(args)
         run = RunFolder(args.out)
         # memory: chooses optimizer and levers, refuses what cannot fit; --plan prints and ends here

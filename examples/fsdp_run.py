@@ -4,7 +4,7 @@ Trainer with FSDP in two processes, each holding half of the weights, against tr
     python examples/fsdp_run.py     # the toy on 2 cores, gloo -> assets/results/fsdp.json
 
 In turn: train.py; the same with each batch in reverse order, which is the same sum rounded
-otherwise and so tells what rounding does to these losses; `recipe.py --export`; and then
+otherwise and so tells what rounding does to these losses; `train.py --export`; and then
 
     torchrun --nproc_per_node 2 examples/fsdp_run.py --samples DIR --losses FILE
 
@@ -179,7 +179,7 @@ def ours(flags: list[str], out: Path, reverse: bool = False) -> tuple[list[dict]
 
 def measure(work: Path) -> dict:
     """Train in every way in the empty folder `work`, and compare."""
-    import recipe
+    import train
     from support.data.standard_library import standard_library_topics
     from support.explain.words import OF_THE_TOY
     from support.system.console import provenance
@@ -190,7 +190,7 @@ def measure(work: Path) -> dict:
     flags = [*FLAGS.split(), "--data", str(text), "--impactful", str(OF_THE_TOY)]
     rows, weights = ours(flags, work / "out")
     backwards, _ = ours(flags, work / "backwards", reverse=True)
-    recipe.main(["--export", str(work / "samples"), *flags])
+    train.main(["--export", str(work / "samples"), *flags])
     found = torchrun(work / "samples", work / "fsdp.json")
     blind = torchrun(work / "samples", work / "blind.json", "--no_mask")
     theirs = load_file(work / "fsdp.safetensors")

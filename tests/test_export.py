@@ -1,4 +1,4 @@
-"""`python recipe.py --export DIR`: the very samples of train.py, in files that are whole."""
+"""`python train.py --export DIR`: the very samples of train.py, in files that are whole."""
 
 import json
 import re
@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from test_train import command, snapshot
 
-import recipe
 import train
 from support.runs.export import INDEX
 from support.runs.flags import settings_of
@@ -40,7 +39,7 @@ def flags(toy_dir, prose_file, trained, *more: str) -> list[str]:
 
 
 def export(folder, argv: list[str]) -> dict:
-    recipe.main(["--export", str(folder), *argv])
+    train.main(["--export", str(folder), *argv])
     return json.loads((folder / INDEX).read_text())
 
 
@@ -181,7 +180,7 @@ def test_what_an_export_refuses(trained, toy_dir, prose_file, tmp_path, capsys):
     ):
         before = snapshot(tmp_path)
         with pytest.raises(SystemExit) as stop:
-            recipe.main(["--export", str(folder), *given])
+            train.main(["--export", str(folder), *given])
         lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
         assert stop.value.code == 2 and len(lines) == 1 and re.search(match, lines[0]), lines
         assert snapshot(tmp_path) == before

@@ -22,8 +22,8 @@ def distance_counts(positions: Tensor, target_len: int) -> Tensor:
     >>> distance_counts(torch.tensor([0, 1, 3]), 5).tolist()
     [0, 1, 1, 1, 0]
     """
-    # With x[p] = 1 where there is a token, count(d) = sum over p of x[p] x[p + d]: a correlation,
-    # taken by FFT: twice as long, as that is cyclic; integers below 2^53, so that rounding is exact.
+    # With x[p] = 1 where there is a token, count(d) = sum over p of x[p] x[p + d]: a correlation by
+    # FFT, twice as long since that is cyclic. Integers below 2^53: rounding gives them exactly.
     present = torch.zeros(2 * target_len, dtype=torch.float64)
     present[positions] = 1
     power = torch.fft.rfft(present).abs().square()

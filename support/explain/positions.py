@@ -1,4 +1,4 @@
-"""`python recipe.py --positions PNG`: where each method puts the tokens of a sample, as a figure."""
+"""The figure of `python recipe.py --positions PNG`: where each method puts a sample's tokens."""
 
 from pathlib import Path
 

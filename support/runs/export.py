@@ -1,4 +1,4 @@
-"""`python recipe.py --export DIR`: the samples of a run as files, for an engine of your own.
+"""`python train.py --export DIR`: the samples of a run as files, for an engine of your own.
 
     DIR/samples.json               settings (relative paths: from its started_in, itself relative
                                    to DIR), what the data holds, and a row for every step
@@ -40,7 +40,7 @@ from torch import Tensor
 from support.data import sources as corpora
 from support.data.text import Corpus
 from support.huggingface.config import read_json
-from support.runs.flags import MAY_DIFFER, NO_SETTINGS, Parser, same, settings_of, started_in
+from support.runs.flags import MAY_DIFFER, NO_SETTINGS, same, settings_of, started_in
 from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance, telling
 from support.system.whole_files import LOCK, only_writer, replacing, write_atomically
@@ -57,15 +57,6 @@ OTHER = (
     "rebased_analysis",
     "top",
 )
-
-
-def export_flag() -> Parser:
-    """The flag --export alone: what is left of a command line with it goes to train.py's parser."""
-    p = Parser("recipe.py", "The samples of a run as files.", add_help=False)
-    what = "write the samples that train.py would see to DIR, and nothing else; all other flags are"
-    where = "then train.py's (format: support/runs/export.py)"
-    p.add_argument("--export", type=Path, metavar="DIR", help=f"{what} {where}")
-    return p
 
 
 def check_exportable(args) -> None:

@@ -12,7 +12,7 @@ from support.system.bad_input import BadInput
 from support.system.console import log
 
 # flags that say where and how, not what is trained
-NO_SETTINGS = ("resume", "out", "device", "plan")
+NO_SETTINGS = ("resume", "out", "device", "plan", "export")
 # settings that may be others after --resume: none of them changes a bit of the result
 MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves", "keep_attention", "offload_inputs")
 PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings that are paths
