@@ -9,6 +9,7 @@ from torch import Tensor
 from support.data.text import Corpus, load_reference, load_tokens
 from support.data.toy import TINY
 from support.explain import distances, figure, positions, words
+from support.huggingface.config import read_window
 from support.huggingface.hub import SMALL, local_folder
 from support.huggingface.tokenizer import load_tokenizer
 from support.runs.flags import Parser, read_impactful
@@ -105,5 +106,6 @@ def draw_positions(args, folder: str, recipe: ModuleType) -> None:
         length = args.target_len if name == "full" else args.train_len
         drawn = recipe.sample_position_ids(name, length, args.target_len, starts, generator)
         samples[name] = label, drawn
-    positions.draw(args.positions, samples, starts, args.target_len, folder)
+    drawn = positions.draw(samples, starts, args.target_len, read_window(folder))
+    drawn.savefig(args.positions, dpi=120, metadata={"Software": None})
     print(f"figure: {args.positions}")

@@ -1,11 +1,7 @@
 """The figure of `python recipe.py --positions PNG`: where each method puts a sample's tokens."""
 
-from pathlib import Path
-
 import numpy as np
 from torch import Tensor
-
-from support.huggingface.config import read_window
 
 FONT = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}
 OURS, OTHERS = "#c1272d", "#30507a"
@@ -13,20 +9,19 @@ ZOOM = 120  # tokens that the lower row shows
 
 
 def draw(
-    path: str | Path,
     samples: dict[str, tuple[str, Tensor]],
     starts: Tensor,
     target_len: int,
-    folder: str | Path,
-) -> None:
-    """A column for each method: the whole sample above, its first tokens below.
+    old_window: int | None = None,
+):
+    """A Figure with a column for each method: the whole sample above, its first tokens below.
 
     samples: method -> (a few words, position ids (L,)); starts (M,): where the sentences of the
-    sample begin; folder: the model's, for its window."""
+    sample begin."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    old_window, train_len = read_window(folder), len(samples["none"][1])
+    train_len = min(len(positions) for _, positions in samples.values())
     with matplotlib.rc_context(FONT):
         figure = Figure(figsize=(2.75 * len(samples), 6.8), layout="constrained")
         whole, zoom = figure.subplots(2, len(samples), sharex="row", sharey="row")
@@ -49,7 +44,7 @@ def draw(
             " each method puts its tokens",
             fontsize=16,
         )
-        figure.savefig(path, dpi=120, metadata={"Software": None})
+    return figure
 
 
 def draw_sample(axis, positions: Tensor, target_len: int, color: str) -> None:
