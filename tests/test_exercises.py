@@ -1,4 +1,4 @@
-"""The answers of the exercises run, and are right; so do the cells of the notebook."""
+"""The answers of docs/exercises.md run, and are right; so do the cells of the notebook."""
 
 import json
 import re
