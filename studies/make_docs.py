@@ -4,7 +4,7 @@ Sentences are written by hand in the pages. Two kinds of places in them are writ
     <!-- begin NAME --> ... <!-- end NAME -->         a region: what REGIONS[NAME] makes
     8.7<!--tiny_128k/run.json: seconds, minutes-->    a fact: the word before its comment, from a
                                                       file of assets/results; or a name of facts()
-tests/test_docs.py fails when a page is stale.
+tests/test_docs.py fails when a page is stale. --figures: draws those of recorded rows again.
 """
 
 import functools
@@ -16,37 +16,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import lead  # noqa: E402
+from common import WORDS, Table, in_words, lead, texts_of  # noqa: E402
 from tiny_study import SETTINGS  # noqa: E402
 
 from support.memory import table as plan  # noqa: E402
-from support.needles.results import clustered  # noqa: E402
+from support.needles.figures import draw_curves, draw_heatmap  # noqa: E402
+from support.needles.results import clustered, mean_of  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "assets" / "results"
 STUDY = "tiny_study_32768.json"
 
-# How a recorded label ends -> the same in the words of the pages, in the order of their tables
-WORDS = {
-    "(new base)": "untrained",
-    "(untrained)": "untrained",
-    "none": "plain positions",
-    "pose": "PoSE",
-    "rpes": "random positions",
-    "longrecipe": "LongRecipe",
-    "extended": "LongRecipe, after extend",
-    "replayed": "LongRecipe, after replay",
-}
-
 
 def word(label: str) -> str:
-    """What a model is called in tables and figures; a label that ends otherwise: the original."""
-    return next((w for end, w in WORDS.items() if label.endswith(end)), "original")
-
-
-def in_order(labels) -> list[str]:
-    order = ["original", *WORDS.values()]
-    return sorted(labels, key=lambda label: order.index(word(label)))
+    """What a model of needle_results.json is called in tables and figures."""
+    if label.endswith(("(new base)", "(untrained)")):
+        return "untrained"
+    return WORDS.get(re.split("[_/]", label)[-1], "original")
 
 
 def read(path: Path | str) -> dict:
@@ -108,12 +94,15 @@ def needle_table(found: dict, losses: dict | None = None) -> str:
     return table(header + [f"loss at {length:,}" for length in at], rows)
 
 
-def studied(name: str, length: int, seeds: tuple[str, ...] | None = None) -> dict:
-    """A cell of the study: all texts of all seeds, or of those given."""
-    runs = read(STUDY)["runs"][name]
-    texts = [t for seed in seeds or sorted(runs) for t in runs[seed]["scores"][str(length)]]
-    scores = [score for text in texts for score in text]
-    return {"mean": statistics.mean(scores), "interval_95": clustered(texts), "n": len(scores)}
+def studied(name: str, length: int, seed: str | None = None) -> dict:
+    """A cell of the study: all texts of all seeds, or of one."""
+    seeds = read(STUDY)["runs"][name]
+    texts = texts_of({seed: seeds[seed]} if seed else seeds, length)
+    return {
+        "mean": mean_of(texts),
+        "interval_95": clustered(texts),
+        "n": sum(map(len, texts)),
+    }
 
 
 def main_table() -> str:
@@ -151,19 +140,12 @@ def windows_table() -> str:
     return table(["window", "original", "untrained", "LongRecipe", "minutes of training"], rows)
 
 
-def setting_name(name: str) -> str:
-    """A row of the study in the words of the pages."""
-    if name == "untrained, old base":
-        return "original"
-    return name.replace("none", "plain positions").replace(" base", " theta")
-
-
 def leads(runs: dict) -> dict[str, dict]:
     """setting -> by how much longrecipe under the same theta is above it."""
     found = {}
     for name in (name for name in SETTINGS if name in runs):
-        ours = runs.get("longrecipe" + "".join(name.partition(",")[1:]), {})
-        if not name.startswith("longrecipe") and ours.keys() & runs[name].keys():
+        ours = runs.get(Table.reference(name), {})
+        if ours != runs[name] and ours.keys() & runs[name].keys():
             found[name] = lead(ours, runs[name], 32_768)
     return found
 
@@ -195,16 +177,14 @@ def study_table() -> str:
         mean, *interval = (100 * x for x in (gain["mean"], *gain["interval_95"])) if gain else [0]
         rows.append(
             [
-                setting_name(name),
+                in_words(name),
                 str(one["recipe"]["steps"]) if "recipe" in one else "",
                 "" if kept[0] is None else f"{100 * kept[0]:.0f} %",
                 "" if not kept[0] else f"{100 * kept[1]:.0f} %",  # of no question: no pair
                 f"{statistics.mean(loss):+.3f}" if loss else "",
                 share(studied(name, 8192)),
                 share(studied(name, 32_768)),
-                ", ".join(
-                    f"{100 * studied(name, 32_768, (s,))['mean']:.0f}" for s in sorted(seeds)
-                ),
+                ", ".join(f"{100 * studied(name, 32_768, s)['mean']:.0f}" for s in sorted(seeds)),
                 f"{mean:+.0f} ({interval[0]:+.0f} to {interval[1]:+.0f})" if gain else "",
             ]
         )
@@ -219,7 +199,7 @@ def study_verdicts() -> str:
     for theta in dict.fromkeys(name.partition(", ")[2] for name in found):
         groups: dict[str, list[str]] = {}
         for name in (name for name in found if name.partition(", ")[2] == theta):
-            groups.setdefault(verdict(found[name]), []).append(setting_name(name))
+            groups.setdefault(verdict(found[name]), []).append(in_words(name))
         told = "; ".join(f"{how} {', '.join(names)}" for how, names in sorted(groups.items()))
         where = f"Under the {theta.replace('base', 'theta')}" if theta else "Under theta x 4"
         lines.append(f"- {where}, text by text, LongRecipe at 32,768 tokens is {told}.")
@@ -246,7 +226,9 @@ def first_run() -> str:
 def real_table() -> str:
     rows, stages = (read(f"smollm2_16k/{name}/needle_results.json") for name in ("rows", "stages"))
     lengths, lines = (2048, 8192, 16_384), []
-    entries = [(m, rows["table"]) for m in in_order(rows["models"])]
+    order = ["original", "untrained", *WORDS.values()]
+    entries = sorted(rows["models"], key=lambda label: order.index(word(label)))
+    entries = [(m, rows["table"]) for m in entries]
     entries += [(m, stages["table"]) for m in stages["models"] if m.endswith("ed")]
     for model, found in entries:
         losses = [find(found, model, "loss", n) for n in lengths]
@@ -380,7 +362,32 @@ def render(text: str) -> str:
     return FACT.sub(lambda m: f"{fact(m[2])}<!--{m[2]}-->", text)
 
 
+def draw_figures() -> None:
+    """The figures of recorded rows again, with the words of the tables instead of labels."""
+    for folder, task, parts in (("tiny_128k", "multiquery", 8), ("smollm2_16k", "niah_single", 0)):
+        lines = (RESULTS / folder / "needle.jsonl").read_text().splitlines()
+        where = RESULTS / folder / ("" if parts else "rows")
+        models = json.loads((where / "needle_results.json").read_text())["models"]
+        names = rows_of({"models": models}) if parts else {word(m): m for m in models}
+        names = {label: row for row, label in names.items()}
+        rows = [
+            r | {"model": names[r["model"]]} for r in map(json.loads, lines) if r["model"] in names
+        ]
+        windows = {}
+        for label, row in names.items():
+            shown = row in ("original", "untrained", "LongRecipe") or not parts
+            old = models[next(iter(models))]["window"]
+            windows |= (
+                {row: old if row == "untrained" else models[label]["window"]} if shown else {}
+            )
+        draw_heatmap(where / "needle.png", rows, task, windows, {}, parts)
+        if parts:
+            draw_curves(where / "curves.png", [r for r in rows if r["model"] in windows], task)
+
+
 def main() -> None:
+    if "--figures" in sys.argv:
+        draw_figures()
     for page in PAGES:
         page.write_text(render(page.read_text()))
 
