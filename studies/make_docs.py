@@ -25,6 +25,7 @@ from support.needles.results import clustered, mean_of  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "assets" / "results"
+TOY, REAL = RESULTS / "tiny_128k", RESULTS / "smollm2_16k"
 STUDY = "tiny_study_32768.json"
 
 
@@ -65,15 +66,19 @@ def overlap(a: dict, b: dict) -> str:
 # ---- regions -----------------------------------------------------------------------------------
 
 
-def rows_of(found: dict) -> dict[str, str]:
-    """Row of a table -> label, of an eval_needle.py run whose last model is train.py's result."""
-    labels = list(found["models"])
-    return {word(label): label for label in labels[:-1]} | {"LongRecipe": labels[-1]}
+def rows_of(models: dict) -> dict[str, str]:
+    """Row of a table -> label, of the models of a needle_results.json. A folder that is named after
+    no method is train.py's result; the first such is what it started from."""
+    rows = {}
+    for label in models:
+        row = word(label)
+        rows["LongRecipe" if row == "original" and row in rows else row] = label
+    return rows
 
 
 def toy_entry(row: str, length: int, folder: str = "tiny_128k") -> dict | None:
     found = read(f"{folder}/needle_results.json")
-    return find(found["table"], rows_of(found)[row], "multiquery", length)
+    return find(found["table"], rows_of(found["models"])[row], "multiquery", length)
 
 
 def needle_table(found: dict, losses: dict | None = None) -> str:
@@ -83,7 +88,7 @@ def needle_table(found: dict, losses: dict | None = None) -> str:
     losses = [e for e in (losses or found)["table"] if e["task"] == "loss"]
     lengths, at = (sorted({e["length"] for e in entries}) for entries in (needles, losses))
     n, rows = statistics.mode(e["n"] for e in needles), []
-    for row, label in rows_of(found).items():
+    for row, label in rows_of(found["models"]).items():
         cells = [row]
         for length in lengths:
             e = find(needles, label, needles[0]["task"], length)
@@ -213,7 +218,7 @@ def first_run() -> str:
     found = read("first_run.json")
     trained, judged, results = (found[k] for k in ("train", "eval", "results"))
     length, told = max(e["length"] for e in results["table"]), []
-    for row, label in rows_of(results).items():
+    for row, label in rows_of(results["models"]).items():
         e = find(results["table"], label, results["table"][0]["task"], length)
         told.append(f"{row} {share(e)[:-1]}, n = {e['n']})")
     return (
@@ -289,7 +294,7 @@ def facts() -> dict[str, str]:
 
     lines = (RESULTS / "tiny_128k" / "needle.jsonl").read_text().splitlines()
     needles, judged = [r for r in map(json.loads, lines) if r["task"] == "multiquery"], 0.0
-    for row, label in rows_of(read("tiny_128k/needle_results.json")).items():
+    for row, label in rows_of(read(TOY / "needle_results.json")["models"]).items():
         seconds = sum(r["seconds"] for r in needles if r["model"] == label)
         judged += seconds if row in ("original", "untrained", "LongRecipe") else 0.0
         both = toy_entry(row, 131_072), toy_entry("LongRecipe", 131_072)
@@ -364,25 +369,20 @@ def render(text: str) -> str:
 
 def draw_figures() -> None:
     """The figures of recorded rows again, with the words of the tables instead of labels."""
-    for folder, task, parts in (("tiny_128k", "multiquery", 8), ("smollm2_16k", "niah_single", 0)):
-        lines = (RESULTS / folder / "needle.jsonl").read_text().splitlines()
-        where = RESULTS / folder / ("" if parts else "rows")
-        models = json.loads((where / "needle_results.json").read_text())["models"]
-        names = rows_of({"models": models}) if parts else {word(m): m for m in models}
-        names = {label: row for row, label in names.items()}
-        rows = [
-            r | {"model": names[r["model"]]} for r in map(json.loads, lines) if r["model"] in names
-        ]
-        windows = {}
-        for label, row in names.items():
-            shown = row in ("original", "untrained", "LongRecipe") or not parts
-            old = models[next(iter(models))]["window"]
-            windows |= (
-                {row: old if row == "untrained" else models[label]["window"]} if shown else {}
-            )
+    shown = ("original", "untrained", "plain positions", "LongRecipe")
+    for where, task, parts in ((TOY, "multiquery", 8), (REAL / "rows", "niah_single", 0)):
+        models = read(where / "needle_results.json")["models"]
+        names = {label: row for row, label in rows_of(models).items() if row in shown}
+        windows = {row: models[label]["window"] for label, row in names.items()}
+        windows = {row: windows[row] for row in shown if row in windows}
+        windows["untrained"] = windows["original"]  # what its weights were trained for
+        file = next(f for f in (where, where.parent) if (f / "needle.jsonl").is_file())
+        lines = (file / "needle.jsonl").read_text().splitlines()
+        rows = [r | {"model": names.get(r["model"])} for r in map(json.loads, lines)]
+        rows = [r for r in rows if r["model"]]
         draw_heatmap(where / "needle.png", rows, task, windows, {}, parts)
-        if parts:
-            draw_curves(where / "curves.png", [r for r in rows if r["model"] in windows], task)
+        if where == TOY:
+            draw_curves(where / "curves.png", rows, task)
 
 
 def main() -> None:
