@@ -161,7 +161,7 @@ WORDS = {  # how a recorded row or label is shown in tables and figures, in thei
     "longrecipe": "LongRecipe",
     "extended": "LongRecipe, after extend",
     "replayed": "LongRecipe, after replay",
-    "prefix": "LongRecipe, prefix",
+    "prefix": "LongRecipe with prefix",
     "full": "full length",
 }
 
