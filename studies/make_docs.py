@@ -163,10 +163,21 @@ def verdict(e: dict) -> str:
     return "above" if low > 0 else "below" if high < 0 else "not told apart from"
 
 
+def nats_of(seeds: dict, length: int) -> str:
+    """Mean log-probability of an answer, in the seeds where it was measured; else nothing."""
+    texts = texts_of(seeds, length, "nats")
+    return f"{mean_of(texts):.2f}" if texts else ""
+
+
 def study_table() -> str:
     runs = read(STUDY)["runs"]
     ahead, original, rows = leads(runs), runs["untrained, old base"], []
-    for name in (name for name in SETTINGS if name in runs):
+    thetas = list(dict.fromkeys(name.partition(", ")[2] for name in SETTINGS))
+    places = {
+        name: (thetas.index(name.partition(", ")[2]), -studied(name, 32_768)["mean"])
+        for name in runs
+    }
+    for name in sorted(runs, key=places.get):  # for each theta the best first
         seeds = runs[name]
         one = next(iter(seeds.values()))
         kept = [
@@ -189,12 +200,13 @@ def study_table() -> str:
                 f"{statistics.mean(loss):+.3f}" if loss else "",
                 share(studied(name, 8192)),
                 share(studied(name, 32_768)),
+                nats_of(seeds, 32_768),
                 ", ".join(f"{100 * studied(name, 32_768, s)['mean']:.0f}" for s in sorted(seeds)),
                 f"{mean:+.0f} ({interval[0]:+.0f} to {interval[1]:+.0f})" if gain else "",
             ]
         )
     header = ["setting", "steps", "questions kept", "with their pair", "loss above the original's"]
-    header += ["at 8,192", "at 32,768", "by seed", "LongRecipe above it by"]
+    header += ["at 8,192", "at 32,768", "nats there", "by seed", "LongRecipe above it by"]
     return table(header, rows)
 
 
