@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tiny_study import copy_record
 from update_readme import plain_name, table_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,12 +156,9 @@ def main(argv=None) -> None:
     judge("stages", longrecipe, stages, "--tasks --lengths 2048 16384 --ppl", args.dtype)
     redraw()
     for method in METHODS:
-        for file in (
-            "run.json",
-            "metrics.jsonl",
-            *(["impactful.json"] if method != "none" else []),
-        ):
-            (RESULTS / method).mkdir(parents=True, exist_ok=True)
+        (RESULTS / method).mkdir(parents=True, exist_ok=True)
+        copy_record(RUNS / method, RESULTS / method / "run.json")
+        for file in ("metrics.jsonl", *(["impactful.json"] if method != "none" else [])):
             shutil.copyfile(RUNS / method / file, RESULTS / method / file)
     print(f"all rows there after {(time.time() - started) / 60:.0f} more minutes: {RESULTS}")
 

@@ -27,9 +27,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from model import load_pretrained, load_tokenizer, save_pretrained  # noqa: E402
+from model import LlamaConfig, load_pretrained, load_tokenizer, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
 from support.data.toy import ToyCorpus, answerable, load_toy_text  # noqa: E402
+from support.memory.machine import HERE, machine  # noqa: E402
 from support.needles.results import clustered, mean_of  # noqa: E402
 from support.runs.flags import read_impactful  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
@@ -119,9 +120,13 @@ def types_of(name: str, seed: int, args) -> Path:
 
 def settings_of(flags: str) -> dict:
     """All settings that these flags come to with train.py as it is now."""
-    args = train.parse(flags.split())
-    train.resolve(args)
-    return vars(args)
+    return train.as_kept(*resolved(flags.split()))
+
+
+def resolved(flags: list[str]) -> tuple[train.Settings, train.RunOptions]:
+    given, options = train.parse(flags)
+    config = LlamaConfig.from_dir(given["model"])
+    return train.resolve(given, config, machine(HERE, "cpu", options.out)), options
 
 
 def make_model(name: str, seed: int, args) -> dict:
@@ -193,19 +198,20 @@ def selected(out: Path, samples: int = 8) -> dict:
     """What selection left of the toy's task in a run: of the questions woven into the texts that
     the first samples of the extension were made from, the share that is kept; and of those kept
     the share whose pair is kept."""
-    args = train.parse(["--resume", "--out", str(out)])
-    train.resolve(args)
-    _, extend, _ = train.plan_stages(args)
+    settings, _ = resolved(["--resume", "--out", str(out)])
+    _, extend, _ = train.plan_stages(settings)
     tokenizer, tokens = toy_text()
-    corpus = ToyCorpus(tokens, args.train_len, tokenizer)
+    corpus = ToyCorpus(tokens, settings.train_len, tokenizer)
     impactful = None
-    if args.select == "impact":
-        file = args.impactful or out / "impactful.json"
+    if settings.select == "impact":
+        file = settings.impactful or out / "impactful.json"
         impactful = read_impactful(file, tokenizer.vocab_size)
     known = asked = woven = 0
     for i in range(samples):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + args.probe_steps + i)
-        ids, _ = train.sample(extend, corpus, tokenizer, args, impactful, generator)
+        generator = torch.Generator().manual_seed(
+            settings.seed * 1_000_003 + settings.probe_steps + i
+        )
+        ids, _ = train.sample(extend, corpus, tokenizer, impactful, generator)
         counts = answerable(tokenizer.decode(ids.tolist()))
         known, asked, woven = known + counts[0], asked + counts[1], woven + corpus.pairs
     return {"questions_kept": asked / woven, "their_pair_kept": known / max(1, asked)}
@@ -263,6 +269,11 @@ def train_default(target: int, out: Path, flags: str = "") -> None:
         run(f"train.py {command} --out {out} {'--resume' if made else ''}")
 
 
+def copy_record(run: Path, to: Path) -> None:
+    """run.json of a run, with paths as seen from the repository: what is kept names no machine."""
+    to.write_text((run / "run.json").read_text().replace(f"{ROOT}/", ""))
+
+
 def default_run(target: int, methods: list[str]) -> None:
     """The two commands of README's first screen, the same with other --methods, and the loss by
     position."""
@@ -278,8 +289,9 @@ def default_run(target: int, methods: list[str]) -> None:
     compared = " ".join(map(str, (BASE, *others.values())))
     run(f"eval_needle.py --model {out} --compare {compared} --controls")
     for method, other in others.items():
-        shutil.copyfile(other / "run.json", kept / f"run_{method}.json")
-    for name in ("needle_results.json", "run.json", "metrics.jsonl", "impactful.json"):
+        copy_record(other, kept / f"run_{method}.json")
+    copy_record(out, kept / "run.json")
+    for name in ("needle_results.json", "metrics.jsonl", "impactful.json"):
         shutil.copyfile(out / name, kept / name)
     (kept / "selection.json").write_text(json.dumps(selected(out), indent=1) + "\n")
     lengths = f"--n 1 --n_beyond 1 --lengths 8192 {target}"

@@ -416,7 +416,7 @@ def results() -> str:
     n, texts = (
         next(e["n"] for e in rows["table"] if e["task"] == t) for t in ("niah_single", "loss")
     )
-    run, paper = read(RUN / "longrecipe" / "run.json"), train.parse(["--model", "any"])
+    run, paper = read(RUN / "longrecipe" / "run.json"), train.Settings()
     s = run["settings"]
     lines += ["", what_the_results_say(rows["table"], {plain_name(m): m for m in rows["models"]})]
     lines += [

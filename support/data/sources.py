@@ -14,12 +14,12 @@ from support.system.console import log
 PIECES, PIECE_BYTES = 16, 1 << 14  # of a file that are hashed; up to their sum, all of it
 
 
-def contents(args) -> list[dict]:
-    """What stands in each path of --data and --replay_data, and what weaves the toy's task into its
-    text, to be told from what stood there when a run began."""
-    paths = (*(args.data or [None]), *(args.replay_data or []))
+def contents(settings) -> list[dict]:
+    """What each path of --data and --replay_data holds, and the code that weaves the toy's task
+    into its text: so that --resume notices a change."""
+    paths = (*(settings.data or [None]), *(settings.replay_data or []))
     found = [{"path": path or "the Python standard library", **content(path)} for path in paths]
-    if is_toy(args):
+    if is_toy(settings):
         files = [Path(module.__file__) for module in (toy, toy_words)]
         name = "support/data/toy.py, toy_words.py"
         found.append({"path": name, **of_files(files, files[0].parent)})
@@ -37,8 +37,14 @@ def changed(began: list[dict], now: list[dict]) -> str | None:
     return None
 
 
-def is_toy(args) -> bool:
-    return args.model == TINY and args.data is None and args.replay_data is None
+def is_toy_model(folder: str) -> bool:
+    """Is it the embedded model, however its path is written?"""
+    return os.path.realpath(folder) == os.path.realpath(TINY)
+
+
+def is_toy(settings) -> bool:
+    """The embedded model without a text of the user's: the toy's task is woven into its text."""
+    return is_toy_model(settings.model) and not settings.data and not settings.replay_data
 
 
 def content(path: str | None) -> dict:
@@ -67,16 +73,18 @@ def of_files(files: list[Path], root: str | Path) -> dict:
     return {"files": len(files), "bytes": total, "sha256": digest.hexdigest()[:12]}
 
 
-def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
+def load_corpora(settings, tokenizer) -> tuple[Corpus, Corpus]:
     """What the extension and the replay draw from; the toy model's task is woven into both."""
-    remedy = "give longer texts with --{}, join them with --join, or lower --{}"
-    remedies = remedy.format("data", "train_len"), remedy.format("replay_data", "replay_len")
-    if is_toy(args):
+    lengths = settings.train_len, settings.replay_len
+    if is_toy(settings):
         log("toy model; for a real one: --model DIR")
         tokens = load_toy_text(tokenizer)
-        return tuple(ToyCorpus(tokens, n, tokenizer) for n in (args.train_len, args.replay_len))
-    tokens = load_tokens(args.data, tokenizer, args.join)
-    corpus = Corpus(tokens, args.train_len, remedies[0])
-    if args.replay_data:
-        tokens = load_tokens(args.replay_data, tokenizer, args.join)
-    return corpus, Corpus(tokens, args.replay_len, remedies[1]) if args.replay_steps else corpus
+        return tuple(ToyCorpus(tokens, length, tokenizer) for length in lengths)
+    remedy = "give longer texts with --{}, join them with --join, or lower --{}"
+    tokens = load_tokens(settings.data, tokenizer, settings.join)
+    corpus = Corpus(tokens, lengths[0], remedy.format("data", "train_len"))
+    if settings.replay_steps == 0:
+        return corpus, corpus  # nothing is drawn for a replay
+    if settings.replay_data:
+        tokens = load_tokens(settings.replay_data, tokenizer, settings.join)
+    return corpus, Corpus(tokens, lengths[1], remedy.format("replay_data", "replay_len"))

@@ -181,10 +181,3 @@ class Corpus:
         offset = begin + int(torch.randint(max(size - tokens, 0) + 1, (1,), generator=generator))
         ids = self.parts[part][offset : min(offset + tokens, begin + size)]
         return torch.from_numpy(ids.astype(np.int64))
-
-    def look_at(self, sample: torch.Tensor) -> None:
-        """Called with the ids of every sample made; the toy corpus counts its questions."""
-
-    def remark(self) -> str:
-        """What to log about the samples since the last call, or nothing."""
-        return ""
