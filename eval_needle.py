@@ -15,7 +15,7 @@ their keys and values stand nowhere else in the haystack, asserted.
 
 Results, by default in the folder of --model: needle.jsonl (one line per sample; what is there is
 not run again), needle_results.json, needle.png, curves.png.
-Does NOT do: chat templates, sampling, teacher-forced scores.
+Does NOT do: chat templates, sampling.
 Glossary: see model.py.
 """
 
@@ -65,11 +65,13 @@ from support.system.console import log, report_errors
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt: ids (length - answer budget,), the expected answers, and where the needle that
-    is asked for (of several: the first) and all needles really are, as shares of the haystack."""
+    """One prompt: ids (length - answer budget,), the expected answers, those as the ids that would
+    follow the prompt, and where the needle that is asked for (of several: the first) and all
+    needles really are, as shares of the haystack."""
 
     ids: Tensor
     expected: list[str]
+    answer_ids: Tensor
     true_depth: float
     true_depths: list[float]
     answer_tokens: int
@@ -143,7 +145,16 @@ class Row:
     fractions: list[float]  # where each needle shall stand
     tails: list[list[int]]  # question and beginning of the answer, for each that is asked
     expected: list[list[str]]
+    answer_ids: list[Tensor]  # " 4821906"; where several are asked for, " 4821906, and 1234567"
     answer_tokens: int
+
+
+def listed(words: list[str]) -> str:
+    """
+    >>> listed(["Lima"]), listed(["Lima", "Oslo", "Rome"])
+    ('Lima', 'Lima, Oslo, and Rome')
+    """
+    return ", and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 @functools.lru_cache(maxsize=128)
@@ -157,10 +168,10 @@ def make_row(task: Task, haystack: Haystack, length: int, row_seed: str) -> Row:
     texts = [task.needle.format(key=k, value=v) for k, v in zip(named, values, strict=True)]
     needles = [(encode(" " + text), encode(text + "\n")) for text in texts]
     asked, expected = {"first": keys[:1], "each": keys}.get(task.ask), [[v] for v in values]
-    if task.ask == "all":  # "Lima, Oslo, and Rome"
-        asked = [", ".join(keys[:-1]) + ", and " * (len(keys) > 1) + keys[-1]]
-        expected = [values]
+    if task.ask == "all":
+        asked, expected = [listed(keys)], [values]
     tails = [encode((task.question + task.answer).format(key=k, value="")) for k in asked]
+    answer_ids = [torch.tensor(encode(" " + listed(answers))) for answers in expected]
     spoken = [len(encode(f" {value}.")) for value in values]
     answer_tokens = 8 + (sum(spoken) + 6 * len(spoken) if task.ask == "all" else max(spoken))
     answer_tokens = task.answer_tokens or answer_tokens
@@ -175,7 +186,9 @@ def make_row(task: Task, haystack: Haystack, length: int, row_seed: str) -> Row:
     fractions = [rng.random() for _ in needles]
     if task.ask == "each":
         fractions = [(i + u) / task.needles for i, u in enumerate(fractions)]
-    return Row(head, hay, ends, room, needles, fractions, tails, expected, answer_tokens)
+    return Row(
+        head, hay, ends, room, needles, fractions, tails, expected, answer_ids, answer_tokens
+    )
 
 
 def make_sample(
@@ -203,7 +216,8 @@ def make_sample(
     ids = torch.tensor([i for part in parts for i in part])
     assert len(ids) + row.answer_tokens == length, "a prompt of the wrong length"
     depths = [round(place / row.room, 4) for place in places]
-    return Sample(ids, row.expected[asked], depths[asked], depths, row.answer_tokens)
+    answers = row.expected[asked], row.answer_ids[asked]
+    return Sample(ids, *answers, depths[asked], depths, row.answer_tokens)
 
 
 def score(expected: list[str], output: str) -> float:
@@ -226,19 +240,36 @@ def common_prefix(a: Tensor, b: Tensor) -> int:
 
 
 class SharedPrefix:
-    """Greedy answers where prompts that begin alike are prefilled once. Deepest needle first:
-    what stands before its needle stands at the start of every shallower prompt too, up to that
-    prompt's own needle."""
+    """Prompts that begin alike are prefilled once. Deepest needle first: what stands before its
+    needle stands at the start of every shallower prompt too, up to that prompt's own needle."""
 
     def __init__(self, model: Llama):
         self.model, self.cache, self.seen = model, KVCache(), torch.empty(0, dtype=torch.int64)
 
-    def answer(self, ids: Tensor, max_new_tokens: int, stop_ids) -> list[int]:
-        keep = min(common_prefix(self.seen, ids), len(ids) - 1)  # generate wants at least one id
+    def read(self, ids: Tensor, room: int) -> None:
+        """Prefill the prompt ids (T,) but for its last token, with room for `room` more."""
+        keep = min(common_prefix(self.seen, ids), len(ids) - 1)
         self.cache.truncate(keep)
-        out = generate(self.model, ids[keep:], max_new_tokens, self.cache, stop_ids)
+        self.cache.reserve(len(ids) + room)
+        if keep < len(ids) - 1:
+            prefill(self.model, ids[keep:-1], self.cache)
         self.seen = ids
-        return out
+
+    @torch.no_grad()
+    def log_probability(self, ids: Tensor, answer_ids: Tensor, room: int = 0) -> float:
+        """log p(answer | prompt) in nats, summed over the answer_ids: one forward pass
+        over the prompt's last token and the answer but for its last, then forgotten again."""
+        self.read(ids, max(room, len(answer_ids)))
+        inputs, head = torch.cat([ids[-1:], answer_ids[:-1]]), self.model.lm_head.weight
+        hidden = self.model.hidden(inputs[None].to(head.device), cache=self.cache)[0]
+        loss, _ = linear_cross_entropy(hidden, head, answer_ids.to(head.device))
+        self.cache.truncate(len(ids) - 1)
+        return -float(loss)
+
+    def answer(self, ids: Tensor, max_new_tokens: int, stop_ids) -> list[int]:
+        """The greedy continuation."""
+        self.read(ids, max_new_tokens)
+        return generate(self.model, ids[-1:], max_new_tokens, self.cache, stop_ids)
 
 
 @torch.no_grad()
@@ -290,7 +321,7 @@ def sample_of(row: dict, tasks: dict[str, Task], haystack: Haystack, removed: bo
     name, length = row["task"], row["length"]
     row_seed = f"{row['seed']}/{name}/{length}/{row['repeat']}"
     if name == "loss":
-        return Sample(haystack.cut(length, random.Random(row_seed)), [], 0.0, [], 0)
+        return Sample(haystack.cut(length, random.Random(row_seed)), [], None, 0.0, [], 0)
     return make_sample(tasks[name], haystack, length, row["depth"], row_seed, removed)
 
 
@@ -340,6 +371,9 @@ def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
         row["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
         row["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
     else:
+        nats = shared.log_probability(sample.ids, sample.answer_ids, sample.answer_tokens)
+        row["answer_logprob"] = round(nats, 6)
+        row["answer_tokens_scored"] = len(sample.answer_ids)
         stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         row["output"] = tokenizer.decode(shared.answer(sample.ids, sample.answer_tokens, stop))
         row["score"] = score(sample.expected, row["output"])

@@ -286,6 +286,31 @@ def test_shared_prefixes_change_no_answer(toy_dir, haystack, name):
     assert answers == [generate(model, s.ids, 6) for s in samples]
 
 
+@pytest.mark.parametrize("name", ["niah_single", "multivalue", "needles_8"])
+def test_nats_of_the_answer_are_those_of_a_whole_forward(toy_dir, haystack, name):
+    """After the shared prefill as after none, and by transformers: the sum of log-softmax over the
+    answer's tokens. The answer that is generated afterwards is as if nothing had been scored."""
+    from transformers import AutoModelForCausalLM
+
+    task, tokenizer = TASKS[name], haystack.tokenizer
+    shared = SharedPrefix(load_pretrained(toy_dir))
+    theirs = AutoModelForCausalLM.from_pretrained(toy_dir, dtype=torch.float32).eval()
+    for depth in sorted(task.depths([0.0, 0.5, 1.0]), reverse=True):
+        s = make_sample(task, haystack, 900, depth, "0")
+        words = ", and ".join([", ".join(s.expected[:-1]), s.expected[-1]][len(s.expected) == 1 :])
+        assert s.answer_ids.tolist() == tokenizer.encode(f" {words}")
+        nats = shared.log_probability(s.ids, s.answer_ids)
+        whole = torch.cat([s.ids, s.answer_ids])[None]
+        for model in (shared.model, lambda ids: theirs(ids).logits):
+            with torch.no_grad():
+                scores = model(whole)[0].log_softmax(-1)
+            slow = 0.0
+            for i, token in enumerate(s.answer_ids.tolist()):
+                slow += float(scores[len(s.ids) - 1 + i, token])
+            assert nats == pytest.approx(slow, abs=1e-4) and nats < 0
+        assert shared.answer(s.ids, 6, ()) == generate(shared.model, s.ids, 6)
+
+
 def run(*more, toy_dir, prose_file, out):
     eval_needle.main(
         [
@@ -304,6 +329,7 @@ def test_the_command_writes_rows_table_and_figure(toy_dir, prose_file, tmp_path,
         assert row["seconds"] >= 0 and row["seed"] == 0 and row["model"] == str(toy_dir)
     needles = [r for r in rows if r["task"] == "niah_single"]
     assert all(r["score"] == score(r["expected"], r["output"]) for r in needles)
+    assert all(r["answer_logprob"] < 0 < r["answer_tokens_scored"] for r in needles)
     summary = json.loads((tmp_path / "needle_results.json").read_text())
     assert {(e["task"], e["length"], e["n"]) for e in summary["table"]} == {
         ("niah_single", 300, 4),
@@ -321,18 +347,23 @@ def test_cells_already_there_are_not_run_again(toy_dir, prose_file, tmp_path, mo
     rows = run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
     path = tmp_path / "needle.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])  # killed while writing line 4
+    old = json.loads(lines[2])  # by a version that measured no nats: measured again
+    del old["answer_logprob"]
+    kept = [*lines[:2], json.dumps(old)]
+    path.write_text("\n".join(kept) + "\n" + lines[3][:40])  # killed while writing line 4
     measured, original = [], eval_needle.measure
     monkeypatch.setattr(eval_needle, "measure", lambda *a: measured.append(1) or original(*a))
     again = run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    assert len(measured) == len(rows) - 3
+    assert len(measured) == len(rows) - 2
+    assert again[2] == old
+    again = [again[i] for i in (0, 1, 3, *range(4, len(again)))]
 
     def without_time(rows):
         return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
     assert without_time(again) == without_time(rows)
     run("--n", "3", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    assert len(measured) == len(rows) - 3 + 4  # only the new repeats
+    assert len(measured) == len(rows) - 2 + 4  # only the new repeats
 
 
 def test_compare_and_controls(toy_dir, prose_file, tmp_path):

@@ -46,7 +46,10 @@ class Results:
         return tuple(row[k] for k in KEY)
 
     def find(self, row: dict) -> dict | None:
-        return self.rows.get(self.key(row))
+        """What was measured for the prompt of `row`; None also where an older version did not yet
+        measure `answer_logprob`."""
+        known = self.rows.get(self.key(row))
+        return known if known is not None and is_complete(known) else None
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -77,6 +80,7 @@ class Results:
         for row in self.rows.values():
             labels = [label for identity, label in judged if identity == row["identity"]]
             same = row.get("setup") == setups.get(row["task"]) and row["seed"] == args.seed
+            same = same and is_complete(row)
             for label in labels if same and row["dtype"] == str(args.torch_dtype) else ():
                 found.setdefault((self.key(row), label), row | {"model": label})
             others += not any((self.key(row), label) in found for label in labels)
@@ -89,6 +93,10 @@ class Results:
         return sorted(
             found.values(), key=lambda r: (place[r["model"]], place[r["task"]], r["length"])
         )
+
+
+def is_complete(row: dict) -> bool:
+    return row["task"] == "loss" or "answer_logprob" in row
 
 
 def setup_of(task, text: str) -> str:
