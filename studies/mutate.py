@@ -9,7 +9,6 @@ changes, until this is run again.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -17,12 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from fresh_copy import ROOT, environment, fresh_copy
+from common import ROOT, read_json, write_json
+from fresh_copy import environment, fresh_copy
 
-sys.path.insert(0, str(ROOT))
 from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance
-from support.system.whole_files import write_atomically
 
 TABLE = ROOT / "assets" / "results" / "mutants.json"
 
@@ -216,7 +214,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description="Break each tagged line; do the tests notice?")
     p.add_argument("--tags", nargs="+", choices=MUTANTS, default=list(MUTANTS), metavar="E1")
     args, started, tests = p.parse_args(), time.time(), named_tests()
-    known = json.loads(TABLE.read_text())["mutants"] if TABLE.is_file() else []
+    known = read_json(TABLE).get("mutants", [])
     rows = [row for row in known if row["tag"] in MUTANTS and row["tag"] not in args.tags]
     work = [(t, MUTANTS[t][0], *pair) for t in args.tags for pair in MUTANTS[t][1:]]
     lines = [line_of(file, right) for _, file, right, _ in work]  # before anything is run
@@ -232,7 +230,7 @@ def main() -> None:
             rows.append(row | {"killed_by": who})
     rows.sort(key=lambda row: int(row["tag"][1:]))
     found = {"mutants": rows, "run": provenance(started) | {"tags": args.tags}}
-    write_atomically(TABLE, json.dumps(found, indent=1) + "\n")
+    write_json(TABLE, found, indent=1)
     survivors = [row for row in rows if row["killed_by"] is None]
     print(f"{len(rows)} mutants of {len(MUTANTS)} formulas, {len(survivors)} survive: {TABLE.name}")
     raise SystemExit(1 if survivors else 0)

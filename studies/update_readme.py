@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tiny_study import SETTINGS, lead  # noqa: E402
+from common import lead  # noqa: E402
+from tiny_study import SETTINGS  # noqa: E402
 
 import train  # noqa: E402
 from model import LlamaConfig  # noqa: E402
@@ -201,7 +202,7 @@ def mutants() -> str:
 def tiny() -> str:
     found, run = (read(TINY / f) for f in ("needle_results.json", "run.json"))
     if not found:
-        return "Not run yet: `python studies/tiny_study.py --default`."
+        return "Not run yet: `python studies/readme_runs.py default`."
     lengths = sorted({e["length"] for e in found["table"]})
     lines = [
         "| 8 keys, 8 questions | " + " | ".join(f"{n:,}" for n in lengths) + " |",
@@ -279,7 +280,7 @@ def tiny() -> str:
 
 
 def other_windows() -> list[str]:
-    """A line for each other --target_len that was run (tiny_study.py --default --target N)."""
+    """A line for each other --target_len that was run (readme_runs.py default --target N)."""
     lines = []
     for folder in sorted(RESULTS.glob("tiny_*k")):
         if folder != TINY:
@@ -401,7 +402,7 @@ def results() -> str:
         read(RUN / "stages" / "needle_results.json"),
     )
     if not rows:
-        return "Not run yet: `python studies/real_run.py`."
+        return "Not run yet."
     lines = [
         "| | needle at 2k | at 8k | at 16k | loss at 2k | at 8k | at 16k |",
         "|---|---|---|---|---|---|---|",
@@ -521,7 +522,7 @@ def judge() -> str:
 def smallest() -> str:
     found = read(RESULTS / "smallest_run.json")
     if not found:
-        return "Not measured yet: `python studies/real_run.py --smallest`."
+        return "Not measured yet: `python studies/readme_runs.py smallest`."
     disk, trained, judged = found["disk_GB"], found["train"], found["eval"]
     return (
         f"Measured in {found['dtype']} on {found['threads']} cores of {found['hardware']}"
