@@ -1,9 +1,9 @@
-"""Do the tests see a wrong formula? Break each line under a tag [E..] and run the test that README
-names for it: `python studies/mutate.py` (some minutes; --tags E5 E6 for some of them).
+"""Do the tests see a wrong formula? Break each line under a tag [E..] and run the test that
+docs/equations.md names for it: `python studies/mutate.py` (minutes; --tags E5 E6: some).
 
 A mutant is one wrong text in place of a right one: a flipped sign, an off-by-one, a dropped factor.
 It is killed if the named test fails, or else another test of the same file. The table goes to
-assets/results/mutants.json. tests/test_readme.py checks that each tag has two mutants or more, that
+assets/results/mutants.json. tests/test_docs.py checks that each tag has two mutants or more, that
 their right text stands under its tag, and that the table is of this list: so it fails when a line
 changes, until this is run again.
 """
@@ -168,9 +168,9 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
 
 
 def named_tests() -> dict[str, list[str]]:
-    """Tag -> the tests of its row in README's equation table, as pytest wants them."""
-    readme = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| \[(E\d+)\].*\|(.*)\|$", readme, re.MULTILINE)
+    """Tag -> the tests of its row in docs/equations.md, as pytest takes them."""
+    page = (ROOT / "docs" / "equations.md").read_text()
+    rows = re.findall(r"^\| \[(E\d+)\].*\|(.*)\|$", page, re.MULTILINE)
     named = {tag: re.findall(r"`(\w+\.py::\w+)`", cell) for tag, cell in rows}
     return {tag: [f"tests/{test}" for test in tests] for tag, tests in named.items()}
 

@@ -28,14 +28,14 @@ from tiny_study import ORIGINAL, selected
 from support.system.console import log, provenance, report_errors
 
 TO_32K = "train.py --target_len 32768 --rope_base 40000 --steps 40"
+TELL = "eval_needle.py --model out_32k --lengths 8192 32768 --n 8 --controls"
 SETS = {  # name -> the commands in their order, as README prints them after `python`
     "first": {
-        "train": TO_32K,
-        "eval": "eval_needle.py --lengths 8192 32768 --n 8 --controls",
-        "train_none": f"{TO_32K} --method none --impactful out/impactful.json --probe_steps 5"
+        "train": f"{TO_32K} --out out_32k",
+        "eval": TELL,
+        "train_none": f"{TO_32K} --method none --impactful out_32k/impactful.json --probe_steps 5"
         " --out out_none",
-        "eval_none": "eval_needle.py --lengths 8192 32768 --n 8 --controls"
-        f" --compare {ORIGINAL} out_none",
+        "eval_none": f"{TELL} --compare {ORIGINAL} out_none",
     },
     "smallest": {
         "train": "train.py --model models/smollm2 --target_len 16384 --train_len 1024 --steps 4"
@@ -54,10 +54,17 @@ def gigabytes(path: Path) -> float:
     return total / 1e9
 
 
+def folder_of(command: str) -> str:
+    """Where a command leaves its results: --out, or for eval_needle.py the model it judges."""
+    words = command.split()
+    flags = ["--out"] + ["--model"] * (words[0] == "eval_needle.py")
+    return next((words[words.index(flag) + 1] for flag in flags if flag in words), "out")
+
+
 def measure(command: str, copy: Path, disk: dict[str, float]) -> dict:
-    """Run one command in the copy; `disk` learns the most that out/ and its state took, GB."""
+    """Run one command in the copy; `disk` learns the most that its folder and state took, GB."""
     log(f"$ python {command}")
-    out, started = copy / "out", time.time()
+    out, started = copy / folder_of(command), time.time()
     process = subprocess.Popen([sys.executable, *command.split()], cwd=copy, env=environment())
     while process.poll() is None:
         for name, path in (("out_at_most", out), ("state_pt", out / "state.pt")):
@@ -65,9 +72,8 @@ def measure(command: str, copy: Path, disk: dict[str, float]) -> dict:
         time.sleep(0.5)
     if process.returncode:
         sys.exit(f"error: exit code {process.returncode} of python {command}")
-    words = command.split()
-    out = copy / (words[words.index("--out") + 1] if "--out" in words else "out")
-    record = read_json(out / ("run.json" if words[0] == "train.py" else "needle_results.json"))
+    trained = command.startswith("train.py")
+    record = read_json(out / ("run.json" if trained else "needle_results.json"))
     return {
         "command": command,
         "seconds": record["seconds"],
@@ -82,12 +88,13 @@ def measure_all(commands: dict[str, str]) -> dict:
     with tempfile.TemporaryDirectory() as tmp:
         copy = fresh_copy(Path(tmp) / "copy", models=True)
         found = {name: measure(command, copy, disk) for name, command in commands.items()}
-        disk |= {"environment": gigabytes(Path(sys.prefix)), "out": gigabytes(copy / "out")}
+        out = copy / folder_of(commands["train"])
+        disk |= {"environment": gigabytes(Path(sys.prefix)), "out": gigabytes(out)}
         disk["model_and_essays"] = gigabytes(ROOT / "models/smollm2") + gigabytes(
             ROOT / "data/essays"
         )
-        trained = read_json(copy / "out" / "run.json")
-        found["results"] = read_json(copy / "out" / "needle_results.json")
+        trained = read_json(out / "run.json")
+        found["results"] = read_json(out / "needle_results.json")
     found["disk_GB"] = {name: round(size, 2) for name, size in disk.items()}
     found["dtype"] = trained["settings"]["dtype"]
     keep = ("torch", "python", "hardware", "threads")  # the copy is no checkout: commit from here
