@@ -49,6 +49,7 @@ from model import (
     load_tokenizer,
     save_pretrained,
 )
+from recipe import next_token_targets
 from support.data.sources import contents, is_toy_model, load_corpora
 from support.data.text import Corpus
 from support.data.toy import TINY
@@ -216,15 +217,6 @@ def draw(
 
 
 # ---- 3. One optimizer step ---------------------------------------------------------------------
-
-
-def next_token_targets(input_ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T): the token that follows; the last one has none.
-
-    >>> next_token_targets(torch.tensor([[5, 6, 7]])).tolist()
-    [[6, 7, -100]]
-    """
-    return torch.cat((input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)), dim=1)
 
 
 def accumulate(
@@ -477,7 +469,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
     log_device(device, CUDA_BACKENDS, is_toy_model(settings.model))
-    checks.log_run(settings, stages, corpus, replay_corpus)
+    checks.log_run(settings, stages, corpus)
     trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)
     trainer.impactful = impactful
     with run.running(kept, options.resume, trainer):

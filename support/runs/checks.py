@@ -81,14 +81,9 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
         )
 
 
-def log_run(settings, stages, corpus, replay_corpus) -> None:
+def log_run(settings, stages, corpus) -> None:
     """What is read, the stages, and every setting that has a value."""
-    texts = [("data", corpus)]
-    if replay_corpus is not corpus:
-        texts.append(("replay data", replay_corpus))
-    for name, text in texts:
-        short = f"{text.too_short} documents too short"
-        log(f"{name}: {text.source}: {text.tokens:,} tokens, {short}")
+    log(f"data: {corpus.summary()}")
     batch = settings.batch_sequences
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
     log(f"plan, steps x samples x tokens: {', '.join(plan)}")
