@@ -22,10 +22,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval_needle import Haystack, SharedPrefix, make_sample
+from eval_needle import TASKS, Haystack, SharedPrefix, make_sample
 from model import load_pretrained, load_tokenizer
 from support.needles.haystack import load_haystack
-from support.needles.tasks import TASKS
 from support.system.console import peak_gib, provenance, report_errors
 from support.system.whole_files import write_atomically
 

@@ -25,7 +25,7 @@ from update_readme import plain_name, table_order
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support.needles.figures import draw_heatmap  # noqa: E402
-from support.needles.results import summarise  # noqa: E402
+from support.needles.summary import summarise  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
 RUNS = Path("runs/smollm2_16k")  # relative, so that no JSON names a machine's folders

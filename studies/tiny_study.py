@@ -30,7 +30,7 @@ import train  # noqa: E402
 from model import load_pretrained, load_tokenizer, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base, train_length  # noqa: E402
 from support.data.toy import ToyCorpus, answerable, load_toy_text  # noqa: E402
-from support.needles.results import clustered, mean_of  # noqa: E402
+from support.needles.intervals import clustered, mean_of  # noqa: E402
 from support.runs.flags import read_impactful  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402

@@ -18,7 +18,7 @@ import train  # noqa: E402
 from model import LlamaConfig  # noqa: E402
 from support.memory import count as budget  # noqa: E402
 from support.memory import table as plan  # noqa: E402
-from support.needles.results import clustered  # noqa: E402
+from support.needles.intervals import clustered  # noqa: E402
 from support.system.bad_input import BadInput  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results"
