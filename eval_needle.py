@@ -4,9 +4,8 @@
 
 Sentences such as "One of the special magic numbers for Lima is: 4821906." are hidden in a long
 text; at the end the model is asked for one of them. Each prompt is scored twice: by the share of
-the expected answers in what the model goes on to write (greedily), and by the log-probability, in
-nats, that it gives to the expected answer. Two models that find equally many may still differ in
-nats, and a base model that does not follow a question has nats too.
+the expected answers in the model's greedy continuation, and by the log-probability, in nats, of
+the expected answer. Models that find equally many can still be told apart in nats.
 
 The structure (task text, haystack, question, beginning of the answer; share of the expected
 answers found, case-insensitive) is that of RULER (Hsieh et al., 2404.06654), the grid of lengths
@@ -53,7 +52,14 @@ from support.needles.cost import WorkBar, announce, prompt_flops
 from support.needles.haystack import CITIES, NOISE, fold, listed, load_haystack
 from support.needles.report import write_report
 from support.needles.results import Results, setup_of
-from support.needles.settings import Candidate, Settings, judged, resolve
+from support.needles.settings import (
+    NEEDLE_ALONE,
+    NO_NEEDLES,
+    Candidate,
+    cells,
+    judged,
+    resolve,
+)
 from support.runs.flags import Parser
 from support.system.bad_input import BadInput
 from support.system.console import report_errors
@@ -112,9 +118,7 @@ def score(expected: list[str], output: str) -> float:
 
 # ---- 2. Prompts, in token space ----------------------------------------------------------------
 
-NO_NEEDLES = "no needles"  # a control: the prompt without its needles
-NEEDLE_ALONE = "needle alone"  # another: what is asked for, in a text of SHORT_TEXT tokens
-SHORT_TEXT = 256
+SHORT_TEXT = 256  # tokens of haystack around a needle alone
 
 
 def needle_places(ids: Tensor, tokenizer, at: str = "sentences") -> Tensor:
@@ -182,7 +186,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What the prompts of one (task, length, repeat) share: all but the depth, and who is asked."""
+    """What the prompts of one (task, length, repeat) share: all but the depth and the question."""
 
     head: list[int]  # BOS and task text
     hay: Tensor  # haystack (length,)
@@ -338,22 +342,6 @@ def sample_of(asked: dict, tasks: dict[str, Task], haystack: Haystack, control) 
     if name == "loss":
         return Sample(haystack.cut(length, random.Random(row_seed)), [], None, 0.0, [], 0)
     return make_sample(tasks[name], haystack, length, asked["depth"], row_seed, control)
-
-
-def cells(candidate: Candidate, tasks: dict[str, Task], settings: Settings):
-    """(task, length, repeat, depth) of each prompt of one candidate, deepest needle first."""
-    names = [*settings.tasks, *(["loss"] if settings.loss and candidate.control is None else [])]
-    for name in names:
-        depths = [0.0] if name == "loss" else tasks[name].depths(settings.depths)
-        if candidate.control is not None and tasks[name].needles == 0:
-            continue  # no needle that could be left out
-        if candidate.control == NO_NEEDLES and tasks[name].ask != "each":
-            depths = depths[:1]  # the same prompt at each of them
-        for length in settings.lengths:
-            beyond = candidate.folder != settings.model and length > candidate.window
-            for repeat in range(settings.n_beyond if beyond else settings.n):
-                for depth in sorted(depths, reverse=True):
-                    yield name, length, repeat, depth
 
 
 def queue(

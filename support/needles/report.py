@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 from support.needles.figures import draw_curves, draw_heatmap
+from support.needles.settings import NEEDLE_ALONE, NO_NEEDLES
 from support.needles.summary import gains, summarise, versus
 from support.system.console import log, provenance
 from support.system.whole_files import write_atomically
 
+CONTROLS = (NO_NEEDLES, NEEDLE_ALONE)
 REMARKS = {
     "each": "several needles in one text, a question and an answer for each;\n"
     "harder than one needle per text, as the others can be taken for it",
@@ -94,7 +96,7 @@ def verdict(found: dict, scale: float = 1.0, unit: str = "") -> str:
 
 def warn(results: list[dict], tasks: dict) -> None:
     """What makes the numbers doubtful."""
-    found = [r for r in results if r["model"] == "no needles" and r["score"] > 0]
+    found = [r for r in results if r["model"] == NO_NEEDLES and r["score"] > 0]
     if any(r["task"] in tasks for r in found):
         log(
             f"warning: {len(found)} answers without a needle are right, e.g. {found[0]['output']!r}"
@@ -102,9 +104,7 @@ def warn(results: list[dict], tasks: dict) -> None:
     off = [
         abs(r["true_depth"] - r["depth"])
         for r in results
-        if r["task"] in tasks
-        and tasks[r["task"]].ask != "each"
-        and r["model"] not in ("no needles", "needle alone")
+        if r["task"] in tasks and tasks[r["task"]].ask != "each" and r["model"] not in CONTROLS
     ]
     if off and max(off) > 0.05:
         log(f"warning: a needle is {max(off):.0%} of the text before its depth: the haystack")
@@ -121,7 +121,7 @@ def write_report(
     shown = [r for r in results if r["model"] in labels]
     needles = [r for r in results if r["task"] != "loss"]
     table, pairs = summarise(results), versus(shown, own)
-    gained = gains(needles, own, "no needles", "needle alone")
+    gained = gains(needles, own, *CONTROLS)
     print_table(table, tasks, candidates)
     print_pairs(pairs)
     print_gains(gained, own)

@@ -3,6 +3,7 @@ who is judged. Nothing is written here."""
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from support.system.bad_input import BadInput
 from support.system.console import check_ranges, log
 
 RESULT = "out"  # where train.py puts its result
+NO_NEEDLES = "no needles"  # a control: the prompt without its needles
+NEEDLE_ALONE = "needle alone"  # another: only what is asked for, in a short text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Settings:
     n_beyond: int  # the same beyond the window of a compared model
     seed: int  # of texts and needles
     loss: bool  # also the loss on n texts per length
-    controls: tuple[str, ...]  # "no needles", "needle alone"
+    controls: tuple[str, ...]  # NO_NEEDLES, NEEDLE_ALONE
     haystack: str | None
     template: str | None
     out: str  # folder of the results
@@ -84,8 +87,8 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = flags.dtype or ("bfloat16" if device == "cuda" else "float32")
     asked_for = {
-        "no needles": flags.no_needles or flags.controls or flags.needle_alone,
-        "needle alone": flags.needle_alone,
+        NO_NEEDLES: flags.no_needles or flags.controls or flags.needle_alone,
+        NEEDLE_ALONE: flags.needle_alone,
     }
     settings = Settings(
         model=model,
@@ -185,6 +188,22 @@ def labels_of(folders: tuple[str, ...], original: str | None) -> dict[str, str]:
     """Folder -> its label: "original", or the folder's name, or where two have the same the whole
     path."""
     names = {folder: Path(os.path.realpath(folder)).name for folder in folders}
-    taken = ["original", "untrained", "no needles", "needle alone", *names.values()]
+    taken = ["original", "untrained", NO_NEEDLES, NEEDLE_ALONE, *names.values()]
     labels = {f: f if taken.count(name) > 1 else name for f, name in names.items()}
     return labels | ({original: "original"} if original else {})
+
+
+def cells(candidate: Candidate, tasks: dict, settings: Settings) -> Iterator[tuple]:
+    """(task, length, repeat, depth) of each prompt of one candidate, deepest needle first."""
+    names = [*settings.tasks, *(["loss"] if settings.loss and candidate.control is None else [])]
+    for name in names:
+        depths = [0.0] if name == "loss" else tasks[name].depths(settings.depths)
+        if candidate.control is not None and tasks[name].needles == 0:
+            continue  # no needle that could be left out
+        if candidate.control == NO_NEEDLES and tasks[name].ask != "each":
+            depths = depths[:1]  # the same prompt at each of them
+        for length in settings.lengths:
+            beyond = candidate.folder != settings.model and length > candidate.window
+            for repeat in range(settings.n_beyond if beyond else settings.n):
+                for depth in sorted(depths, reverse=True):
+                    yield name, length, repeat, depth
