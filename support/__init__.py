@@ -11,5 +11,6 @@ memory/        activations, optimizer: the levers; count: bytes and FLOPs; machi
 runs/          flags, checks: the settings of a run; run_folder: out/; export: samples as files
 needles/       tasks: what is hidden, in which words; haystack; settings: what to do, who is judged;
                results: needle.jsonl; intervals, summary: what they say; report, figures; cost
-explain/       words, figure, distances: `python recipe.py`
+explain/       command: `python recipe.py`; words, figure, positions, distances: what it says
+               and draws
 """

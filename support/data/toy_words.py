@@ -46,7 +46,7 @@ NEEDLE = {  # the test: becomes assets/tiny/needle.json
     "task": "multiquery",
     "ask": "each",  # in turn: all in one answer is more than a tiny model can give
     "needles": 8,
-    "n": 4,
+    "n": 3,
     "n_beyond": 1,
     "haystack": "python-reference",
     "intro": "",
