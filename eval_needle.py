@@ -22,7 +22,6 @@ Does NOT do: chat templates, sampling.
 Glossary: see model.py. text: one haystack of the evaluation; n counts answers.
 """
 
-import argparse
 import bisect
 import dataclasses
 import functools
@@ -55,12 +54,13 @@ from support.needles.results import Results, setup_of
 from support.needles.settings import (
     NEEDLE_ALONE,
     NO_NEEDLES,
+    SHORT_TEXT,
     Candidate,
     cells,
     judged,
+    parse,
     resolve,
 )
-from support.runs.flags import Parser
 from support.system.bad_input import BadInput
 from support.system.console import report_errors
 
@@ -117,8 +117,6 @@ def score(expected: list[str], output: str) -> float:
 
 
 # ---- 2. Prompts, in token space ----------------------------------------------------------------
-
-SHORT_TEXT = 256  # tokens of haystack around a needle alone
 
 
 def needle_places(ids: Tensor, tokenizer, at: str = "sentences") -> Tensor:
@@ -416,35 +414,10 @@ def run_candidate(
 # ---- 5. The command ----------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = Parser("eval_needle.py", __doc__)
-    add = p.add_argument
-    add("--model", metavar="DIR", help="Hugging Face folder to judge (None: out)")
-    add("--compare", nargs="*", metavar="DIR", help="others beside it (None: the run's original)")
-    add("--no_needles", action="store_true", help="also without the needles: the gain in nats")
-    alone = f"also the needle alone in {SHORT_TEXT} tokens: the share of the gain that distance"
-    add("--needle_alone", action="store_true", help=f"{alone} leaves (with --no_needles)")
-    controls = "--no_needles, and untrained: the first of --compare under the result's RoPE base"
-    add("--controls", action="store_true", help=controls)
-    add("--tasks", nargs="*", choices=TASKS, help="(None: template's, or niah_single)")
-    add("--template", metavar="FILE", help="wording, JSON (None: --model's needle.json, if any)")
-    add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
-    depths = "of the needle, 0: start, 1: end (None: 0 0.25 0.5 0.75 1)"
-    add("--depths", nargs="+", type=float, help=depths)
-    add("--n", type=int, help="texts per length (None: 2, or what the template says)")
-    add("--n_beyond", type=int, help="beyond a compared model's window (None: template, --n)")
-    add("--loss", "--ppl", action="store_true", help="also the loss, nats per token, on n texts")
-    add("--haystack", metavar="PATH", help="text, folder (None: template, essays, Python docs)")
-    add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
-    add("--seed", type=int, default=0, help="of texts and needles")
-    add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
-    return p.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
         started = time.time()
-        settings, tasks, configs = resolve(parse(argv), TASKS, LlamaConfig.from_dir)
+        settings, tasks, configs = resolve(parse(argv, __doc__), TASKS, LlamaConfig.from_dir)
         text, source = load_haystack(settings.haystack)
         haystack = Haystack(text, load_tokenizer(settings.model))
         results = Results(Path(settings.out))

@@ -1,6 +1,7 @@
 """What an evaluation is to do: settings resolved once from the flags, the run and a template, and
 who is judged. Nothing is written here."""
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -11,14 +12,15 @@ import torch
 from support.huggingface.hashes import Hashes
 from support.huggingface.hub import local_folder
 from support.huggingface.tokenizer import load_tokenizer
-from support.needles.tasks import apply_template, read_template
-from support.runs.flags import base_of_run
+from support.needles.tasks import TASKS, apply_template, read_template
+from support.runs.flags import Parser, base_of_run
 from support.system.bad_input import BadInput
 from support.system.console import check_ranges, log
 
 RESULT = "out"  # where train.py puts its result
 NO_NEEDLES = "no needles"  # a control: the prompt without its needles
 NEEDLE_ALONE = "needle alone"  # another: only what is asked for, in a short text
+SHORT_TEXT = 256  # tokens of haystack in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,31 @@ class Candidate:
     def window(self) -> int:
         """Up to where this candidate is meant to work, tokens."""
         return self.config.max_position_embeddings
+
+
+def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    p = Parser("eval_needle.py", doc)
+    add = p.add_argument
+    add("--model", metavar="DIR", help="Hugging Face folder to judge (None: out)")
+    add("--compare", nargs="*", metavar="DIR", help="others beside it (None: the run's original)")
+    add("--no_needles", action="store_true", help="also without the needles: the gain in nats")
+    alone = f"also the needle alone in {SHORT_TEXT} tokens: the share of the gain that distance"
+    add("--needle_alone", action="store_true", help=f"{alone} leaves (with --no_needles)")
+    controls = "--no_needles, and untrained: the first of --compare under the result's RoPE base"
+    add("--controls", action="store_true", help=controls)
+    add("--tasks", nargs="*", choices=TASKS, help="(None: template's, or niah_single)")
+    add("--template", metavar="FILE", help="wording, JSON (None: --model's needle.json, if any)")
+    add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
+    depths = "of the needle, 0: start, 1: end (None: 0 0.25 0.5 0.75 1)"
+    add("--depths", nargs="+", type=float, help=depths)
+    add("--n", type=int, help="texts per length (None: 2, or what the template says)")
+    add("--n_beyond", type=int, help="beyond a compared model's window (None: template, --n)")
+    add("--loss", "--ppl", action="store_true", help="also the loss, nats per token, on n texts")
+    add("--haystack", metavar="PATH", help="text, folder (None: template, essays, Python docs)")
+    add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
+    add("--seed", type=int, default=0, help="of texts and needles")
+    add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
+    return p.parse_args(argv)
 
 
 def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
