@@ -384,8 +384,7 @@ def measure(asked: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dic
         nats = shared.log_probability(sample.ids, sample.answer_ids, sample.answer_tokens)
         result["answer_logprob"] = round(nats, 6)
         result["answer_tokens_scored"] = len(sample.answer_ids)
-        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        answer = shared.answer(sample.ids, sample.answer_tokens, stop)
+        answer = shared.answer(sample.ids, sample.answer_tokens, tokenizer.eos_ids)
         result["output"] = tokenizer.decode(answer)
         result["score"] = score(sample.expected, result["output"])
     return result | {"seconds": round(time.monotonic() - started, 2)}

@@ -372,6 +372,9 @@ def test_nats_of_the_answer_are_those_of_a_whole_forward(toy_dir, haystack, name
         assert shared.answer(s.ids, 6, ()) == generate(shared.model, s.ids, 6)
 
 
+SEED_300 = "0/niah_single/300/0"  # seed, task, length, repeat
+
+
 def run(*more, toy_dir, prose_file, out):
     eval_needle.main(
         [
@@ -450,6 +453,20 @@ def test_the_untrained_row_comes_by_itself_where_the_run_changed_theta(
     own = {"folder": str(toy_dir), "rope_theta": theta, "window": 512}
     assert theta == 1e4 or found["models"]["untrained"] == own
     assert re.search(rf"\nresult +{theta:,.0f} +512 ", capsys.readouterr().out)
+
+
+def test_any_of_several_end_tokens_stops_an_answer(toy_dir, prose_file, tmp_path):
+    folder, where = tmp_path / "m", {"prose_file": prose_file}
+    shutil.copytree(toy_dir, folder)
+    flags = "--lengths 300 --depths 0 --n 1".split()
+    (before,) = run(*flags, toy_dir=folder, out=tmp_path / "a", **where)
+    tokenizer = load_tokenizer(folder)
+    first = make_sample(TASKS["niah_single"], Haystack(PROSE, tokenizer), 300, 0.0, SEED_300).ids
+    ends = [tokenizer.eos_id, generate(load_pretrained(folder), first, 1)[0]]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (after,) = run(*flags, toy_dir=folder, out=tmp_path / "b", **where)
+    assert before["output"] and after["output"] == ""
+    assert after["answer_logprob"] == before["answer_logprob"]
 
 
 def test_several_tasks_and_repeated_flags(toy_dir, prose_file, tmp_path):
