@@ -154,6 +154,28 @@ def student(freedom: int) -> float:
 
 # ---- rows of models ----
 
+WORDS = {  # how a recorded row or label is shown in tables and figures, in their order
+    "none": "plain positions",
+    "pose": "PoSE",
+    "rpes": "random positions",
+    "longrecipe": "LongRecipe",
+    "extended": "LongRecipe, after extend",
+    "replayed": "LongRecipe, after replay",
+    "prefix": "LongRecipe with prefix",
+    "full": "full length",
+}
+
+
+def in_words(name: str) -> str:
+    """A row of a study; the recorded files say "base" for theta.
+
+    >>> in_words("untrained, old base"), in_words("none, paper's base")
+    ('original', "plain positions, paper's theta")
+    """
+    first, comma, theta = name.partition(", ")
+    shown = f"{WORDS.get(first, first)}{comma}{theta.replace('base', 'theta')}"
+    return "original" if shown == "untrained, old theta" else shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -198,7 +220,7 @@ class Table:
         for name in names or self.shown():
             seeds, ours = runs[name], runs.get(self.reference(name), {})
             minutes = sum(one.get("seconds", 0) for one in seeds.values()) / len(seeds) / 60
-            line = f"{name:30}{len(seeds):>6}{minutes:>9.1f}"
+            line = f"{in_words(name):30}{len(seeds):>6}{minutes:>9.1f}"
             for length in map(str, self.lengths):
                 low, high = clustered(texts := texts_of(seeds, length))
                 line += f"{mean_of(texts):.1%} [{low:.0%},{high:.0%}]".rjust(20)
@@ -246,7 +268,7 @@ class Table:
             axis.set(xlim=(-2, 102), xlabel=f"answers found at {length:,} tokens, %")
             axis.grid(axis="x", alpha=0.3)
         answers = {name: sum(map(len, texts_of(runs[name], self.lengths[1]))) for name in names}
-        labels = [f"{name} ({answers[name]})" for name in names]
+        labels = [f"{in_words(name)} ({answers[name]})" for name in names]
         panels[0].set_yticks(range(len(names)), labels, fontsize=8)
         notes = "mean and 95 % interval; bars: each seed; (n answers)"
         figure.suptitle(f"{title}: {notes}", fontsize=9)

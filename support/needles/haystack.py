@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from support.data.standard_library import SEPARATOR, standard_library_topics
-from support.data.text import find_files, read_texts
+from support.data.sources import standard_library_topics
+from support.data.text import SEPARATOR, find_files, log_folders, read_texts
 from support.system.bad_input import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,9 @@ def load_haystack(path: str | None) -> tuple[str, str]:
     reference."""
     if path == REFERENCE or (path is None and not ESSAYS.is_dir()):
         return standard_library_topics(), "Python's language reference (--haystack for your own)"
-    text = SEPARATOR.join("".join(p) for p in read_texts(find_files([path or str(ESSAYS)])))
+    paths = [path or str(ESSAYS)]
+    text = SEPARATOR.join("".join(p) for p in read_texts(find_files(paths)))
+    log_folders(paths)
     source = path or str(ESSAYS.relative_to(ROOT))  # so that no result names a machine's folders
     if not text.strip():
         raise BadInput(f"haystack {source} holds no text (--haystack)")
