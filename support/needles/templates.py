@@ -32,7 +32,7 @@ def read_template(path: Path) -> dict:
         if name in WORDING and kind is str:
             try:
                 value.format(key="", value="")
-            except (KeyError, IndexError, ValueError):
+            except (LookupError, ValueError, AttributeError):
                 raise BadInput(
                     f"{path}: {name}: only {{key}} and {{value}} may be in braces"
                 ) from None
