@@ -206,7 +206,7 @@ EVAL = [
     ("--template {tmp}/nowhere.json", "."),
     ("--template {tmp}/attribute.json", "only {key} and {value} may be in braces"),
     ("--out {tmp}/latin", "needle.jsonl is not UTF-8"),
-    ("--out {tmp}/deep", "needle.jsonl, line 1 is no result of ours"),
+    ("--out {tmp}/deep", "needle.jsonl, line 1 is not a result"),
     ("--compare nowhere", "nowhere does not exist"),
     ("--n 0", "--n 0 must be at least 1"),
     ("--depths 2", "--depths 2 must be within 0..1"),
