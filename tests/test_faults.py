@@ -26,7 +26,9 @@ from safetensors.torch import load_file
 import train
 from model import load_pretrained, load_tokenizer
 from support.data import sources as corpora
+from support.needles.results import Results
 from support.runs import run_folder as run_state
+from support.runs.flags import read_impactful
 from support.runs.run_folder import RunFolder
 from support.system.bad_input import BadInput
 from support.system.signals import signals_raise
@@ -519,12 +521,21 @@ READERS = {
     ),
     "tokenizer.model": (use_tokenizer, fuzz.damage_bytes),
     "model.safetensors": (load_pretrained, fuzz.damage_safetensors),
+    "impactful.json": (
+        lambda folder: read_impactful(folder / "impactful.json", 2048),
+        lambda data, rng: fuzz.damage_json(data.decode(), rng),
+    ),
+    "needle.jsonl": (Results, fuzz.damage_bytes),
 }
+RECORDED = ROOT / "assets" / "results" / "tiny_16k"
 
 
 def feed(name: str, seeds: range, toy_dir, folder) -> None:
     """Damaged files are read or refused by an error that main() reports, in time and memory."""
     shutil.copytree(toy_dir, folder)
+    if (RECORDED / name).is_file():
+        lines = (RECORDED / name).read_bytes().splitlines(keepends=True)
+        (folder / name).write_bytes(b"".join(lines if name.endswith(".json") else lines[:4]))
     if name == "tokenizer.model":
         (folder / "tokenizer.json").unlink()
         tokens = [bytes([b]) for b in range(256)] + [b"th", b"the"]
@@ -549,14 +560,14 @@ def feed(name: str, seeds: range, toy_dir, folder) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_refused(name, toy_dir, tmp_path):
-    """5 x 400."""
+    """7 x 400."""
     feed(name, range(400), toy_dir, tmp_path / "m")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_many_damaged_files_are_refused(name, toy_dir, tmp_path):
-    """5 x 10,000."""
+    """7 x 10,000."""
     feed(name, range(1000, 11_000), toy_dir, tmp_path / "m")
 
 

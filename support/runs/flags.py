@@ -175,7 +175,7 @@ def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
     if not Path(path).is_file():
         raise BadInput(f"--impactful {path} does not exist (an impactful.json of a run)")
     names = list(read_json(Path(path)))
-    if not all(name.isdecimal() for name in names):
+    if not all(name.isdecimal() and len(name) < 10 for name in names):
         raise BadInput(f"{path} is no impactful.json of a run (--impactful)")
     types = torch.tensor([int(name) for name in names])
     if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
