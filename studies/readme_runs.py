@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import RESULTS, ROOT, read_json, run, train_into, write_json
+from common import RESULTS, ROOT, copy_record, read_json, run, train_into, write_json
 from fresh_copy import environment, fresh_copy
 from tiny_study import ORIGINAL, selected
 
@@ -115,8 +115,9 @@ def default_run(target: int, methods: list[str]) -> None:
     compared = " ".join(map(str, (ORIGINAL, *others.values())))
     run(f"eval_needle.py --model {out} --compare {compared}")
     for method, other in others.items():
-        shutil.copyfile(other / "run.json", kept / f"run_{method}.json")
-    for name in ("needle_results.json", "run.json", "metrics.jsonl", "impactful.json"):
+        copy_record(other, kept / f"run_{method}.json")
+    copy_record(out, kept / "run.json")
+    for name in ("needle_results.json", "metrics.jsonl", "impactful.json"):
         shutil.copyfile(out / name, kept / name)
     (kept / "selection.json").write_text(json.dumps(selected(out), indent=1) + "\n")
     run(f"eval_needle.py --model {out} --loss --n 1 --n_beyond 1 --lengths 8192 {target}")
