@@ -38,7 +38,6 @@ from torch import Tensor
 
 import recipe
 from model import (
-    CUDA_BACKENDS,
     Llama,
     LlamaConfig,
     linear_cross_entropy,
@@ -53,6 +52,7 @@ from support.huggingface.config import check_extendable
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
 from support.memory import count as budget
+from support.memory import kernels
 from support.memory.activations import LayerInputsOnHost
 from support.memory.machine import HERE
 from support.memory.optimizer import NAMES as OPTIMIZERS
@@ -461,7 +461,7 @@ def main(argv: list[str] | None = None) -> None:
         checks.check_samples(args, stages, texts, tokenizer, impactful, sample, analysis_sample)
         model = load_pretrained(args.model, getattr(torch, args.dtype), args.device)
 
-        log_device(args.device, CUDA_BACKENDS, toy=args.model == TINY)
+        log_device(args.device, kernels.in_words(), toy=args.model == TINY)
         checks.log_settings(corpus, stages, settings)
         model.config = config.with_rope(args.rope_base, args.target_len)
         model.activation_checkpointing, model.keep_attention = True, args.keep_attention

@@ -184,7 +184,7 @@ def simulated_peak(config, T: int, keep: bool) -> int:
                 hidden = model.hidden(ids, ids)[0]
                 # linear_cross_entropy counts valid targets, which are not there
                 loss = model_module._LinearCrossEntropy.apply(
-                    hidden, model.lm_head.weight, ids[0], -100, 512
+                    hidden, model.lm_head.weight, ids[0], -100, budget.CHUNK
                 )
                 del hidden
                 loss.backward()
