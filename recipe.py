@@ -28,10 +28,9 @@ from support.explain import distances as coverage
 from support.explain import figure as explain_figure
 from support.explain import words
 from support.huggingface import checkpoint as checkpoint_files
-from support.huggingface import config as config_files
+from support.huggingface import folders
 from support.huggingface.hub import SMALL, local_folder
 from support.runs.flags import Parser, read_impactful
-from support.system import whole_files as atomic
 from support.system.console import check_ranges, report_errors
 
 METHODS = ("longrecipe", "pose", "rpes", "full", "none")  # of drawing positions, 4
@@ -357,22 +356,21 @@ def merge(
     if not 0 <= weight <= 1:
         raise BadInput(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
     original_dir, tuned_dir = Path(original_dir), Path(tuned_dir)
-    original, tuned = (config_files.read_config(d) for d in (original_dir, tuned_dir))
+    original, tuned = (folders.read_config(d) for d in (original_dir, tuned_dir))
     for config in (original, tuned):
         config["model_type"] = config["raw"]["model_type"]
     for field in sorted(set(original) - {"raw", "rope_theta", "max_position_embeddings"}):
         if original[field] != tuned[field]:
             raise BadInput(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
 
+    tied = tuned["tie_word_embeddings"]
+
     def averaged():
-        for name, (a, b) in checkpoint_files.iter_pairs(original_dir, tuned_dir):
+        for name, (a, b) in checkpoint_files.iter_pairs(original_dir, tuned_dir, tied):
             # [E10] theta = (1 - w) * theta_original + w * theta_tuned
             yield name, ((1 - weight) * a.float() + weight * b.float()).to(b.dtype)
 
-    with atomic.write_folder(out_dir) as folder:
-        (folder / "config.json").write_bytes((tuned_dir / "config.json").read_bytes())
-        checkpoint_files.write_tensors(folder, averaged())
-        checkpoint_files.copy_tokenizer(tuned_dir, folder)
+    folders.write(out_dir, tuned["raw"] | {"tie_word_embeddings": tied}, averaged(), tuned_dir)
 
 
 # ---- 7. `python recipe.py`: one sample explained -------------------------------------------

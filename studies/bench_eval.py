@@ -10,24 +10,18 @@ cache. Both in worker processes of their own, so that each has its own peak of m
 """
 
 import argparse
-import json
 import multiprocessing
-import os
-import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
+from common import read_json, write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval_needle import Haystack, SharedPrefix, make_sample
 from model import load_pretrained, load_tokenizer
 from support.needles.haystack import load_haystack
 from support.needles.tasks import TASKS
 from support.system.console import peak_gib, provenance, report_errors
-from support.system.whole_files import write_atomically
 
 
 def ours(folder: str, stop: int):
@@ -106,8 +100,7 @@ def measure(args, done: dict) -> dict:
             row[kind] = pipes[kind].recv()
             print(f"{length} tokens, {kind}: {row[kind]['seconds']:.1f} s", flush=True)
         done[str(length)] = row
-        kept = {"of": same_run(args), "rows": done}
-        write_atomically(args.out.with_suffix(".rows"), json.dumps(kept))
+        write_json(args.out.with_suffix(".rows"), {"of": same_run(args), "rows": done})
     for pipe in pipes.values():
         pipe.send(None)
     for process in processes:
@@ -123,10 +116,9 @@ def main(argv=None) -> None:
     p.add_argument("--out", type=Path, required=True, help="JSON file to write")
     with report_errors():
         args, started = p.parse_args(argv), time.time()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         kept = args.out.with_suffix(".rows")
-        before = json.loads(kept.read_text()) if kept.is_file() else {"of": None}
-        done = measure(args, before["rows"] if before["of"] == same_run(args) else {})
+        before = read_json(kept)
+        done = measure(args, before["rows"] if before.get("of") == same_run(args) else {})
         rows = [done[str(length)] for length in args.lengths]
         seconds = {k: round(sum(r[k]["seconds"] for r in rows), 1) for k in rows[0]}
         pairs = [
@@ -148,9 +140,9 @@ def main(argv=None) -> None:
             "peak_GiB_of": {k: round(max(r[k]["peak_GiB"] for r in rows), 2) for k in seconds},
             **provenance(started),
         }
-        write_atomically(args.out, json.dumps(result, indent=2) + "\n")
+        write_json(args.out, result, indent=2)
         kept.unlink()
-        print(json.dumps(result, indent=2))
+        print(args.out.read_text())
 
 
 if __name__ == "__main__":

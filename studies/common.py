@@ -1,26 +1,37 @@
-"""What the studies share: one command after the other, and rows that are kept as soon as they
-are there. Importing this file also lets a study import the repository's own files."""
+"""What the studies share: commands run one after the other, models that are made once, rows of
+models that are kept as soon as they are there, and their table and figure.
 
+Importing this file lets a study import the repository's own files and tests/helpers.
+"""
+
+import dataclasses
 import json
+import math
+import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning on shared cores costs 6-17x
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
-from support.system.console import log  # noqa: E402
+import train  # noqa: E402
+from model import load_pretrained, save_pretrained  # noqa: E402
+from support.needles.results import clustered, mean_of  # noqa: E402
+from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
-RESULTS = Path("assets/results")  # of the folder that a study works in: ROOT
+RESULTS = Path("assets/results")  # in ROOT, where a study works
+OF_RUN = ("seconds", "peak_GiB", "commit", "hardware", "threads")  # of run.json, kept in a row
 
 
 def run(command: str) -> None:
-    """A command of the repository, written as after `python`; SystemExit if it fails."""
+    """A command of this repository, written as after `python`. SystemExit if it fails."""
     log(f"$ python {command}")
-    done = subprocess.run([sys.executable, *command.split()], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{done.stderr[-2000:]}\nerror: that command failed")
+    if code := subprocess.run([sys.executable, *command.split()], check=False).returncode:
+        sys.exit(f"error: exit code {code} of python {command}")
 
 
 def read_json(file: Path) -> dict:
@@ -29,7 +40,7 @@ def read_json(file: Path) -> dict:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The objects of a .jsonl file; none where there is no such file."""
+    """The objects of a .jsonl file, one a line; none where there is no such file."""
     return [json.loads(x) for x in file.read_text().splitlines()] if file.is_file() else []
 
 
@@ -38,28 +49,204 @@ def write_json(file: Path, found: dict, indent: int | None = None) -> None:
     write_atomically(file, json.dumps(found, indent=indent) + "\n")
 
 
+# ---- models ----
+
+
 def train_into(out: Path, flags: str) -> dict:
-    """Run train.py, or go on with a run that was stopped; run.json of the finished run."""
-    record = read_json(out / "run.json")
-    if record.get("status") != "done":
-        run(f"train.py {flags} --out {out} {'--resume' if record else ''}")
+    """run.json of a finished train.py with these flags: run now, gone on with, or there already.
+    SystemExit if the folder holds a run of other settings."""
+    made = read_json(out / "run.json")
+    if made and not same_recipe(made["settings"], flags):
+        sys.exit(f"error: {out} holds a run of other settings; move it away")
+    if made.get("status") != "done":
+        run(f"train.py {flags} --out {out} {'--resume' if made else ''}")
     return read_json(out / "run.json")
 
 
-def rebase(original: str, out: Path, theta: float, window: int) -> None:
-    """The untrained row: the original's weights in `out`, under another rope_theta and window."""
-    from model import load_pretrained, save_pretrained
-
-    if not out.is_dir():
+def retheta(original: str, out: Path, theta: float, window: int) -> None:
+    """The untrained row: the weights of `original` under another rope_theta, for another window."""
+    if not (out / "config.json").is_file():
         model = load_pretrained(original)
         model.config = model.config.with_rope(theta, window)
         save_pretrained(model, out, tokenizer_from=original)
 
 
-def by_text(results: list[dict], length: int, field: str = "score") -> list[list[float]]:
-    """One list a text: what was measured of each of its answers at this length."""
-    texts: dict[int, list[float]] = {}
+def settings_of(flags: str) -> dict:
+    """All settings that these flags come to with train.py as it is now."""
+    args = train.parse(flags.split())
+    train.resolve(args)
+    return vars(args)
+
+
+def recipe_in(settings: dict) -> dict:
+    """Of all settings those that a result depends on, wherever it was made."""
+    own = ("impactful", "model", "out", "plan", "resume", "device", "save_minutes", "no_saves")
+    own += ("optimizer", "keep_attention", "offload_inputs")  # the plan's, by the machine
+    return {k: v for k, v in settings.items() if k not in own}
+
+
+def same_recipe(recorded: dict, flags: str) -> bool:
+    """Was this recorded with the settings that the flags come to now? A setting that only one of
+    the two versions of train.py knows says nothing."""
+    now, then = recipe_in(settings_of(flags)), recipe_in(recorded)
+    return all(now[k] == then[k] for k in now.keys() & then.keys())
+
+
+# ---- what was measured of a model ----
+
+
+def by_text(results: list[dict], field: str = "score") -> dict[str, list[list[float]]]:
+    """length -> one list a text: `field` of each of its answers."""
+    found: dict[str, dict[int, list[float]]] = {}
     for r in results:
-        if r["length"] == length and r["task"] != "loss" and field in r:
-            texts.setdefault(r["repeat"], []).append(r[field])
-    return [texts[repeat] for repeat in sorted(texts)]
+        if r["task"] != "loss":
+            found.setdefault(str(r["length"]), {}).setdefault(r["repeat"], []).append(r[field])
+    return {length: [texts[i] for i in sorted(texts)] for length, texts in found.items()}
+
+
+def measured(results: list[dict]) -> dict:
+    """The answers of one model: hits (1: the whole answer was found) and nats (the log-probability
+    of the right answer)."""
+    return {"scores": by_text(results), "nats": by_text(results, "answer_logprob")}
+
+
+def texts_of(seeds: dict, length: int | str, field: str = "scores") -> list[list[float]]:
+    """The texts of all seeds of a row; none of a seed that has no such field."""
+    rows = [one[field] for one in seeds.values() if field in one]
+    return [text for row in rows for text in row[str(length)]]
+
+
+def lead(ours: dict, other: dict, length: int, field: str = "scores") -> dict:
+    """By how much `ours` is above `other` (seed -> row, both) on the same texts: mean of the
+    differences, text by text, in the seeds that both have, and its 95 % interval (Student's t for n
+    texts); and the mean of each seed, as what training owes to chance is in no interval."""
+    by_seed = []
+    for seed in sorted(ours.keys() & other.keys()):
+        pairs = zip(*(row[seed][field][str(length)] for row in (ours, other)), strict=True)
+        by_seed.append([statistics.mean(a) - statistics.mean(b) for a, b in pairs])
+    gains = [gain for one in by_seed for gain in one]
+    mean, n = statistics.mean(gains), len(gains)
+    half = student(n - 1) * statistics.stdev(gains) / math.sqrt(n)
+    return {
+        "mean": mean,
+        "interval_95": (mean - half, mean + half),
+        "n": n,
+        "by_seed": [statistics.mean(one) for one in by_seed],
+    }
+
+
+def student(freedom: int) -> float:
+    """97.5 % quantile of Student's t, by its expansion about the normal one (Abramowitz and Stegun
+    26.7.5): to 0.1 % from 5 degrees of freedom on.
+
+    >>> [round(student(n), 3) for n in (7, 15, 23)]
+    [2.364, 2.131, 2.069]
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+
+
+# ---- rows of models ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rows of a study in one JSON file: runs[name][seed of the training] = what was measured;
+    beside it what is the same for all rows. Lengths: the old window and the target, tokens."""
+
+    file: Path
+    lengths: tuple[int, int]
+    names: list[str]  # in the order in which they are shown
+
+    def read(self) -> dict:
+        return read_json(self.file) or {"runs": {}}
+
+    def row(self, name: str, seed: int) -> dict:
+        """{} where there is none."""
+        return self.read()["runs"].get(name, {}).get(str(seed), {})
+
+    def keep(self, name: str, seed: int, row: dict, **about) -> None:
+        """Add a row, or replace it. Read again first: another process may have added rows."""
+        found = self.read()
+        found["runs"].setdefault(name, {})[str(seed)] = row
+        found |= about
+        found |= {k: provenance(0)[k] for k in ("torch", "python", "hardware", "threads")}
+        write_json(self.file, found)
+
+    def shown(self) -> list[str]:
+        runs = self.read()["runs"]
+        return [name for name in self.names if name in runs]
+
+    def sorted_by_target(self) -> list[str]:
+        """The rows, the best at the target first."""
+        runs, length = self.read()["runs"], str(self.lengths[1])
+        means = {name: mean_of(texts_of(runs[name], length)) for name in self.shown()}
+        return sorted(means, key=means.get, reverse=True)
+
+    def report(self, names: list[str] | None = None) -> None:
+        """A line a row: means over the seeds; intervals draw whole texts again (clustered). The
+        last columns: longrecipe under the same theta less this row, on the same texts."""
+        runs = self.read()["runs"]
+        head = "".join(f"{f'found at {n:,}':>20}{'nats':>8}" for n in self.lengths)
+        print(f"{'':30}{'seeds':>6}{'minutes':>9}{head}{'longrecipe leads, %':>24}{'nats':>24}")
+        for name in names or self.shown():
+            seeds, ours = runs[name], runs.get(self.reference(name), {})
+            minutes = sum(one.get("seconds", 0) for one in seeds.values()) / len(seeds) / 60
+            line = f"{name:30}{len(seeds):>6}{minutes:>9.1f}"
+            for length in map(str, self.lengths):
+                low, high = clustered(texts := texts_of(seeds, length))
+                line += f"{mean_of(texts):.1%} [{low:.0%},{high:.0%}]".rjust(20)
+                nats = texts_of(seeds, length, "nats")
+                line += f"{mean_of(nats):8.2f}" if nats else " " * 8
+            for field, scale in (("scores", 100), ("nats", 1)):
+                line += self.ahead(ours, seeds, field, scale).rjust(24) if ours != seeds else ""
+            print(line)
+
+    def ahead(self, ours: dict, other: dict, field: str, scale: float) -> str:
+        """`lead` in words, or nothing where the two have no seed with that field in common."""
+        rows = [{seed: r for seed, r in row.items() if field in r} for row in (ours, other)]
+        if not rows[0].keys() & rows[1].keys():
+            return ""
+        found = lead(*rows, self.lengths[1], field)
+        mean, low, high = (scale * x for x in (found["mean"], *found["interval_95"]))
+        return f"{mean:+.3g} [{low:+.3g},{high:+.3g}]"
+
+    @staticmethod
+    def reference(name: str) -> str:
+        """The row that another is compared with, and whose analysis it takes: longrecipe under the
+        same theta.
+
+        >>> Table.reference("pose, paper's theta")
+        "longrecipe, paper's theta"
+        """
+        return "longrecipe" + "".join(name.partition(",")[1:])
+
+    def draw(self, title: str) -> None:
+        """Share found at both lengths: mean of the seeds, 95 % interval, and a bar each seed."""
+        from matplotlib.figure import Figure
+
+        runs, names = self.read()["runs"], self.shown()[::-1]  # the first on top
+        figure = Figure(figsize=(9, 1.3 + 0.27 * len(names)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axis, length in zip(panels, self.lengths, strict=True):
+            for y, name in enumerate(names):
+                texts = texts_of(runs[name], length)
+                mean, (low, high) = mean_of(texts), clustered(texts)
+                colour = "tab:orange" if name == "longrecipe" else "tab:blue"
+                axis.plot((100 * low, 100 * high), (y, y), color=colour)
+                axis.plot(100 * mean, y, "o", color=colour)
+                each = [100 * mean_of(one["scores"][str(length)]) for one in runs[name].values()]
+                axis.plot(each, [y] * len(each), "k|", markersize=7)
+            axis.set(xlim=(-2, 102), xlabel=f"answers found at {length:,} tokens, %")
+            axis.grid(axis="x", alpha=0.3)
+        answers = {name: sum(map(len, texts_of(runs[name], self.lengths[1]))) for name in names}
+        labels = [f"{name} ({answers[name]})" for name in names]
+        panels[0].set_yticks(range(len(names)), labels, fontsize=8)
+        notes = "mean and 95 % interval; bars: each seed; (n answers)"
+        figure.suptitle(f"{title}: {notes}", fontsize=9)
+        figure.savefig(self.file.with_suffix(".png"), dpi=120)

@@ -1,4 +1,4 @@
-"""The plans of README's table: Llama-3-8B on one 80 GB GPU in several memory modes, from the shape
+"""The plans of docs/memory.md: Llama-3-8B on one 80 GB GPU in several memory modes, from the shape
 alone (seconds, no weights): `python studies/make_plans.py` -> assets/results/plan_8b.json."""
 
 import json

@@ -19,16 +19,15 @@ those of the model there.
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import write_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Llama, LlamaConfig, linear_cross_entropy, load_tokenizer, save_pretrained
 from recipe import sample_position_ids
 from support.data import toy_words
@@ -83,7 +82,7 @@ def make_tokenizer(folder: Path, documents: list[str]) -> None:
     tokenizer.train_from_iterator(documents + [words] * 4000, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config, indent=2)
 
 
 def copy_sample(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -260,10 +259,10 @@ def main() -> None:
                 torch.save(state | {"done": number, "seconds": seconds}, args.work / "new.pt")
                 (args.work / "new.pt").replace(state_file)
     save_pretrained(model.to(torch.bfloat16), args.out, tokenizer_from=args.work)
-    (args.out / "needle.json").write_text(json.dumps(toy_words.NEEDLE, indent=2) + "\n")
+    write_json(args.out / "needle.json", toy_words.NEEDLE, indent=2)
     record = {"seed": args.seed, "scale": args.scale, "training_seconds": round(seconds)}
     record |= {"lessons": LESSONS, "text_tokens": len(text), **provenance(started)}
-    write_atomically(args.out / "training.json", json.dumps(record, indent=2) + "\n")
+    write_json(args.out / "training.json", record, indent=2)
 
 
 if __name__ == "__main__":

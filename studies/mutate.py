@@ -1,15 +1,14 @@
-"""Do the tests see a wrong formula? Break each line under a tag [E..] and run the test that README
-names for it: `python studies/mutate.py` (some minutes; --tags E5 E6 for some of them).
+"""Do the tests see a wrong formula? Break each line under a tag [E..] and run the test that
+docs/equations.md names for it: `python studies/mutate.py` (minutes; --tags E5 E6: some).
 
 A mutant is one wrong text in place of a right one: a flipped sign, an off-by-one, a dropped factor.
 It is killed if the named test fails, or else another test of the same file. The table goes to
-assets/results/mutants.json. tests/test_readme.py checks that each tag has two mutants or more, that
+assets/results/mutants.json. tests/test_docs.py checks that each tag has two mutants or more, that
 their right text stands under its tag, and that the table is of this list: so it fails when a line
 changes, until this is run again.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -17,12 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from fresh_copy import ROOT, environment, fresh_copy
+from common import ROOT, read_json, write_json
+from fresh_copy import environment, fresh_copy
 
-sys.path.insert(0, str(ROOT))
 from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance
-from support.system.whole_files import write_atomically
 
 TABLE = ROOT / "assets" / "results" / "mutants.json"
 
@@ -170,9 +168,9 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
 
 
 def named_tests() -> dict[str, list[str]]:
-    """Tag -> the tests of its row in README's equation table, as pytest wants them."""
-    readme = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| \[(E\d+)\].*\|(.*)\|$", readme, re.MULTILINE)
+    """Tag -> the tests of its row in docs/equations.md, as pytest takes them."""
+    page = (ROOT / "docs" / "equations.md").read_text()
+    rows = re.findall(r"^\| \[(E\d+)\].*\|(.*)\|$", page, re.MULTILINE)
     named = {tag: re.findall(r"`(\w+\.py::\w+)`", cell) for tag, cell in rows}
     return {tag: [f"tests/{test}" for test in tests] for tag, tests in named.items()}
 
@@ -216,7 +214,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description="Break each tagged line; do the tests notice?")
     p.add_argument("--tags", nargs="+", choices=MUTANTS, default=list(MUTANTS), metavar="E1")
     args, started, tests = p.parse_args(), time.time(), named_tests()
-    known = json.loads(TABLE.read_text())["mutants"] if TABLE.is_file() else []
+    known = read_json(TABLE).get("mutants", [])
     rows = [row for row in known if row["tag"] in MUTANTS and row["tag"] not in args.tags]
     work = [(t, MUTANTS[t][0], *pair) for t in args.tags for pair in MUTANTS[t][1:]]
     lines = [line_of(file, right) for _, file, right, _ in work]  # before anything is run
@@ -232,7 +230,7 @@ def main() -> None:
             rows.append(row | {"killed_by": who})
     rows.sort(key=lambda row: int(row["tag"][1:]))
     found = {"mutants": rows, "run": provenance(started) | {"tags": args.tags}}
-    write_atomically(TABLE, json.dumps(found, indent=1) + "\n")
+    write_json(TABLE, found, indent=1)
     survivors = [row for row in rows if row["killed_by"] is None]
     print(f"{len(rows)} mutants of {len(MUTANTS)} formulas, {len(survivors)} survive: {TABLE.name}")
     raise SystemExit(1 if survivors else 0)

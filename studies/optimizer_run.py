@@ -10,16 +10,13 @@ and adamw-8bit missed it there (LOG.md says why); against fp32 the same numbers 
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from support.system.console import report_errors  # noqa: E402
+from common import ROOT, read_json, read_lines, write_json
+
+import train
+from support.system.console import report_errors
 
 OUT = ROOT / "assets" / "results" / "adamw_8bit.json"
 BAND = {"any_step": 0.05, "mean_of_last_10": 0.02}  # nats, adamw-8bit minus fp32, absolute
@@ -33,10 +30,6 @@ RUNS = {  # name: optimizer, dtype
     "adamw": ("adamw", "bfloat16"),
     "adamw-8bit": ("adamw-8bit", "bfloat16"),
 }
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def gaps(found: dict, name: str) -> dict[str, float]:
@@ -65,15 +58,12 @@ def main(argv=None) -> None:
             again = ["--resume"] if (run / "run.json").is_file() else []
             flags = ["--model", args.model, "--optimizer", optimizer, "--dtype", dtype, *again]
             train.main([*FLAGS.split(), *flags, "--out", str(run)])
-            found["loss"][name] = losses(run)
-            about = json.loads((run / "run.json").read_text())
-            found["runs"][name] = {
-                k: v for k, v in about.items() if k not in ("settings", "status")
-            }
+            found["loss"][name] = [row["loss"] for row in read_lines(run / "metrics.jsonl")]
+            about = read_json(run / "run.json")
+            found["runs"][name] = {k: about[k] for k in about if k not in ("settings", "status")}
         found["gaps"] = {name: gaps(found, name) for name in ("adamw", "adamw-8bit")}
         found["fell"] = {k: sum(v[:5]) / 5 - sum(v[-10:]) / 10 for k, v in found["loss"].items()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(args.out, found, indent=2)
         print(json.dumps({k: v for k, v in found.items() if k != "loss"}, indent=2))
 
 

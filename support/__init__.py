@@ -2,7 +2,7 @@
 imports the four files, and a room imports only rooms above it in this list.
 
 system/        console: errors as one line, progress, provenance; signals: Ctrl-C and SIGTERM;
-               whole_files: files that are whole or not there
+               whole_files: files that are whole or not there; bad_input: what is refused
 huggingface/   config, checkpoint: config.json and safetensors; folders, hub: a model by its folder
                or name; tokenizer, tokenizer_classes
 data/          text: documents as tokens; sources: which documents; standard_library; toy, toy_words

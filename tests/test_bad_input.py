@@ -48,6 +48,7 @@ def longer_than_it_is(folder):
 
 
 def index_outside(folder):
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"a": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

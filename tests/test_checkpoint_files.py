@@ -11,13 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_hf_llama
+from safetensors.torch import load_file, save_file
 from smollm2 import ROOT
+from test_train import edit_config
 
 import recipe
 import train
 from model import load_pretrained, save_pretrained
 from support.huggingface import checkpoint as checkpoint_files
 from support.huggingface.hub import local_folder
+from support.system.bad_input import BadInput
 
 # ---- memory ------------------------------------------------------------------------------------
 
@@ -179,29 +182,280 @@ def test_todays_transformers_reads_the_same_model(family, toy_dir, tmp_path):
         assert (again(ids).logits - ours(ids)).abs().max() < 1e-4
 
 
-# ---- bad folders -------------------------------------------------------------------------------
+# ---- folders of every kind: transformers' logits, or refused by name ------------------------
 
 
-def test_a_pickle_is_refused_with_the_way_out(tmp_path):
+def tensors_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def store(folder, tensors: dict, name="model.safetensors"):
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def rename(folder, change):
+    """Tensors under other names; None: left out."""
+    renamed = ((change(name), tensor) for name, tensor in tensors_of(folder).items())
+    store(folder, {name: tensor for name, tensor in renamed if name})
+
+
+def shards(folder, below="", twice=False, promised=()):
+    """Two shards and an index in place of the single file."""
+    tensors, weight_map = sorted(tensors_of(folder).items()), {}
+    (folder / "model.safetensors").unlink()
+    (folder / below).mkdir(parents=True, exist_ok=True)
+    for i, part in enumerate((tensors[: 5 if not twice else 9], tensors[5:])):
+        file = os.path.join(below, f"model-{i}.safetensors")
+        store(folder, {k: t * (1 + i * twice) for k, t in part}, file)
+        weight_map |= {k: file for k, _ in part if k not in weight_map}
+    weight_map |= dict.fromkeys(promised, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def own_head(folder, factor: float = 2.0):
+    tensors = tensors_of(folder)
+    store(folder, tensors | {HEAD: tensors[EMBEDDING] * factor})
+
+
+def cast(folder, dtype: torch.dtype):
+    name = "model.layers.0.mlp.up_proj.weight"
+    store(folder, tensors_of(folder) | {name: tensors_of(folder)[name].to(dtype)})
+
+
+def without(folder, *names):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: raw[k] for k in raw.keys() - set(names)}))
+
+
+def stale_index(folder, keep_shards: bool):
+    tensors = tensors_of(folder)
+    shards(folder)
+    store(folder, {name: 0.5 * tensor for name, tensor in tensors.items()})
+    for file in () if keep_shards else folder.glob("model-*"):
+        file.unlink()
+
+
+def angles_stored(folder):
+    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    store(folder, tensors_of(folder) | angles)
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+TIED = {"tie_word_embeddings": True}
+LINEAR, DEFAULT = {"type": "linear", "factor": 4.0}, {"rope_type": "default", "rope_theta": 5e4}
+BARE_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+NO_KV = {"num_attention_heads": 8, "num_key_value_heads": 8}
+HEAD_32 = {"num_attention_heads": 32, "num_key_value_heads": 32}
+OPENED = {  # family, its shape, what is done to the folder
+    "tied, a head of its own": ("llama", TIED, own_head),
+    "tied, a copy of the embedding": ("llama", TIED, lambda f: own_head(f, 1.0)),
+    "tied, only the head": (
+        "llama",
+        TIED,
+        lambda f: rename(f, lambda n: HEAD if n == EMBEDDING else n),
+    ),
+    "tied, an index that promises the head": ("llama", TIED, lambda f: shards(f, promised=[HEAD])),
+    "tied, a base model": ("llama", TIED, lambda f: rename(f, lambda n: n.removeprefix("model."))),
+    "untied, names of a base model": (
+        "llama",
+        {},
+        lambda f: rename(f, lambda n: n.removeprefix("model.")),
+    ),
+    "tied or not is not said": ("llama", {}, lambda f: without(f, "tie_word_embeddings")),
+    "shards in a sub-folder": ("llama", {}, lambda f: shards(f, below="weights/a")),
+    "a tensor in two shards": ("llama", {}, lambda f: shards(f, twice=True)),
+    "a stale index and its shards": ("llama", {}, lambda f: stale_index(f, True)),
+    "a stale index without its shards": ("llama", {}, lambda f: stale_index(f, False)),
+    "stored angles": ("llama", {}, angles_stored),
+    "float64": ("llama", {}, lambda f: cast(f, torch.float64)),
+    "linear beside default": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_scaling=LINEAR, rope_parameters=DEFAULT, rope_theta=3e4),
+    ),
+    "llama3 beside default": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_scaling=LLAMA3, rope_parameters=DEFAULT),
+    ),
+    "default beside yarn": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_scaling=DEFAULT, rope_parameters={"rope_type": "yarn"}),
+    ),
+    "llama3 for the whole window": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_parameters=BARE_LLAMA3),
+    ),
+    "llama3, the old window beside it": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_parameters=BARE_LLAMA3, original_max_position_embeddings=32),
+    ),
+    "llama3, two old windows": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_parameters=LLAMA3, original_max_position_embeddings=32),
+    ),
+    "no theta": ("llama", {}, lambda f: without(f, "rope_parameters", "rope_theta")),
+    "theta beside RoPE without one": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_parameters={"rope_type": "default"}, rope_theta=3e4),
+    ),
+    "empty rope_scaling": ("llama", {}, lambda f: edit_config(f, rope_scaling={})),
+    "head_dim null": ("llama", {}, lambda f: edit_config(f, head_dim=None)),
+    "llama without kv heads": (
+        "llama",
+        {"num_key_value_heads": 4},
+        lambda f: without(f, "num_key_value_heads"),
+    ),
+    "mistral without kv heads": ("mistral", NO_KV, lambda f: without(f, "num_key_value_heads")),
+    "qwen2 without kv heads": (
+        "qwen2",
+        HEAD_32 | {"hidden_size": 64},
+        lambda f: without(f, "num_key_value_heads"),
+    ),
+    "qwen3 without head_dim": ("qwen3", {"head_dim": 128}, lambda f: without(f, "head_dim")),
+    "qwen2 without a switched off window": (
+        "qwen2",
+        {},
+        lambda f: edit_config(f, use_sliding_window=False, sliding_window=8),
+    ),
+    "torch_dtype": ("llama", {}, lambda f: edit_config(f, torch_dtype="float16", dtype=None)),
+    "a llama with mistral's window": ("llama", {}, lambda f: edit_config(f, sliding_window=8)),
+    "mistral without a window": ("mistral", {}, lambda f: edit_config(f, sliding_window=None)),
+    "partial_rotary_factor null": (
+        "llama",
+        {},
+        lambda f: edit_config(f, partial_rotary_factor=None),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPENED)
+def test_a_folder_gives_the_logits_of_transformers(case, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    family, shape, change = OPENED[case]
+    make_hf_llama(family, **shape).save_pretrained(tmp_path)
+    change(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours, ids = load_pretrained(tmp_path), torch.arange(60)[None]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (ours(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+        save_pretrained(ours, tmp_path / "again")  # and what we write is the same model
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+        assert (again(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+        recipe.merge(tmp_path, tmp_path / "again", tmp_path / "merged", 0.25)
+        merged = load_pretrained(tmp_path / "merged")
+        assert (merged(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def only(folder, *names):
+    """A folder with these files alone; new ones are empty."""
+    for file in folder.iterdir():
+        if file.name not in names:
+            file.unlink()
+    for name in names:
+        (folder / name).touch()
+
+
+def pointer(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def write_index(folder, content: dict):
+    only(folder, "config.json")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def adapter_beside(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+LAYERS = {"full_attention": DEFAULT, "sliding_attention": DEFAULT}
+PTH = ("config.json", "consolidated.00.pth")
+REFUSED = {
+    "pickle": (
+        lambda f: only(f, "config.json", "pytorch_model.bin"),
+        "only safetensors are read.*save_pretrained",
+    ),
+    "GGUF": (lambda f: only(f, "m.gguf"), "m.gguf: GGUF is not read.*gguf_file"),
+    "original": (lambda f: only(f, *PTH), "consolidated.00.pth: the format of the model's makers"),
+    "adapter": (lambda f: only(f, "adapter_config.json"), "an adapter of PEFT.*merge_and_unload"),
+    "adapter in a model's folder": (adapter_beside, "an adapter of PEFT"),
+    "other names": (
+        lambda f: only(f, "config.json", "model-00001-of-00002.safetensors"),
+        "model-00001-of-00002.safetensors: the weights must be in",
+    ),
+    "a pointer": (lambda f: pointer(f, "model.safetensors"), "git-lfs pointer.*git lfs pull"),
+    "config a pointer": (lambda f: pointer(f, "config.json"), "config.json is a git-lfs pointer"),
+    "int8": (lambda f: cast(f, torch.int8), "mlp.up_proj.weight holds I8: a quantised model"),
+    "fp8": (lambda f: cast(f, torch.float8_e4m3fn), "holds F8_E4M3: a quantised model"),
+    "index outside": (
+        lambda f: write_index(f, {"weight_map": {"a": "../../etc/passwd"}}),
+        "points outside the folder",
+    ),
+    "index to the root": (
+        lambda f: write_index(f, {"weight_map": {"a": "/etc/passwd"}}),
+        "points outside the folder",
+    ),
+    "index without a shard": (
+        lambda f: write_index(f, {"weight_map": {"a": "missing.safetensors"}}),
+        "missing.safetensors, which is not in the folder",
+    ),
+    "weight_map a list": (lambda f: write_index(f, {"weight_map": []}), "has no weight_map"),
+    "no weight_map": (lambda f: write_index(f, {}), "has no weight_map"),
+    "no head": (lambda f: rename(f, lambda n: n if n != HEAD else None), "missing .*lm_head"),
+    "yarn beside default": (
+        lambda f: edit_config(f, rope_scaling={"type": "yarn", "factor": 4.0}),
+        "rope type 'yarn'",
+    ),
+    "dynamic": (lambda f: edit_config(f, rope_scaling={"type": "dynamic"}), "rope type 'dynamic'"),
+    "longrope": (lambda f: edit_config(f, rope_parameters={"rope_type": "longrope"}), "'longrope'"),
+    "layer types": (lambda f: edit_config(f, rope_parameters=LAYERS), "full_attention"),
+    "half rotated": (
+        lambda f: edit_config(f, rope_parameters=DEFAULT | {"partial_rotary_factor": 0.5}),
+        "partial_rotary_factor",
+    ),
+    "half rotated, beside RoPE": (
+        lambda f: edit_config(f, partial_rotary_factor=0.5),
+        "partial_rotary_factor 0.5",
+    ),
+    "high below low": (
+        lambda f: edit_config(f, rope_parameters=LLAMA3 | {"high_freq_factor": 0.5}),
+        "high_freq_factor must be above",
+    ),
+    "bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias True"),
+    "MLP bias": (lambda f: edit_config(f, mlp_bias=True), "mlp_bias True"),
+    "gelu": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
+    "both ways": (lambda f: edit_config(f, is_causal=False), "is_causal False"),
+    "quantised": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}),
+        "quantization_config .*gptq",
+    ),
+    "other file": (
+        lambda f: edit_config(f, transformers_weights="a.safetensors"),
+        "transformers_weights",
+    ),
+    "no family": (lambda f: without(f, "model_type"), "model_type None is not supported"),
+    "tied by a word": (
+        lambda f: edit_config(f, tie_word_embeddings="false"),
+        "tie_word_embeddings must be true or false",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_folder_is_refused_with_what_it_is(case, tmp_path):
     make_hf_llama().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="only safetensors are read.*save_pretrained"):
-        load_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"weight_map": {"a": "../../etc/passwd"}}, "points outside the folder"),
-        ({"weight_map": {"a": "missing.safetensors"}}, "which is not in the folder"),
-        ({"weight_map": []}, "has no weight_map"),
-        ({}, "has no weight_map"),
-    ],
-)
-def test_bad_indexes(change, match, tmp_path):
-    make_hf_llama().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(change))
-    with pytest.raises(ValueError, match=match):
+    change, match = REFUSED[case]
+    change(tmp_path)
+    with pytest.raises(BadInput, match=match):
         load_pretrained(tmp_path)
 
 

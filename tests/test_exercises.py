@@ -1,4 +1,4 @@
-"""The answers of README's exercises run, and are right."""
+"""The answers of docs/exercises.md run, and are right."""
 
 import re
 import subprocess

@@ -539,9 +539,11 @@ def test_a_save_replaces_model_folders_only(tmp_path):
     assert (tmp_path / "diary" / "2026.txt").is_file()
     # killed between moving the old folder away and the new one in: the old one is still found
     save_pretrained(model, tmp_path / "k")
-    (tmp_path / "k").rename(tmp_path / "k.old")
+    (tmp_path / "k").rename(tmp_path / ".k.old")
+    (tmp_path / "k.old").mkdir()  # somebody's own
     save_pretrained(model, tmp_path / "k")
-    assert load_pretrained(tmp_path / "k") and not (tmp_path / "k.old").exists()
+    assert load_pretrained(tmp_path / "k") and not (tmp_path / ".k.old").exists()
+    assert (tmp_path / "k.old").is_dir()
 
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):

@@ -450,7 +450,7 @@ def test_free_memory_and_disk_are_those_of_this_machine(tmp_path):
 def test_what_a_run_wrote_is_room_for_its_resume(tmp_path):
     """The state, and the folders that --keep_stages and a merge that was cut off leave."""
     before = machine.machine(machine.HERE, "cpu", str(tmp_path)).disk
-    for name in ("state.pt", "replayed/x", "merged.writing/x", "extended/x"):
+    for name in ("state.pt", "replayed/x", ".merged.writing/x", "extended/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         with open(tmp_path / name, "wb") as file:
             file.truncate(2**40)  # sparse: takes no room

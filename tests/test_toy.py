@@ -175,39 +175,3 @@ def test_the_tiny_model_is_small_and_reads_keys_it_never_had(tokenizer):
                 said = tokenizer.decode([int(model(sample.ids[None])[0, -1].argmax())])
             right += said.strip() == sample.expected[0]
     assert right >= 0.8 * 32
-
-
-def test_lead_of_a_row_compares_the_same_haystacks_by_hand():
-    from tiny_study import lead
-
-    ours = {"0": {"scores": {"64": [[1, 1], [1, 0]]}}, "1": {"scores": {"64": [[1, 1], [0, 0]]}}}
-    other = {"0": {"scores": {"64": [[1, 0], [1, 0]]}}, "2": {"scores": {"64": [[0, 0], [0, 0]]}}}
-    found = lead(ours, other, 64)  # seed 0 alone is in both: differences 1/2 and 0
-    assert found["mean"] == 0.25 and found["n"] == 2 and lead(other, ours, 64)["mean"] == -0.25
-
-    gains = [0.5, 0.25, 0.25, 0.0, 0.5, 0.125, 0.375, 0.0]  # t of 7 degrees: 2.3646, by table
-    ours = {"0": {"scores": {"64": [[1, gain] for gain in gains]}}}
-    other = {"0": {"scores": {"64": [[1, -gain] for gain in gains]}}}
-    mean = sum(gains) / 8
-    half = 2.3646 * (sum((g - mean) ** 2 for g in gains) / 7 / 8) ** 0.5
-    found = lead(ours, other, 64)["interval_95"]
-    assert found == pytest.approx((mean - half, mean + half), rel=1e-3)
-
-
-def test_a_row_of_the_study_takes_the_analysis_of_longrecipe_under_its_own_base():
-    import argparse
-
-    import tiny_study
-
-    args = argparse.Namespace(target=32_768, steps=40, n=8)
-    for name, analyst in {
-        "pose": "longrecipe",
-        "pose, paper's base": "longrecipe, paper's base",
-    }.items():
-        flags = tiny_study.flags_of(name, 1, args)
-        assert f"--impactful {tiny_study.types_of(analyst, 1, args)} --probe_steps 5" in flags
-    ours, other = (
-        tiny_study.recipe_of(args, tiny_study.flags_of(name, 1, args))
-        for name in ("longrecipe", "pose")
-    )
-    assert {k for k in ours if ours[k] != other[k]} == {"method"}  # the very same tokens

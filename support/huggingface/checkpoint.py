@@ -1,66 +1,101 @@
-"""Hugging Face folders: safetensors (single or sharded), tokenizer files.
+"""The weights of Hugging Face folders: safetensors, single or sharded.
 
 Tensors are streamed: at any time one source tensor is held beside the model that is being filled.
 """
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.huggingface.config import read_json
+from support.huggingface.config import check_no_pointer, not_a_model, read_json
 from support.system.bad_input import BadInput
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "needle.json",
-)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them; others are quantised
+
+Found = dict[str, tuple[Path, str]]  # our name of a tensor -> its file and its name there
 
 # ---- safetensors -------------------------------------------------------------------------------
 
 
-def tensor_files(path: Path) -> dict[str, Path]:
-    """tensor name -> file that holds it."""
-    if (path / INDEX).is_file():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BadInput(f"{path / INDEX} has no weight_map")
-        for file in set(weight_map.values()):
-            if not isinstance(file, str) or Path(file).name != file:
-                raise BadInput(f"{path / INDEX} points outside the folder: {file!r}")
-            if not (path / file).is_file():
-                raise BadInput(f"{path / INDEX} names {file}, which is not in the folder")
-        return {name: path / file for name, file in weight_map.items()}
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors of a folder, in the order in which transformers reads them; none, if there
+    are none. Where there is a single file it is taken, whatever an index says."""
     if (path / SINGLE).is_file():
-        with open_safetensors(path / SINGLE) as file:
-            return dict.fromkeys(file.keys(), path / SINGLE)
-    if list(path.glob("pytorch_model*.bin")):
-        raise BadInput(
-            f"{path} holds pytorch_model.bin; only safetensors are read. Convert it:"
-            " AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)"
-        )
-    raise BadInput(f"model folder {path} holds no {SINGLE} and no {INDEX}")
+        return [path / SINGLE]
+    if not (path / INDEX).is_file():
+        return []
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{path / INDEX} has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or file.startswith("/") or ".." in PurePosixPath(file).parts:
+            raise BadInput(f"{path / INDEX} points outside the folder: {file!r}")
+    return [path / file for file in sorted(set(weight_map.values()))]
+
+
+def find_tensors(path: Path, tied: bool) -> Found:
+    """The tensors of a folder under the names of our Llama; of a tensor in two files the last
+    one. Left out: the angles of RoPE that older exports carry. tied: the head is the embedding, of
+    which the file holds one or the other, or both."""
+    files = weight_files(path)
+    if not files:
+        raise not_a_model(path, f"{SINGLE} and no {INDEX}")
+    found = {}
+    for file in files:
+        if not file.is_file():
+            raise BadInput(f"{path / INDEX} names {file.name}, which is not in the folder")
+        with open_safetensors(file) as opened:
+            keys = opened.keys()
+            for key in keys:
+                if key.endswith("rotary_emb.inv_freq"):
+                    continue
+                if (kind := opened.get_slice(key).get_dtype()) not in FLOATS:
+                    raise BadInput(
+                        f"{file}: tensor {key} holds {kind}: a quantised model, which is not read;"
+                        " take the folder of the model it was made from"
+                    )
+                found[our_name(key)] = (file, key)
+    if tied and (head := found.pop(HEAD, None)):
+        found.setdefault(EMBEDDING, head)
+    return found
+
+
+def our_name(name: str) -> str:
+    """A base model is saved without the "model." in front.
+
+    >>> our_name("layers.0.mlp.up_proj.weight"), our_name("lm_head.weight")
+    ('model.layers.0.mlp.up_proj.weight', 'lm_head.weight')
+    """
+    bare = name.startswith(("embed_tokens.", "layers.", "norm."))
+    return f"model.{name}" if bare else name
+
+
+def has_own_head(path: Path) -> bool:
+    """Does the folder hold a head that is not its embedding? Then transformers leaves them untied,
+    whatever config.json says."""
+    files = weight_files(path)
+    if not files or not all(file.is_file() for file in files):  # --plan: config.json alone
+        return False
+    found = find_tensors(path, tied=False)
+    if HEAD not in found or EMBEDDING not in found:
+        return False
+    head, embedding = (read_tensor(found, name) for name in (HEAD, EMBEDDING))
+    return head.shape != embedding.shape or not bool((head == embedding).all())
 
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator:
+    """BadInput that names the file where the library finds it damaged."""
+    check_no_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -89,36 +124,38 @@ def not_finite(value, name: str = "") -> Iterator[str]:
             yield name
 
 
-def finite(file, name: str, path: Path) -> torch.Tensor:
+def finite(file, key: str, path: Path) -> torch.Tensor:
     """A tensor of an open safetensors file."""
-    tensor = file.get_tensor(name)
-    if any(not_finite(tensor, name)):
-        raise BadInput(f"{path}: tensor {name} holds NaN or infinity: a failed training?")
+    tensor = file.get_tensor(key)
+    if any(not_finite(tensor, key)):
+        raise BadInput(f"{path}: tensor {key} holds NaN or infinity: a failed training?")
     return tensor
 
 
-def iter_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) one by one, file by file. ValueError for one that is not finite."""
-    files = tensor_files(Path(path))
-    for file_path in sorted(set(files.values())):
-        with open_safetensors(file_path) as file:
-            inside = set(file.keys())
-            for name in sorted(n for n, f in files.items() if f == file_path):
-                if name not in inside:
-                    raise BadInput(f"{file_path} lacks tensor {name}, which the index promises")
-                yield name, finite(file, name, file_path)
+def read_tensor(found: Found, name: str) -> torch.Tensor:
+    path, key = found[name]
+    with open_safetensors(path) as file:
+        return finite(file, key, path)
+
+
+def iter_tensors(found: Found) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) one by one, file by file. BadInput for one that is not finite."""
+    for path in sorted({path for path, _ in found.values()}):
+        with open_safetensors(path) as file:
+            for name in sorted(n for n, (p, _) in found.items() if p == path):
+                yield name, finite(file, found[name][1], path)
 
 
 def iter_pairs(
-    first: Path, second: Path
+    first: Path, second: Path, tied: bool
 ) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     """(name, (tensor of first, tensor of second)) for two folders with the same tensors."""
-    files = tensor_files(first)
-    for name, b in iter_tensors(second):
-        if name not in files:
-            raise BadInput(f"{first} lacks tensor {name}, which {second} has")
-        with open_safetensors(files[name]) as file:
-            a = finite(file, name, files[name])
+    a_found, b_found = find_tensors(first, tied), find_tensors(second, tied)
+    for name in sorted(a_found.keys() ^ b_found.keys()):
+        has, lacks = (first, second) if name in a_found else (second, first)
+        raise BadInput(f"{lacks} lacks tensor {name}, which {has} has")
+    for name, b in iter_tensors(b_found):
+        a = read_tensor(a_found, name)
         if a.shape != b.shape:
             raise BadInput(f"{name}: {tuple(a.shape)} in {first}, {tuple(b.shape)} in {second}")
         yield name, (a, b)
@@ -132,23 +169,15 @@ def read_tensors(
     tied: bool,
 ) -> dict[str, torch.Tensor]:
     """All tensors of `shapes`, cast and moved one by one, after a check of all names."""
-    path = Path(path)
-    files = tensor_files(path)
-    missing = sorted(set(shapes) - set(files))
-    # Older exports carry the angles, tied ones sometimes a copy of the head: both derived here.
-    ignored = {
-        n for n in files if n.endswith("rotary_emb.inv_freq") or (tied and n == "lm_head.weight")
-    }
-    extra = sorted(set(files) - set(shapes) - ignored)
+    found = find_tensors(Path(path), tied)
+    missing, extra = (sorted(a.keys() - b.keys()) for a, b in ((shapes, found), (found, shapes)))
     if missing or extra:
         raise BadInput(
             f"{path}: tensors do not fit config.json; missing {missing[:5] or 'none'},"
             f" extra {extra[:5] or 'none'}"
         )
     state = {}
-    for name, tensor in iter_tensors(path):
-        if name in ignored:
-            continue
+    for name, tensor in iter_tensors(found):
         if tensor.shape != shapes[name]:
             raise BadInput(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)},"
@@ -169,7 +198,10 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
         file = folder / f"shard-{len(shards)}"
         file.touch()
         mode = file.stat().st_mode
-        save_file(shard, file, metadata={"format": "pt"})
+        try:
+            save_file(shard, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{file} could not be written: {error}") from error
         # subtle: safetensors leaves its private temporary file (mode 0600) in place of ours
         file.chmod(mode)
         shards.append(list(shard))
@@ -193,9 +225,3 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)

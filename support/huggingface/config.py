@@ -9,6 +9,8 @@ from support.system.bad_input import BadInput
 
 
 def read_json(path: Path) -> dict:
+    """The JSON object of a file. BadInput names the file and what it holds instead."""
+    check_no_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -18,14 +20,31 @@ def read_json(path: Path) -> dict:
     return value
 
 
-# What each supported family fixes in its code rather than in its config.json. Every other field
-# is read.
+def check_no_pointer(path: Path) -> None:
+    """BadInput for the few lines of text that git leaves in place of a large file."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise BadInput(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
+
+
+# What the code of each supported family fixes (qkv_bias, qk_norm), and what it takes where
+# config.json is silent. Every other field is read.
 FAMILIES = {
     "llama": {},
-    "mistral": {"sliding_window": 4096},  # the value where config.json is silent
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"qkv_bias": True, "num_key_value_heads": 32},
+    "qwen3": {"qk_norm": True, "num_key_value_heads": 32, "head_dim": 128},
 }
+# Fields that must have this value where they are given: nothing else is implemented.
+FIXED = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "is_causal": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+# Fields of folders that hold something else than the plain weights of one model.
+UNKNOWN = ("quantization_config", "compression_config", "transformers_weights", "per_layer_config")
 ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -36,6 +55,29 @@ ROPE_FIELDS = {
         "original_max_position_embeddings",
     ),
 }
+# Formats of models that are not read, by a file of theirs: what they are, and the way out.
+OTHER_FORMATS = {
+    "adapter_config.json": "an adapter of PEFT, which only changes another model: merge it into"
+    " that model (merge_and_unload) and save the result",
+    "pytorch_model*.bin": "only safetensors are read. Convert it:"
+    " AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)",
+    "*.gguf": "GGUF is not read. Convert it:"
+    " AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME).save_pretrained(DIR)",
+    "consolidated*": "the format of the model's makers is not read; the same model is published"
+    " as a Hugging Face folder, too",
+    "*.safetensors": "the weights must be in model.safetensors, or in files that"
+    " model.safetensors.index.json names",
+    "tf_model.h5": "weights of TensorFlow are not read",
+    "flax_model.msgpack": "weights of Flax are not read",
+}
+
+
+def not_a_model(path: Path, lacks: str) -> BadInput:
+    """The error for a folder without the file `lacks`: says what the folder is instead."""
+    for pattern, meaning in OTHER_FORMATS.items():
+        if found := sorted(path.glob(pattern)):
+            return BadInput(f"model folder {path} holds no {lacks}, but {found[0].name}: {meaning}")
+    return BadInput(f"model folder {path} holds no {lacks}")
 
 
 LIMITS = {"num_hidden_layers": 1000, "max_position_embeddings": 2**31}  # others 2**24: see below
@@ -54,27 +96,40 @@ def positive(raw: dict, name: str, kind: type | tuple = int) -> float:
     return value
 
 
+def flag(raw: dict, name: str) -> bool:
+    """A field that is true or false; false where it is not given."""
+    value = raw.get(name, False)
+    if not isinstance(value, bool):
+        raise BadInput(f"config.json: {name} must be true or false, found {value!r}")
+    return value
+
+
 def read_config(path: str | Path) -> dict:
-    """config.json -> the fields of LlamaConfig. ValueError names what cannot be honoured."""
+    """config.json -> the fields of LlamaConfig. BadInput names what cannot be honoured."""
     path = Path(path)
     if not path.is_dir():
-        raise BadInput(
-            f"model folder {path} does not exist (--model wants a folder with config.json)"
-        )
+        kind = "is a file" if path.is_file() else "does not exist"
+        raise BadInput(f"model folder {path} {kind} (--model takes a folder with config.json)")
     if not (path / "config.json").is_file():
-        raise BadInput(f"model folder {path} holds no config.json")
-    raw = read_json(path / "config.json")
+        raise not_a_model(path, "config.json")
+    if (path / "adapter_config.json").is_file():
+        raise not_a_model(path, "model alone")
+    return fields_of(read_json(path / "config.json"))
+
+
+def fields_of(raw: dict) -> dict:
+    """The content of config.json -> the fields of LlamaConfig."""
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise BadInput(
             f"config.json: model_type {family!r} is not supported ({', '.join(FAMILIES)} are)"
         )
-    for name, expected in {"hidden_act": "silu", "partial_rotary_factor": 1.0}.items():
-        if raw.get(name, expected) != expected:
+    for name, expected in FIXED.items():
+        if raw.get(name) not in (None, expected):
             raise BadInput(
                 f"config.json: {name} {raw[name]!r} is not supported (only {expected!r})"
             )
-    for name in ("attention_bias", "mlp_bias", "quantization_config"):
+    for name in UNKNOWN:
         if raw.get(name):
             raise BadInput(f"config.json: {name} {raw[name]!r} is not supported")
     theta, scaling = read_rope(raw)
@@ -83,14 +138,14 @@ def read_config(path: str | Path) -> dict:
         "hidden_size": positive(raw, "hidden_size"),
         "intermediate_size": positive(raw, "intermediate_size"),
         "num_hidden_layers": positive(raw, "num_hidden_layers"),
-        **read_heads(raw),
+        **read_heads(raw, FAMILIES[family]),
         "max_position_embeddings": positive(raw, "max_position_embeddings"),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rms_norm_eps": float(positive({"rms_norm_eps": 1e-6} | raw, "rms_norm_eps", (int, float))),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "qkv_bias": bool(FAMILIES[family].get("qkv_bias")),
-        "qk_norm": bool(FAMILIES[family].get("qk_norm")),
+        "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
+        "qkv_bias": "qkv_bias" in FAMILIES[family],
+        "qk_norm": "qk_norm" in FAMILIES[family],
         "sliding_window": read_sliding_window(raw, family),
         "raw": raw,
     }
@@ -104,30 +159,39 @@ def read_window(path: str | Path) -> int | None:
 
 
 def read_rope(raw: dict) -> tuple[float, dict | None]:
-    """RoPE base and scaling (None: default), from either spelling: rope_theta + rope_scaling, or
-    rope_parameters (transformers 5)."""
-    rope = {"rope_theta": 10_000.0} | {k: raw[k] for k in ["rope_theta"] if raw.get(k) is not None}
+    """RoPE's theta and scaling (None: default), from rope_theta + rope_scaling or from
+    rope_parameters (transformers 5). Of a file with both, transformers takes rope_scaling alone."""
     for spelling in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(spelling) or {}, dict):
             raise BadInput(f"config.json: {spelling} must be an object, found {raw[spelling]!r}")
-        rope |= raw.get(spelling) or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = {"rope_theta": raw.get("rope_theta", 10_000.0)} | given
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise BadInput(
             f"config.json: rope type {kind!r} is not supported ({', '.join(ROPE_FIELDS)} are)"
         )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise BadInput("config.json: RoPE with a partial_rotary_factor is not supported")
+    if layer_types := [name for name, value in rope.items() if isinstance(value, dict)]:
+        raise BadInput(f"config.json: RoPE of its own for each of {layer_types} is not supported")
     theta = float(positive(rope, "rope_theta", (int, float)))
     if theta <= 1:
         raise BadInput(f"config.json: rope_theta must be above 1, found {theta}")
     if kind == "default":
         return theta, None
+    name = "original_max_position_embeddings"  # of config.json itself, before that of RoPE
+    rope[name] = raw.get(name, rope.get(name, raw.get("max_position_embeddings")))
     fields = {name: positive(rope, name, (int, float)) for name in ROPE_FIELDS[kind]}
+    if kind == "llama3" and fields["high_freq_factor"] <= fields["low_freq_factor"]:
+        raise BadInput("config.json: high_freq_factor must be above low_freq_factor")
     return theta, {"rope_type": kind, **fields}
 
 
-def read_heads(raw: dict) -> dict:
+def read_heads(raw: dict, defaults: dict) -> dict:
     heads, width = positive(raw, "num_attention_heads"), positive(raw, "hidden_size")
-    given = {k: v for k, v in raw.items() if v is not None}
+    # null stands for the derived value, a field that is not there for the family's own
+    given = {name: value for name, value in (defaults | raw).items() if value is not None}
     kv_heads = positive({"num_key_value_heads": heads} | given, "num_key_value_heads")
     if heads % kv_heads:
         raise BadInput(
@@ -151,35 +215,50 @@ def read_heads(raw: dict) -> dict:
 
 def read_sliding_window(raw: dict, family: str) -> int | None:
     """Longest input that sees itself whole, None for no limit. (Longer inputs are refused.)"""
-    if family.startswith("qwen") and not raw.get("use_sliding_window"):
+    if family == "llama" or (family.startswith("qwen") and not flag(raw, "use_sliding_window")):
         return None
-    default = FAMILIES[family].get("sliding_window")
-    window = raw.get("sliding_window", default) if family != "llama" else None
+    window = raw.get("sliding_window", 4096)  # the value where config.json is silent
     return None if window is None else positive({"sliding_window": window}, "sliding_window")
 
 
 def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
-    """The inverse: every field of the file that was read, ours on top, RoPE in both spellings.
+    """The inverse of fields_of: every field of the file that was read, ours on top, RoPE in both
+    spellings. BadInput for a model that no supported family can express.
 
     subtle: readers older than transformers 5 know only rope_theta and fall back to 10,000 without
     it; newer ones write rope_parameters. A file that holds one of them is read wrongly by
     somebody."""
-    ours = {
-        "raw",
-        "qkv_bias",
-        "qk_norm",
-        "sliding_window",
-        "rope_scaling",
-    }  # not HF's, or raw has it
-    out = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    out |= fields["raw"] | {name: value for name, value in fields.items() if name not in ours}
-    scaling = fields["rope_scaling"]
-    out["rope_scaling"] = scaling
+    raw, scaling = fields["raw"], fields["rope_scaling"]
+    family = raw.get("model_type") or family_of(fields)
+    out = {"architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family}
+    if fields["sliding_window"] is not None:  # max_window_layers: the layers below it see all
+        out |= {"use_sliding_window": True, "max_window_layers": 0}
+        out["sliding_window"] = fields["sliding_window"]
+    out |= {"hidden_act": "silu"} | raw
+    not_in_json = ("raw", "qkv_bias", "qk_norm", "sliding_window")  # the family, or raw, has them
+    out |= {name: value for name, value in fields.items() if name not in not_in_json}
     out["rope_parameters"] = (scaling or {"rope_type": "default"}) | {
         "rope_theta": out["rope_theta"]
     }
     out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
+    again = fields_of(out)
+    for name in fields.keys() - {"raw"}:
+        if again[name] != fields[name]:
+            raise BadInput(
+                f"not saved: {name} {fields[name]!r} would be read back as {again[name]!r} from a"
+                f" config.json of model_type {family}"
+            )
     return out
+
+
+def family_of(fields: dict) -> str:
+    """The model_type for a LlamaConfig that was not read from a folder."""
+    special = {name for name in ("qkv_bias", "qk_norm") if fields[name]}
+    if len(special) == 2:
+        raise BadInput("not saved: no supported model_type has both qkv_bias and qk_norm")
+    if special:
+        return {"qkv_bias": "qwen2", "qk_norm": "qwen3"}[special.pop()]
+    return "llama" if fields["sliding_window"] is None else "mistral"
 
 
 def check_extendable(config, target_len: int, rope_base: float | None) -> None:

@@ -1,19 +1,60 @@
-"""A model folder of Hugging Face's, read and written: what model.py takes from here, in one
-place."""
+"""A model folder of Hugging Face's, read and written: what model.py and recipe.py take from here,
+in one place."""
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from support.huggingface import checkpoint as checkpoint_files
-from support.huggingface.config import config_to_json, read_config
+from support.huggingface import config as config_files
+from support.huggingface.config import read_json
 from support.huggingface.tokenizer import load_tokenizer
 from support.system import whole_files as atomic
 
-__all__ = ["fill", "load_tokenizer", "read_config", "save"]
+__all__ = ["fill", "load_tokenizer", "read_config", "save", "write"]
+
+EDITED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    *EDITED,
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "needle.json",
+)
+# What a save may replace. A folder that holds anything else is not touched.
+OURS = ("config.json", "model*.safetensors", checkpoint_files.INDEX, *TOKENIZER_FILES)
+# Other names under which the small files keep the window; some engines take the least of them all.
+WINDOWS = (
+    "model_max_length",
+    "tokenizer_model_max_length",
+    "max_len",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "seq_len",
+    "seq_length",
+    "n_ctx",
+    "n_positions",
+)
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read_config(path: str | Path) -> dict:
+    """The fields of LlamaConfig. BadInput names what cannot be honoured."""
+    fields = config_files.read_config(path)
+    if fields["tie_word_embeddings"] and checkpoint_files.has_own_head(Path(path)):
+        fields["tie_word_embeddings"] = False
+    return fields
 
 
 def fill(
@@ -29,11 +70,79 @@ def fill(
     return model
 
 
+# ---- writing -----------------------------------------------------------------------------------
+
+
 def save(model: nn.Module, path: str | Path, tokenizer_from: str | Path | None) -> None:
     """See save_pretrained."""
-    config = config_to_json(dataclasses.asdict(model.config), model.dtype)
-    with atomic.write_folder(path) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        checkpoint_files.write_tensors(folder, model.named_parameters())
-        if tokenizer_from is not None:
-            checkpoint_files.copy_tokenizer(tokenizer_from, folder)
+    config = config_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
+    write(path, config, model.named_parameters(), tokenizer_from)
+
+
+def write(
+    path: str | Path,
+    config: dict,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    tokenizer_from: str | Path | None,
+) -> None:
+    """A model folder from the content of its config.json, its tensors and the tokenizer files of
+    another folder (None: those that `path` has already). BadInput if `path` holds other files."""
+    source = Path(tokenizer_from or path)
+    config = without_old_limits(config, config["max_position_embeddings"])
+    for name, token_id in special_ids(source).items():  # where the config names none
+        if config.get(name) is None:
+            config[name] = token_id
+    with atomic.write_folder(path, replaces=OURS) as folder:
+        write_json(folder / "config.json", config)
+        checkpoint_files.write_tensors(folder, tensors)
+        for name in TOKENIZER_FILES:
+            if not (source / name).is_file():
+                continue
+            shutil.copyfile(source / name, folder / name)
+            if name in EDITED:
+                before = read_json(folder / name)
+                if (after := edited(name, before, config)) != before:
+                    write_json(folder / name, after)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def edited(name: str, content: dict, config: dict) -> dict:
+    """One of the EDITED files as it belongs beside this config.json."""
+    window = config["max_position_embeddings"]
+    if name == "tokenizer.json":
+        cuts = (content.get("truncation") or {}).get("max_length", window) < window
+        return content | {"truncation": None} if cuts else content
+    out = without_old_limits(content, window)
+    if name == "generation_config.json":  # transformers asks this file alone where it is there
+        ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
+        return out | {k: v for k, v in ids.items() if v is not None and out.get(k) is None}
+    if "auto_map" in content or content.get("tokenizer_class") == "TokenizersBackend":
+        out["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 and 5 know it
+    if isinstance(out.get("extra_special_tokens"), list):  # transformers 4 takes a dict there
+        out["additional_special_tokens"] = out.pop("extra_special_tokens")
+    return out
+
+
+def without_old_limits(settings: dict, window: int) -> dict:
+    """No length in tokens below the window, and no code of a file that is not copied."""
+    out = {k: v for k, v in settings.items() if k not in ("max_length", "auto_map")}
+    short = [k for k in WINDOWS if isinstance(out.get(k), int | float) and out[k] < window]
+    return out | dict.fromkeys(short, window)
+
+
+def special_ids(source: Path) -> dict[str, int | None]:
+    """Ids of the tokens that tokenizer_config.json names as begin and end; None where it names
+    none. Nothing for a folder without these files."""
+    files = (source / "tokenizer_config.json", source / "tokenizer.json")
+    if not all(file.is_file() for file in files):
+        return {}
+    settings, tokenizer = (read_json(file) for file in files)
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+    ids = {}
+    for which in ("bos", "eos"):
+        token = settings.get(f"{which}_token")
+        ids[f"{which}_token_id"] = added.get(token["content"] if isinstance(token, dict) else token)
+    return ids

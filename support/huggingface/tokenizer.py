@@ -58,7 +58,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             reason = f"{path}: {reason} is not byte-level BPE"
             return LibraryTokenizer(path / "tokenizer.json", special, settings, reason)
         return from_bpe(data["model"], pattern, data.get("normalizer"), special, settings)
-    except (LookupError, TypeError, AttributeError, OverflowError, regex.error) as error:
+    except BadInput:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        regex.error,
+    ) as error:
         raise BadInput(f"{path / 'tokenizer.json'} is damaged: {error!r}") from error
 
 

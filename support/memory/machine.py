@@ -10,7 +10,7 @@ import torch
 
 from support.memory import count as budget
 
-OF_A_RUN = ("state.pt*", "extended*/*", "replayed*/*", "merged*/*")  # in --out, part of its need
+OF_A_RUN = ("state.pt*", "*extended*/*", "*replayed*/*", "*merged*/*")  # in --out, part of its need
 HERE = "here"  # the machine that this runs on, as against a GPU of budget.GPUS
 # Assumed, not measured; whoever has measured better may change them here.
 GPU_SHARE = 0.42  # FLOPs executed over the peak; of an 8B at 39,424 tokens 35 % causal MFU

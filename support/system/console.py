@@ -20,7 +20,6 @@ if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from support.system.bad_input import BadInput
@@ -40,7 +39,7 @@ def report_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (BadInput, OSError, SafetensorError) as error:
+    except (BadInput, OSError) as error:
         last_line(f"error: {error}", error)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:

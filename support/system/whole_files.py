@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
@@ -48,16 +49,20 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def write_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; if the body succeeds, it takes the place of `path`."""
-    path = Path(path)
-    beside, old = path.with_name(path.name + ".writing"), path.with_name(path.name + ".old")
-    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if not empty and (not (path / "config.json").is_file() or (path / "run.json").exists()):
-        raise BadInput(f"{path} is not empty and no plain model folder: not replacing it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if old.exists() and not path.exists():  # killed between the two renames below
-        os.replace(old, path)
+def write_folder(path: str | Path, replaces: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; if the body succeeds, it takes the place of `path`.
+    BadInput if that holds anything but files with a name like one of `replaces`."""
+    target = Path(path).resolve()  # of a link: where it leads
+    if target.exists() and not target.is_dir():
+        raise BadInput(f"{path} is a file, not a folder: not replacing it")
+    for file in target.iterdir() if target.is_dir() else ():
+        if not file.is_file() or not any(fnmatch(file.name, name) for name in replaces):
+            raise BadInput(f"{path} holds {file.name}, no file of a saved model: not replacing it")
+    # hidden, so that nobody else has a folder of that name
+    beside, old = (target.with_name(f".{target.name}.{word}") for word in ("writing", "old"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if old.exists() and not target.exists():  # killed between the two renames below
+        os.replace(old, target)
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir()
@@ -68,10 +73,10 @@ def write_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    if path.exists():
-        os.replace(path, old)
-    os.replace(beside, path)
-    sync(path.parent)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(beside, target)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

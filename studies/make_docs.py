@@ -1,0 +1,389 @@
+"""Write the numbers of README.md and docs/ from recorded results: `python studies/make_docs.py`.
+
+Sentences are written by hand in the pages. Two kinds of places in them are written by this file:
+    <!-- begin NAME --> ... <!-- end NAME -->         a region: what REGIONS[NAME] makes
+    8.7<!--tiny_128k/run.json: seconds, minutes-->    a fact: the word before its comment, from a
+                                                      file of assets/results; or a name of facts()
+tests/test_docs.py fails when a page is stale.
+"""
+
+import functools
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import lead  # noqa: E402
+from tiny_study import SETTINGS  # noqa: E402
+
+from support.memory import table as plan  # noqa: E402
+from support.needles.results import clustered  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "assets" / "results"
+STUDY = "tiny_study_32768.json"
+
+# How a recorded label ends -> the same in the words of the pages, in the order of their tables
+WORDS = {
+    "(new base)": "untrained",
+    "(untrained)": "untrained",
+    "none": "plain positions",
+    "pose": "PoSE",
+    "rpes": "random positions",
+    "longrecipe": "LongRecipe",
+    "extended": "LongRecipe, after extend",
+    "replayed": "LongRecipe, after replay",
+}
+
+
+def word(label: str) -> str:
+    """What a model is called in tables and figures; a label that ends otherwise: the original."""
+    return next((w for end, w in WORDS.items() if label.endswith(end)), "original")
+
+
+def in_order(labels) -> list[str]:
+    order = ["original", *WORDS.values()]
+    return sorted(labels, key=lambda label: order.index(word(label)))
+
+
+def read(path: Path | str) -> dict:
+    return json.loads((RESULTS / path).read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def share(e: dict | None) -> str:
+    """A cell: mean and 95 % interval of the share of answers found."""
+    if e is None:
+        return "not run"
+    low, high = e["interval_95"]
+    return f"{100 * e['mean']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def find(entries: list[dict], model: str, task: str, length: int) -> dict | None:
+    wanted = (model, task, length)
+    return next((e for e in entries if (e["model"], e["task"], e["length"]) == wanted), None)
+
+
+def overlap(a: dict, b: dict) -> str:
+    (a_low, a_high), (b_low, b_high) = a["interval_95"], b["interval_95"]
+    return "overlap" if a_low <= b_high and b_low <= a_high else "differ"
+
+
+# ---- regions -----------------------------------------------------------------------------------
+
+
+def rows_of(found: dict) -> dict[str, str]:
+    """Row of a table -> label, of an eval_needle.py run whose last model is train.py's result."""
+    labels = list(found["models"])
+    return {word(label): label for label in labels[:-1]} | {"LongRecipe": labels[-1]}
+
+
+def toy_entry(row: str, length: int, folder: str = "tiny_128k") -> dict | None:
+    found = read(f"{folder}/needle_results.json")
+    return find(found["table"], rows_of(found)[row], "multiquery", length)
+
+
+def needle_table(found: dict, losses: dict | None = None) -> str:
+    """Share of answers by length, a row a model; and the loss per token, where that was measured.
+    n is named where it is not that of most cells."""
+    needles = [e for e in found["table"] if e["task"] != "loss"]
+    losses = [e for e in (losses or found)["table"] if e["task"] == "loss"]
+    lengths, at = (sorted({e["length"] for e in entries}) for entries in (needles, losses))
+    n, rows = statistics.mode(e["n"] for e in needles), []
+    for row, label in rows_of(found).items():
+        cells = [row]
+        for length in lengths:
+            e = find(needles, label, needles[0]["task"], length)
+            cells.append(share(e) + (f", n = {e['n']}" if e and e["n"] != n else ""))
+        entries = [find(losses, label, "loss", length) for length in at]
+        rows.append(cells + [f"{e['mean']:.2f}" if e else "not run" for e in entries])
+    header = [f"n = {n} answers", *(f"{length:,} tokens" for length in lengths)]
+    return table(header + [f"loss at {length:,}" for length in at], rows)
+
+
+def studied(name: str, length: int, seeds: tuple[str, ...] | None = None) -> dict:
+    """A cell of the study: all texts of all seeds, or of those given."""
+    runs = read(STUDY)["runs"][name]
+    texts = [t for seed in seeds or sorted(runs) for t in runs[seed]["scores"][str(length)]]
+    scores = [score for text in texts for score in text]
+    return {"mean": statistics.mean(scores), "interval_95": clustered(texts), "n": len(scores)}
+
+
+def main_table() -> str:
+    """README's one table: the toy under a theta that is too small, and under the paper's."""
+    shown = {
+        "original": ("original model", "untrained, old base"),
+        "untrained": ("original weights under the new theta, **untrained**", "untrained"),
+        "plain positions": ("trained, plain positions (`--method none`)", "none"),
+        "PoSE": ("trained, one jump (`--method pose`)", "pose"),
+        "LongRecipe": ("trained, **LongRecipe**", "longrecipe"),
+    }
+    pairs = {
+        row: (studied(setting, 32_768), toy_entry(row, 131_072))
+        for row, (_, setting) in shown.items()
+    }
+    rows = [[shown[row][0], *map(share, pair)] for row, pair in pairs.items()]
+    counts = [str(e["n"]) for e in pairs["LongRecipe"]]
+    counts[1] += f" (original: {pairs['original'][1]['n']})"
+    header = ["answers found, 95 % interval", "32,768 tokens, theta x 4"]
+    header.append("131,072 tokens, the paper's theta")
+    return table(header, [*rows, ["n = answers a row", *counts]])
+
+
+def windows_table() -> str:
+    """train.py and eval_needle.py with other --target_len (readme_runs.py default --target N)."""
+    rows = []
+    for folder in sorted(RESULTS.glob("tiny_*k"), key=lambda f: int(f.name[5:-1])):
+        run = read(folder / "run.json")
+        target = run["settings"]["target_len"]
+        cells = [toy_entry(row, target, folder.name) for row in ("original", "untrained")]
+        cells.append(toy_entry("LongRecipe", target, folder.name))
+        cost = f"{run['seconds'] / 60:.1f} on {run['threads']} core(s), commit {run['commit']}"
+        link = f"[{target:,}](../assets/results/{folder.name})"
+        rows.append([link, *map(share, cells), cost])
+    return table(["window", "original", "untrained", "LongRecipe", "minutes of training"], rows)
+
+
+def setting_name(name: str) -> str:
+    """A row of the study in the words of the pages."""
+    if name == "untrained, old base":
+        return "original"
+    return name.replace("none", "plain positions").replace(" base", " theta")
+
+
+def leads(runs: dict) -> dict[str, dict]:
+    """setting -> by how much longrecipe under the same theta is above it."""
+    found = {}
+    for name in (name for name in SETTINGS if name in runs):
+        ours = runs.get("longrecipe" + "".join(name.partition(",")[1:]), {})
+        if not name.startswith("longrecipe") and ours.keys() & runs[name].keys():
+            found[name] = lead(ours, runs[name], 32_768)
+    return found
+
+
+def verdict(e: dict) -> str:
+    """Where the interval of a lead is."""
+    low, high = e["interval_95"]
+    if low > 0 and (len(e["by_seed"]) < 2 or min(e["by_seed"]) <= 0):
+        return "above on average, but not with each seed (or there is one seed only),"
+    return "above" if low > 0 else "below" if high < 0 else "not told apart from"
+
+
+def study_table() -> str:
+    runs = read(STUDY)["runs"]
+    ahead, original, rows = leads(runs), runs["untrained, old base"], []
+    for name in (name for name in SETTINGS if name in runs):
+        seeds = runs[name]
+        one = next(iter(seeds.values()))
+        kept = [
+            statistics.mean(s[k] for s in seeds.values()) if k in one else None
+            for k in ("questions_kept", "their_pair_kept")
+        ]
+        loss = [
+            statistics.mean(row["losses"]) - statistics.mean(original[seed]["losses"])
+            for seed, row in seeds.items()
+            if "losses" in row and "losses" in original.get(seed, {})
+        ]
+        gain = ahead.get(name)
+        mean, *interval = (100 * x for x in (gain["mean"], *gain["interval_95"])) if gain else [0]
+        rows.append(
+            [
+                setting_name(name),
+                str(one["recipe"]["steps"]) if "recipe" in one else "",
+                "" if kept[0] is None else f"{100 * kept[0]:.0f} %",
+                "" if not kept[0] else f"{100 * kept[1]:.0f} %",  # of no question: no pair
+                f"{statistics.mean(loss):+.3f}" if loss else "",
+                share(studied(name, 8192)),
+                share(studied(name, 32_768)),
+                ", ".join(
+                    f"{100 * studied(name, 32_768, (s,))['mean']:.0f}" for s in sorted(seeds)
+                ),
+                f"{mean:+.0f} ({interval[0]:+.0f} to {interval[1]:+.0f})" if gain else "",
+            ]
+        )
+    header = ["setting", "steps", "questions kept", "with their pair", "loss above the original's"]
+    header += ["at 8,192", "at 32,768", "by seed", "LongRecipe above it by"]
+    return table(header, rows)
+
+
+def study_verdicts() -> str:
+    """One sentence for each theta: what longrecipe is above, below, or not told apart from."""
+    found, lines = leads(read(STUDY)["runs"]), []
+    for theta in dict.fromkeys(name.partition(", ")[2] for name in found):
+        groups: dict[str, list[str]] = {}
+        for name in (name for name in found if name.partition(", ")[2] == theta):
+            groups.setdefault(verdict(found[name]), []).append(setting_name(name))
+        told = "; ".join(f"{how} {', '.join(names)}" for how, names in sorted(groups.items()))
+        where = f"Under the {theta.replace('base', 'theta')}" if theta else "Under theta x 4"
+        lines.append(f"- {where}, text by text, LongRecipe at 32,768 tokens is {told}.")
+    return "\n".join(lines)
+
+
+def first_run() -> str:
+    """What README's first pair of commands took, and what it found at its longest length."""
+    if not (RESULTS / "first_run.json").is_file():
+        return "What this pair took and found: not run yet (`python studies/readme_runs.py first`)."
+    found = read("first_run.json")
+    trained, judged, results = (found[k] for k in ("train", "eval", "results"))
+    length, told = max(e["length"] for e in results["table"]), []
+    for row, label in rows_of(results).items():
+        e = find(results["table"], label, results["table"][0]["task"], length)
+        told.append(f"{row} {share(e)[:-1]}, n = {e['n']})")
+    return (
+        f"It took {trained['seconds'] / 60:.1f} + {judged['seconds'] / 60:.1f} minutes"
+        f" ({found['threads']} core(s) of {found['hardware']}, {trained['peak_GiB']:.1f} GiB,"
+        f" [JSON](assets/results/first_run.json)). Found at {length:,} tokens: {'; '.join(told)}."
+    )
+
+
+def real_table() -> str:
+    rows, stages = (read(f"smollm2_16k/{name}/needle_results.json") for name in ("rows", "stages"))
+    lengths, lines = (2048, 8192, 16_384), []
+    entries = [(m, rows["table"]) for m in in_order(rows["models"])]
+    entries += [(m, stages["table"]) for m in stages["models"] if m.endswith("ed")]
+    for model, found in entries:
+        losses = [find(found, model, "loss", n) for n in lengths]
+        cells = [share(find(found, model, "niah_single", n)) for n in lengths]
+        lines.append(
+            [word(model), *cells, *(f"{e['mean']:.3f}" if e else "not run" for e in losses)]
+        )
+    header = ["", "needles at 2k", "at 8k", "at 16k", "loss at 2k", "at 8k", "at 16k"]
+    return table(header, lines)
+
+
+def plan_table() -> str:
+    rows = []
+    for name, r in read("plan_8b.json")["rows"].items():
+        hours = [stage["seconds"] / 3600 for stage in r["stages"].values()]
+        cells = [sum(r["bytes"][where].values()) / 1e9 for where in ("device", "host", "disk")]
+        cells += [sum(hours[:3]), hours[3], r["seconds"] / 3600]
+        rows.append([f"`{name}`", *(f"{x:.1f}" for x in cells)])
+    header = ["39,424 tokens", "GPU, GB", "host, GB", "disk, GB", "hours: probe, analysis, extend"]
+    return table([*header, "hours: replay (68M tokens)", "hours: all, with merge and saves"], rows)
+
+
+# ---- facts -------------------------------------------------------------------------------------
+
+FORMATS = {
+    "minutes": lambda seconds: f"{seconds / 60:.1f}",
+    "hours": lambda seconds: f"{seconds / 3600:.1f}",
+    "%": lambda share: f"{100 * share:.0f}",
+    "percent": lambda share: f"{100 * share:.1f}",
+    "text": str,
+    "GB": lambda size: f"{size / 1e9:.1f}",
+    "count": lambda items: f"{len(items)}",
+}
+
+
+def fact(name: str) -> str:
+    """`FILE: KEY/KEY/..., FORMAT`, or a name of facts(). FORMAT: one of FORMATS, or as format()
+    takes it. KeyError if there is no such thing."""
+    if ".json: " not in name:
+        return facts()[name]
+    file, _, rest = name.partition(": ")
+    keys, _, how = rest.rpartition(", ")
+    value = read(file)
+    for key in keys.split("/"):
+        value = value[int(key) if isinstance(value, list) else key]
+    return FORMATS[how](value) if how in FORMATS else format(value, how)
+
+
+@functools.cache
+def facts() -> dict[str, str]:
+    """The numbers that are worked out from more than one place of a result."""
+    known = {}
+    for name in (runs := read(STUDY)["runs"]):
+        known |= {
+            f"study {name} {n}": FORMATS["%"](studied(name, n)["mean"]) for n in (8192, 32_768)
+        }
+    known |= {f"study verdict {name}": verdict(e) for name, e in leads(runs).items()}
+
+    lines = (RESULTS / "tiny_128k" / "needle.jsonl").read_text().splitlines()
+    needles, judged = [r for r in map(json.loads, lines) if r["task"] == "multiquery"], 0.0
+    for row, label in rows_of(read("tiny_128k/needle_results.json")).items():
+        seconds = sum(r["seconds"] for r in needles if r["model"] == label)
+        judged += seconds if row in ("original", "untrained", "LongRecipe") else 0.0
+        both = toy_entry(row, 131_072), toy_entry("LongRecipe", 131_072)
+        known |= {f"toy minutes {row}": FORMATS["minutes"](seconds)}
+        known |= {f"toy verdict {row}": overlap(*both)}
+    known["toy minutes of judging"] = FORMATS["minutes"](judged)
+
+    real = read("smollm2_16k/rows/needle_results.json")
+    at_16k = {word(m): find(real["table"], m, "niah_single", 16_384) for m in real["models"]}
+    for row, e in at_16k.items():
+        known[f"real {row}"] = str(round(e["mean"] * e["n"]))
+        known[f"real verdict {row}"] = overlap(e, at_16k["LongRecipe"])
+
+    plans = read("plan_8b.json")
+    chosen, state = plans["rows"][plans["chosen"]], plans["rows"]["adamw --keep_attention"]
+    full, samples = chosen["full_length"], chosen["stages"]["probe"]["sequences"]
+    samples += chosen["stages"]["extend"]["sequences"]
+    device = sum(state["bytes"]["device"][k] for k in ("weights", "gradients", "optimizer"))
+    ours, whole = (plan.extension_s(p["stages"]) for p in (chosen, full))
+    saved = [100 * (1 - a / b) for a, b in chosen["one_sample"].values()]
+    step = read("gpu.json")["parts"]["step adamw-host keep offload"]
+    known |= {
+        "8b chosen": plans["chosen"].split()[0],
+        "8b state": f"{device / 1e9:.0f}",
+        "8b state ratio": f"{device / state['there']['device']:.1f}",
+        "8b disk without saves": FORMATS["GB"](sum(plans["disk_without_saves"].values())),
+        "8b hours": FORMATS["hours"](chosen["seconds"]),
+        "8b replay hours": FORMATS["hours"](chosen["stages"]["replay"]["seconds"]),
+        "8b merge minutes": FORMATS["minutes"](chosen["stages"]["merge"]["seconds"]),
+        "8b TFLOP/s": f"{chosen['rate']['flops_per_s'] / 1e12:.0f}",
+        "8b full GB": FORMATS["GB"](sum(full["bytes"]["device"].values())),
+        "8b full extend hours": f"{whole / 3600:.0f}",
+        "8b less extend": f"{100 * (1 - ours / whole):.1f}",
+        "8b less FLOPs": f"{min(saved):.1f}",
+        "8b most FLOPs": f"{max(saved):.1f}",
+        "gpu samples": f"{samples:,}",
+        "gpu hours": FORMATS["hours"](samples * step["seconds_per_sequence"]),
+    }
+
+    curves = read("adamw_8bit.json")["loss"]
+    gaps = [abs(a - b) for a, b in zip(curves["adamw-8bit"], curves["adamw"], strict=True)]
+    known["8-bit against adamw"] = f"{max(gaps):.3f}"
+    killed = [row["killed_by"] for row in read("mutants.json")["mutants"]]
+    known["mutants named"] = str(sum("::" in (k or "") for k in killed))
+    known["mutants other"] = str(sum(k is not None and "::" not in k for k in killed))
+    return known | {"mutants alive": str(killed.count(None))}
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+REGIONS = {
+    "first run": first_run,
+    "main": main_table,
+    "toy": lambda: needle_table(
+        read("tiny_128k/needle_results.json"), read("tiny_128k/loss_results.json")
+    ),
+    "windows": windows_table,
+    "study": study_table,
+    "verdicts": study_verdicts,
+    "real": real_table,
+    "plan": plan_table,
+}
+REGION = re.compile(r"(<!-- begin (.*?) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+FACT = re.compile(r"([^\s(|>*]+)<!--(?! )(.*?)-->")
+
+
+def render(text: str) -> str:
+    """The page with its regions and facts made anew. KeyError if it names one that is not there."""
+    text = REGION.sub(lambda m: f"{m[1]}{REGIONS[m[2]]()}\n{m[3]}", text)
+    return FACT.sub(lambda m: f"{fact(m[2])}<!--{m[2]}-->", text)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(render(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""README and docs/ cannot rot: their numbers are those recorded, their commands run."""
+
+import ast
+import functools
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import mutate
+import pytest
+import readme_runs
+from fresh_copy import environment, fresh_copy
+from make_docs import FACT, PAGES, REGION, REGIONS, RESULTS, ROOT, fact, render
+
+TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
+ALL = "\n".join(TEXT.values())
+SOURCES = [*ROOT.glob("*.py"), *sorted((ROOT / "support").rglob("*.py"))]
+
+
+def tags(text: str) -> set[str]:
+    return set(re.findall(r"\[(E\d+)\]", text))
+
+
+@functools.cache
+def functions(path: Path) -> dict[str, str]:
+    """Name -> source of each function or class."""
+    text = path.read_text()
+    lines = text.splitlines()
+    return {
+        node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_numbers_come_from_recorded_results(page):
+    assert render(TEXT[page]) == TEXT[page], "run python studies/make_docs.py"
+
+
+def test_facts_by_hand():
+    """And what is not there is an error, not an empty place."""
+    assert fact("tiny_128k/run.json: settings/train_len, ,") == "39,424"
+    assert fact("fsdp.json: largest_difference_nats/train.py, batch reversed, .1e") == "1.8e-07"
+    page = "It took ?<!--tiny_128k/run.json: seconds, minutes--> minutes."
+    assert render(page) == "It took 8.7<!--tiny_128k/run.json: seconds, minutes--> minutes."
+    for unknown in ("x<!--cost.json: nothing, d-->", "x<!--no such name-->"):
+        with pytest.raises(KeyError):
+            render(unknown)
+
+
+def test_every_region_is_in_one_page():
+    assert sorted(name for _, name, _ in REGION.findall(ALL)) == sorted(REGIONS)
+    assert ALL.count("<!-- begin ") == ALL.count("<!-- end ") == len(REGIONS)
+
+
+MEASURED = r"\d[\d.,]* ?(?:%|seconds|minutes|hours|s\b|GB\b|GiB|nats?\b|tokens/s|x\b)|\d+ of \d+"
+NOT_MEASURED = {  # what such a number in a sentence may be: a rule, a size, a goal
+    "30 %": "the paper's share of the new window",
+    "10 %": "a bound that tests/test_plan.py checks",
+    "80 GB": "a GPU",
+    "20 %": "the paper's share of impactful tokens",
+    "85 %": "the paper's claim",
+    "95 %": "of an interval",
+    "12.5 %": "one of eight values",
+}
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_measurements_are_facts_or_in_regions(page):
+    prose = FACT.sub("", REGION.sub("", TEXT[page]))
+    prose = re.sub(r"```.*?```|<!--.*?-->|`.*?`", "", prose, flags=re.DOTALL)
+    assert set(re.findall(MEASURED, prose)) <= set(NOT_MEASURED)
+
+
+@pytest.mark.parametrize("name", ["tiny_128k", "tiny_64k", "tiny_16k"])
+def test_the_toys_kept_runs_have_the_settings_that_the_commands_have_now(name):
+    import train
+
+    kept = json.loads((RESULTS / name / "run.json").read_text())["settings"]
+    args = train.parse(["--target_len", str(kept["target_len"])])
+    train.resolve(args)
+    ours = {k: v for k, v in vars(args).items() if k in kept and k not in ("model", "device")}
+    own = ("optimizer", "keep_attention", "offload_inputs")  # the plan's, by the machine
+    ours = {k: v for k, v in ours.items() if k not in own}
+    assert ours == {k: kept[k] for k in ours} and len(ours) > 25
+
+
+@pytest.mark.parametrize(
+    ("name", "page"), [("first", "README.md"), ("smallest", "docs/running.md")]
+)
+def test_a_kept_run_was_measured_with_the_commands_shown(name, page):
+    shown = [
+        command for block, lines in shell_blocks().items() for command in lines if page in block
+    ]
+    kept = RESULTS / f"{name}_run.json"
+    measured = json.loads(kept.read_text()) if kept.is_file() else {}
+    for part, command in readme_runs.SETS[name].items():
+        if part in ("train", "eval"):
+            assert f"python {command}" in [re.sub(" +", " ", line) for line in shown]
+        assert not measured or measured[part]["command"] == command
+
+
+def test_the_table_of_smollm2_rests_on_the_committed_rows():
+    rows = [json.loads(line) for line in (RESULTS / "smollm2_16k" / "needle.jsonl").open()]
+    summary = json.loads((RESULTS / "smollm2_16k" / "rows" / "needle_results.json").read_text())
+    for e in (e for e in summary["table"] if e["task"] == "niah_single"):
+        same = [r for r in rows if all(r[k] == e[k] for k in ("model", "task", "length"))]
+        assert len(same) == e["n"] and sum(r["score"] for r in same) / e["n"] == e["mean"]
+
+
+# ---- formulas ----------------------------------------------------------------------------------
+
+
+def test_equations_are_in_code_page_and_tests():
+    code = tags("\n".join(p.read_text() for p in SOURCES))
+    tests = tags("\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py")))
+    page = tags(TEXT["docs/equations.md"])
+    assert code == page == tests == {f"E{i}" for i in range(1, len(code) + 1)}
+
+
+def test_every_row_of_the_equation_table_names_code_and_a_test_that_exist():
+    """The function holds the tag, and so does each test named."""
+    row = r"^\| \[(E\d+)\].*\| `([\w/]+\.py):(\w+)` \| (`.*`) \|$"
+    rows = re.findall(row, TEXT["docs/equations.md"], re.MULTILINE)
+    assert [tag for tag, *_ in rows] == list(mutate.MUTANTS)
+    for tag, file, function, named in rows:
+        assert f"[{tag}]" in functions(ROOT / file)[function], (tag, function)
+        for test_file, test in re.findall(r"`(\w+\.py)::(\w+)`", named):
+            assert f"[{tag}]" in functions(ROOT / "tests" / test_file)[test], (tag, test)
+        assert mutate.named_tests()[tag]
+
+
+def test_each_formula_has_mutants_that_a_test_kills():
+    """Cheaply, from the kept table: it is of the present list and of the present lines, which are
+    in functions that hold the tag. A line that changes asks for `python studies/mutate.py`."""
+    kept = json.loads(mutate.TABLE.read_text())["mutants"]
+    listed = [(t, m[0], *pair) for t, m in mutate.MUTANTS.items() for pair in m[1:]]
+    listed = [(*mutant, mutate.line_of(*mutant[1:3])) for mutant in listed]
+    fields = ("tag", "right", "wrong", "line")  # not the file: it may have moved since
+    listed = [(tag, *rest) for tag, _, *rest in listed]
+    assert [tuple(row[k] for k in fields) for row in kept] == listed, "run python studies/mutate.py"
+    assert all(row["killed_by"] for row in kept)
+    for tag, (file, *pairs) in mutate.MUTANTS.items():
+        tagged = [body for body in functions(ROOT / file).values() if f"[{tag}]" in body]
+        assert len(pairs) >= 2 and all(right != wrong for right, wrong in pairs)
+        assert all(right in "".join(tagged) for right, _ in pairs), tag
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+SMALL = {  # flags put behind those shown; the last one counts
+    "train.py": "--target_len 9216 --train_len 1024 --steps 2 --probe_steps 1 --analysis_samples 1"
+    " --replay_steps 1 --replay_len 512 --batch_sequences 2",
+    "eval_needle.py": "--lengths 1024 --n 1",
+    "recipe.py": "--target_len 9216 --train_len 1024",
+}
+NAMES = {"DIR": "assets/tiny", "TEXTS": "LOG.md README.md", "FILE": "LOG.md"}
+
+
+def shell_blocks() -> dict[str, list[str]]:
+    """page and number -> the commands of a shell block, as shown. The lines that make an
+    environment are left to CI, which runs them (.ci/run)."""
+    blocks = {}
+    for page, text in TEXT.items():
+        for i, block in enumerate(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)):
+            lines = block.replace("\\\n", " ").splitlines()
+            lines = [line.partition(" #")[0].strip() for line in lines]
+            made = r"pip install|export |python3 -m venv"
+            blocks[f"{page} {i}"] = [line for line in lines if line and not re.match(made, line)]
+    return blocks
+
+
+def small(command: str) -> str:
+    program, name = command.split()[:2]
+    words = [NAMES.get(w, w) for w in command.split()]
+    return " ".join([*words, *([SMALL[name]] if program == "python" and name in SMALL else [])])
+
+
+def test_every_shell_block_is_run():
+    assert ALL.count("```") == 2 * len(shell_blocks()) and len(shell_blocks()) >= 5
+    for commands in shell_blocks().values():
+        assert commands and all(c.split()[0] in ("python", "torchrun") for c in commands)
+
+
+def test_ci_makes_the_environment_as_readme_says():
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "-m venv" in ci and "pip install" in ci and "-r requirements-dev.txt" in ci
+    assert all((ROOT / name).is_file() for name in re.findall(r"-r (requirements\S*txt)", ALL))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if "examples/" in " ".join(lines) else [])
+        for name, lines in shell_blocks().items()
+    ],
+)
+def test_the_commands_shown_run_in_a_fresh_copy(block, tmp_path):
+    """With every flag shown, made small by more of them."""
+    commands = shell_blocks()[block]
+    copy = fresh_copy(tmp_path / "copy", models="examples/" in " ".join(commands))
+    for command in map(small, commands):
+        done = subprocess.run(
+            command, shell=True, cwd=copy, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
+    if "eval_needle.py" in " ".join(commands):
+        assert list(copy.rglob("needle_results.json"))
+
+
+# ---- links and names ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_links_and_their_anchors_exist(page):
+    """A heading's anchor as GitHub makes it, or an explicit one (LOG.md's findings)."""
+    for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([\w-]+))?\)", TEXT[page]):
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), file
+        if anchor:
+            text = path.read_text()
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            known = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+            assert anchor in known | set(re.findall(r'<a id="([\w-]+)">', text)), anchor
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    lines = TEXT["README.md"].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("## "))
+    assert len(lines) <= 200 and first <= 45
+    assert len(TEXT["docs/contributing.md"].splitlines()) <= 40
+    for page in TEXT.keys() - {"README.md"}:
+        assert f"]({page}" in TEXT["README.md"], page
+        assert TEXT[page].splitlines()[0].endswith("?"), f"{page}: which question?"
+
+
+def test_files_and_flags_that_the_pages_name_exist():
+    import train
+
+    folders = ("tests", "support", "studies", "examples")
+    for path in set(re.findall(rf"`((?:{'|'.join(folders)})/[\w/]+\.py)`", ALL)):
+        assert (ROOT / path).is_file(), path
+    sources = [*SOURCES, *(p for name in folders for p in (ROOT / name).rglob("*.py"))]
+    known = "".join(path.read_text() for path in sources)
+    others = {"check", "model_args", "metadata", "confirm_run_unsafe_code", "limit", "tasks"}
+    others |= {"index", "nproc_per_node"}  # pip's, torchrun's
+    for flag in set(re.findall(r"(?<![\w-])--(\w+)", re.sub(r"<!--.*?-->", "", ALL))) - others:
+        assert f'"--{flag}"' in known, flag
+    assert train.parse([]).target_len == 131_072

@@ -1,0 +1,95 @@
+"""studies/: rows are compared on the same texts, kept at once, and made from the same tokens."""
+
+from argparse import Namespace
+
+import common
+import pytest
+import real_study
+import tiny_study
+from common import Table, lead
+
+
+def test_lead_of_a_row_compares_the_same_haystacks_by_hand():
+    ours = {"0": {"scores": {"64": [[1, 1], [1, 0]]}}, "1": {"scores": {"64": [[1, 1], [0, 0]]}}}
+    other = {"0": {"scores": {"64": [[1, 0], [1, 0]]}}, "2": {"scores": {"64": [[0, 0], [0, 0]]}}}
+    found = lead(ours, other, 64)  # seed 0 alone is in both: differences 1/2 and 0
+    assert found["mean"] == 0.25 and found["n"] == 2 and lead(other, ours, 64)["mean"] == -0.25
+
+    gains = [0.5, 0.25, 0.25, 0.0, 0.5, 0.125, 0.375, 0.0]  # t of 7 degrees: 2.3646, by table
+    ours = {"0": {"scores": {"64": [[1, gain] for gain in gains]}}}
+    other = {"0": {"scores": {"64": [[1, -gain] for gain in gains]}}}
+    mean = sum(gains) / 8
+    half = 2.3646 * (sum((g - mean) ** 2 for g in gains) / 7 / 8) ** 0.5
+    found = lead(ours, other, 64)["interval_95"]
+    assert found == pytest.approx((mean - half, mean + half), rel=1e-3)
+
+
+def test_a_row_of_the_study_takes_the_analysis_of_longrecipe_under_its_own_base():
+    args = Namespace(target=32_768, steps=40, n=8)
+    for name, analyst in {
+        "pose": "longrecipe",
+        "pose, paper's base": "longrecipe, paper's base",
+    }.items():
+        flags = tiny_study.flags_of(name, 1, args)
+        assert f"--impactful {tiny_study.types_of(analyst, 1, args)} --probe_steps 5" in flags
+    ours, other = (
+        common.recipe_in(common.settings_of(tiny_study.flags_of(name, 1, args)))
+        for name in ("longrecipe", "pose")
+    )
+    assert {k for k in ours if ours[k] != other[k]} == {"method"}  # the very same tokens
+
+
+def test_a_recipe_is_the_same_until_a_setting_differs_that_both_versions_know():
+    flags = "--target_len 32768 --steps 40 --lr 1e-3"
+    then = common.recipe_in(common.settings_of(flags)) | {"of_an_older_version": 1}
+    del then["prefix"]
+    assert common.same_recipe(then, flags)
+    assert not common.same_recipe(then | {"lr": 2e-3}, flags)
+
+
+def test_rows_are_kept_at_once_and_the_table_tells_them_apart(tmp_path, capsys):
+    table = Table(tmp_path / "rows.json", (8, 64), ["untrained", "longrecipe", "none"])
+    found = {  # hits and nats at the target of 3 texts
+        "longrecipe": ([[1, 1], [1, 0], [1, 1]], [[-0.5, -0.5], [-1.0, -1.0], [-0.5, -0.5]]),
+        "none": ([[0, 1], [0, 0], [0, 0]], [[-2.0, -3.0], [-3.0, -3.0], [-4.0, -3.0]]),
+    }
+    for name, (hits, nats) in found.items():
+        results = [
+            {"task": "x", "length": length, "repeat": i, "score": hit, "answer_logprob": nat}
+            for length in (8, 64)
+            for i in (2, 0, 1)  # by text, whatever their order
+            for hit, nat in zip(hits[i], nats[i], strict=True)
+        ]
+        table.keep(name, 0, common.measured(results), steps=40)
+        assert table.row(name, 0)["scores"]["64"] == hits
+    assert table.row("none", 1) == {} and table.read()["steps"] == 40
+    assert table.shown() == table.sorted_by_target() == ["longrecipe", "none"]
+    table.report()
+    line = capsys.readouterr().out.splitlines()[-1]
+    # by hand: hits +0.5, +0.5, +1; nats +2, +2, +3
+    assert line.startswith("none") and "+66.7 [" in line and "+2.33 [" in line
+    table.draw("hand-made")
+    assert (tmp_path / "rows.png").is_file()
+
+
+def test_the_real_study_trains_on_the_same_tokens_and_outlives_its_models(
+    smollm2_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(common.ROOT)
+    table = Table(tmp_path / "rows.json", (8192, 16_384), real_study.TABLE.names)
+    monkeypatch.setattr(real_study, "TABLE", table)
+    recipe = {
+        name: common.recipe_in(common.settings_of(real_study.flags_of(tmp_path, name, 0)))
+        for name in ("longrecipe", "none", "rpes, paper's theta")
+    }
+    ours, none, rpes = recipe.values()
+    assert {k for k in ours if ours[k] != none[k]} == {"method"}
+    assert {k for k in none if none[k] != rpes[k]} == {"method", "rope_base"}
+
+    row = {"recipe": ours, "texts": 12, "impactful": {"5": [" the", 1.0]}}
+    table.keep("longrecipe", 0, row)
+    assert real_study.is_done(tmp_path, "longrecipe", 0, 12)
+    assert not real_study.is_done(tmp_path, "longrecipe", 0, 16)
+    table.keep("longrecipe", 0, row | {"recipe": ours | {"steps": 7}})
+    assert not real_study.is_done(tmp_path, "longrecipe", 0, 12)
+    assert common.read_json(real_study.types_of(tmp_path, "none", 0)) == row["impactful"]
