@@ -6,8 +6,9 @@ system/        console: errors as one line, progress, provenance; signals: Ctrl-
 huggingface/   config, checkpoint: config.json and safetensors; folders, hub: a model by its folder
                or name; tokenizer, tokenizer_classes
 data/          text: documents as tokens; sources: which documents; standard_library; toy, toy_words
-memory/        activations, optimizer: the levers; count: bytes and FLOPs; machine: what is there;
-               choose: levers that fit; table: `--plan`
+memory/        activations, optimizer: the levers; kernels: attention on a GPU, what is compiled;
+               count: bytes and FLOPs; machine: what is there; choose: levers that fit;
+               table: `--plan`
 runs/          flags, checks: the settings of a run; run_folder: out/; export: samples as files
 needles/       tasks, templates: what is hidden, in which words; haystack; results; report,
                figures; cost; judged

@@ -13,6 +13,18 @@ GPUS = {  # dense bf16 FLOP/s, bytes to plan with
     "A100": (312e12, 80e9),
     "A800": (312e12, 80e9),
 }
+LLAMA3_8B = {  # the shape that was measured
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+    "qkv_bias": False,
+    "qk_norm": False,
+}
 CHUNK = 2048  # tokens of the loss at a time, see model.linear_cross_entropy
 
 # ---- parameters and FLOPs ----------------------------------------------------------------------
