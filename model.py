@@ -74,16 +74,17 @@ def support(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama, under Hugging Face's names; `raw` keeps config.json as it was read."""
+    """Shape of a Llama, under Hugging Face's names and with its defaults (the first 7B Llama);
+    `raw` keeps config.json as it was read."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
+    vocab_size: int = 32_000
+    hidden_size: int = 4096
+    intermediate_size: int = 11_008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # None: RoPE type default; else `linear` or `llama3`
     rms_norm_eps: float = 1e-6
@@ -92,6 +93,13 @@ class LlamaConfig:
     qk_norm: bool = False  # qwen3
     sliding_window: int | None = None  # longest input that attention sees whole (mistral)
     raw: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self):
+        heads = self.num_attention_heads
+        derived = {"num_key_value_heads": heads, "head_dim": self.hidden_size // heads}
+        for field, value in derived.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)  # frozen for everybody else
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":

@@ -45,6 +45,7 @@ from model import (
     load_tokenizer,
     save_pretrained,
 )
+from recipe import next_token_targets
 from support.data.sources import contents, load_corpora
 from support.data.text import Corpus
 from support.data.toy import TINY
@@ -214,15 +215,6 @@ def draw(
         seed = args.seed * 1_000_003 + step + 100_000_000 * b
         generator = torch.Generator().manual_seed(seed)
         yield sample(stage, corpus, tokenizer, args, impactful, generator)
-
-
-def next_token_targets(input_ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T): the token that follows; the last one has none.
-
-    >>> next_token_targets(torch.tensor([[5, 6, 7]])).tolist()
-    [[6, 7, -100]]
-    """
-    return torch.cat((input_ids[:, 1:], torch.full_like(input_ids[:, :1], -100)), dim=1)
 
 
 def accumulate(

@@ -82,6 +82,7 @@ def recipe_in(settings: dict) -> dict:
     """Of all settings those that a result depends on, wherever it was made."""
     own = ("impactful", "model", "out", "plan", "resume", "device", "save_minutes", "no_saves")
     own += ("optimizer", "keep_attention", "offload_inputs")  # the plan's, by the machine
+    own += ("keep_stages",)
     return {k: v for k, v in settings.items() if k not in own}
 
 

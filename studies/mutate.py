@@ -54,8 +54,8 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E5": (
         "recipe.py",
-        ("[before_closers] & space_next", "[before_closers] & ~space_next"),
-        ("& ~closer_next", "& closer_next"),
+        ("(latest(stop) > before_run) & space_next", "(latest(stop) > before_run) & ~space_next"),
+        ("latest(wide) > before_run", "latest(wide) < before_run"),
         ('(char == ord("\\n")) | ', '(char == ord("\\n")) & '),
         ("searchsorted(token_begin, end_byte)", "searchsorted(token_begin, end_byte + 1)"),
     ),
@@ -68,9 +68,9 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E7": (
         "recipe.py",
-        ("r, u = uniform(1, (L + 1) // 2), uniform(", "r, u = uniform(0, T - L), uniform("),
-        ("uniform(1, (L + 1) // 2), uniform(0, T - L)", "uniform(1, L // 2), uniform(0, T - L)"),
-        ("uniform(0, T - L)\n", "uniform(0, T - L - 1)\n"),
+        ("r, u = uniform(1, (L + 1) // 2, ", "r, u = uniform(0, T - L, "),
+        ("r, u = uniform(1, (L + 1) // 2, ", "r, u = uniform(1, L // 2, "),
+        ("uniform(0, T - L, generator)\n", "uniform(0, T - L - 1, generator)\n"),
         ("plain[r:] + u", "plain[r:] - u"),
     ),
     "E8": (
@@ -87,8 +87,8 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E10": (
         "recipe.py",
-        ("(1 - weight) * a.float() + weight * b", "weight * a.float() + (1 - weight) * b"),
-        ("(1 - weight) * a.float()", "a.float()"),
+        ("((1 - weight) * original", "(weight * original"),
+        ("+ weight * tuned", "+ (1 - weight) * tuned"),
     ),
     "E11": (
         "eval_needle.py",
@@ -109,9 +109,9 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E14": (
         "recipe.py",
-        ("            r = uniform(1, (L + 1) // 2)", "            r = uniform(1, L // 2)"),
-        ("positions[:r] = plain[:r]", "positions[: r - 1] = plain[: r - 1]"),
-        ("positions[:r] = plain[:r]", "positions[:r] = plain[:r] + 1"),
+        ("        r = uniform(1, (L + 1) // 2, ", "        r = uniform(1, L // 2, "),
+        ("positions[:r] = torch.arange(r)", "positions[: r - 1] = torch.arange(r - 1)"),
+        ("positions[:r] = torch.arange(r)", "positions[:r] = torch.arange(r) + 1"),
     ),
     "E15": (
         "recipe.py",

@@ -27,6 +27,7 @@ from common import (
     ROOT,
     Table,
     measured,
+    read_json,
     read_lines,
     recipe_in,
     retheta,
@@ -38,7 +39,7 @@ from common import (
 
 import train
 from model import load_tokenizer
-from recipe import METHODS, ntk_rope_base, train_length
+from recipe import METHODS, merge, ntk_rope_base, train_length
 from support.data.toy import ToyCorpus, answerable, load_toy_text
 from support.runs.flags import read_impactful
 from support.system.bad_input import BadInput
@@ -121,6 +122,7 @@ def flags_of(name: str, seed: int, args) -> str:
     steps = same_tokens(flags, args.target, args.steps)
     samples = max(2, same_tokens(flags, args.target, 2))  # in the analysis: as many tokens
     more = f"--steps {steps} --analysis_samples {samples} --seed {seed}"
+    more += " --keep_stages" * (name == "longrecipe")  # for the rows that merge it otherwise
     return f"--target_len {args.target} {flags} {more}"
 
 
@@ -139,8 +141,15 @@ def make_model(name: str, seed: int, args) -> dict:
     flags = flags_of(name, seed, args)
     if "--impactful" in flags and not types_of(name, seed, args).is_file():
         make_model(Table.reference(name), seed, args)  # the run left this machine
-    made = train_into(out, flags)
-    recipe = recipe_in(made["settings"])
+    if "--merge_weight" in flags:  # longrecipe's training: only the last stage is another
+        trained, recipe = folder("longrecipe", seed, args), recipe_in(settings_of(flags))
+        if not (trained / "replayed").is_dir():
+            make_model("longrecipe", seed, args)
+        merge(ORIGINAL, trained / "replayed", out, recipe["merge_weight"])
+        made = read_json(trained / "run.json")
+    else:
+        made = train_into(out, flags)
+        recipe = recipe_in(made["settings"])
     return {"flags": flags, "recipe": recipe, **{k: made[k] for k in OF_RUN}}
 
 
@@ -161,7 +170,8 @@ def measure(name: str, seed: int, args) -> dict:
     run(f"{judge} {args.target}")
     results = read_lines(out / "needle.jsonl")
     if SETTINGS[name] is not None:
-        record |= selected(out)
+        merged = "merge_weight" in record["flags"]
+        record |= selected(folder("longrecipe", seed, args) if merged else out)
     losses = [r["score"] for r in results if r["task"] == "loss" and r["length"] == WINDOW]
     return record | {"haystacks": args.n, **measured(results), "losses": losses}
 

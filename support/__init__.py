@@ -12,5 +12,6 @@ memory/        activations, optimizer: the levers; kernels: attention on a GPU, 
 runs/          flags, checks: the settings of a run; run_folder: out/; export: samples as files
 needles/       tasks, templates: what is hidden, in which words; haystack; results; report,
                figures; cost; judged
-explain/       words, figure, distances: `python recipe.py`
+explain/       command: `python recipe.py`; words, figure, positions, distances: what it says
+               and draws
 """

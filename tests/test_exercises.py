@@ -1,5 +1,6 @@
-"""The answers of docs/exercises.md run, and are right."""
+"""The answers of docs/exercises.md run, and are right; so do the cells of the notebook."""
 
+import json
 import re
 import subprocess
 import sys
@@ -84,3 +85,23 @@ def test_a_position_method_of_your_own_is_a_small_patch(tmp_path):
     said = run(sys.executable, "-m", "pytest", "tests/test_recipe.py", "-k", wanted)
     assert re.search(r"\b7 passed", said), said
     assert "bins" in run(sys.executable, "recipe.py", "--target_len", "9000", "--train_len", "900")
+
+
+def test_the_notebook_extends_a_model_in_memory(monkeypatch, capsys):
+    """Its cells in one namespace, with fewer steps: at most 12 lines extend a model, the loss
+    beyond the old window falls, and the figure has a column for each method."""
+    notebook = json.loads((EXERCISES.parent / "longrecipe.ipynb").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    extension = next(c for c in cells if "make_example" in c)
+    assert len(extension.splitlines()) <= 12
+    monkeypatch.chdir(EXERCISES.parent)
+    monkeypatch.syspath_prepend("..")
+    here: dict = {}
+    for cell in cells[:-1]:
+        exec(cell.replace("STEPS := 6", "STEPS := 3"), here)
+    losses = here["losses"]
+    assert losses["result"] < losses["untrained"] < losses["original"]
+    assert here["types"].sum() > 10 and "parameters, window 8,192" in capsys.readouterr().out
+    *body, last = cells[-1].rsplit("\n", 1)
+    exec(body[0], here)
+    assert len(eval(last, here).axes) == 2 * len(here["recipe"].METHODS)

@@ -22,8 +22,8 @@ def distance_counts(positions: Tensor, target_len: int) -> Tensor:
     >>> distance_counts(torch.tensor([0, 1, 3]), 5).tolist()
     [0, 1, 1, 1, 0]
     """
-    # With x[p] = 1 where a token stands, count(d) = sum over p of x[p] x[p + d]: a correlation,
-    # taken by FFT. Twice as long, for it is cyclic; integers below 2^53, so rounding is exact.
+    # With x[p] = 1 where there is a token, count(d) = sum over p of x[p] x[p + d]: a correlation by
+    # FFT, twice as long since that is cyclic. Integers below 2^53: rounding gives them exactly.
     present = torch.zeros(2 * target_len, dtype=torch.float64)
     present[positions] = 1
     power = torch.fft.rfft(present).abs().square()
@@ -72,11 +72,11 @@ def meets_new_angles(old: Tensor, now: Tensor, old_len: int, target_len: int) ->
 
 @dataclass(frozen=True)
 class Angles:
-    """The pairs of dimensions before and after the change of the RoPE base."""
+    """The pairs of dimensions before and after the change of rope_theta."""
 
     old_len: int
     target_len: int
-    bases: tuple[float, float]
+    thetas: tuple[float, float]
     old: Tensor  # (d/2,) radians per position
     new: Tensor
 
@@ -89,8 +89,11 @@ class Angles:
         return meets_new_angles(self.old, self.new, self.old_len, self.target_len)
 
 
-def angles(folder: str, target_len: int, frequencies: Callable, new_base: Callable) -> Angles | str:
-    """Of a model folder, by the formulas of model.py and recipe.py; or why there is none."""
+def angles(
+    folder: str, target_len: int, frequencies: Callable, new_theta: Callable
+) -> Angles | str:
+    """Those of a model folder, by inverse_frequencies of model.py and ntk_rope_base of recipe.py;
+    or a line that says why there are none."""
     try:
         c = read_config(folder)
     except ValueError as error:
@@ -100,6 +103,6 @@ def angles(folder: str, target_len: int, frequencies: Callable, new_base: Callab
         return "nothing to say of the RoPE: the model scales it already (train.py: --rope_base)"
     if target_len <= old_len:
         return f"nothing to say of the RoPE: the model reaches {old_len:,} tokens as it is"
-    base = new_base(theta, head_dim, old_len, target_len)
-    old, new = (frequencies(head_dim, b) for b in (theta, base))
-    return Angles(old_len, target_len, (theta, base), old, new)
+    thetas = theta, new_theta(theta, head_dim, old_len, target_len)
+    old, new = (frequencies(head_dim, t) for t in thetas)
+    return Angles(old_len, target_len, thetas, old, new)

@@ -1,4 +1,4 @@
-"""The figure of `python recipe.py`: one sample, six panels, from the numbers of explain.py."""
+"""The figure of `python recipe.py`: one sample, six panels, from the numbers of distances.py."""
 
 import math
 from pathlib import Path
@@ -10,44 +10,42 @@ from support.explain.distances import FULL, Angles, Distances
 from support.huggingface.config import read_window
 from support.system.bad_input import BadInput
 
-# The methods for the legend, in drawing order: longrecipe comes last, on top.
-METHODS = {
-    "none": "none: consecutive",
-    "pose": "pose: one jump",
-    "rpes": "rpes: random positions",
-    "longrecipe": "longrecipe: jumps between sentences",
-}
-# rpes runs along longrecipe, so that is drawn wide and below the others
-WIDE, THIN = {"linewidth": 6, "alpha": 0.45, "zorder": 1.5}, {"linewidth": 1.3}
-STYLES = {
-    FULL: {"color": "black", "linestyle": "--", **THIN},
-    "none": {"color": "C0", **THIN},
-    "pose": {"color": "C1", **THIN},
-    "rpes": {"color": "C2", **THIN},
-    "longrecipe": {"color": "C3", **WIDE},
-}
 ZOOM, BINS = 300, 128  # positions shown one by one; bins of the distances
+
+
+def styles(labels: dict[str, str]) -> dict[str, dict]:
+    """Label, colour and line of FULL and of each method; longrecipe wide, below the others, as the
+    line of rpes runs along it."""
+    thin, wide = {"linewidth": 1.3}, {"linewidth": 6, "alpha": 0.45, "zorder": 1.5}
+    found = {FULL: {"label": "a text of the full length", "color": "black", "linestyle": "--"}}
+    for i, (name, label) in enumerate(labels.items()):
+        line = wide if name == "longrecipe" else thin
+        found[name] = {"label": f"{name}: {label}", "color": f"C{i}", **line}
+    return found
 
 
 def draw(
     path: str | Path,
     folder: str | Path,
     selection: tuple[Tensor, Tensor, Tensor, str],
+    labels: dict[str, str],
     distances: dict[str, Distances],
     angles: Angles | str,
 ) -> None:
     """folder: the model's. selection: the share of impactful tokens of the text's segments (N,),
     their sizes, how many of their tokens the sample holds, and what impactful ones are called.
-    distances: of each method and FULL. angles: or why there are none."""
+    labels: method -> a few words. distances: of each method and FULL. angles: or why there are
+    none."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 9.5), layout="constrained")
     panels = figure.subplots(2, 3).flatten()
     target_len, old_window = len(distances[FULL].counts), read_window(folder)
     draw_selection(panels[0], *selection)
-    draw_positions(panels[1], distances, old_window)
-    draw_strips(panels[2], distances)
-    draw_distances(panels[3], distances, old_window)
+    lines = styles(labels)
+    draw_positions(panels[1], lines, distances, old_window)
+    draw_strips(panels[2], lines, distances)
+    draw_distances(panels[3], lines, distances, old_window)
     draw_coverage(panels[4], distances)
     draw_angles(panels[5], angles)
     for letter, axis in zip("ABCDEF", panels, strict=True):
@@ -62,7 +60,7 @@ def draw(
 
 
 def draw_selection(axis, share: Tensor, sizes: Tensor, held: Tensor, what: str) -> None:
-    """How many tokens stand in segments with this share of impactful tokens. The last segment of
+    """How many tokens are in segments with this share of impactful tokens. The last segment of
     the sample may be cut: what it lost is dropped."""
     share, sizes, held = share.numpy(), sizes.numpy(), held.numpy()
     edges = np.linspace(0, 1, 26)
@@ -71,53 +69,51 @@ def draw_selection(axis, share: Tensor, sizes: Tensor, held: Tensor, what: str) 
         f"{label}: {n.sum():,} segments, {w.sum():,} tokens"
         for label, n, w in zip(("taken", "dropped"), (taken, ~taken), tokens, strict=True)
     ]
-    weights, colors = [w / 1000 for w in tokens], ("C3", "lightgray")
+    weights, colors = [w / 1000 for w in tokens], ("C0", "lightgray")
     axis.hist((share, share), edges, weights=weights, stacked=True, label=named, color=colors)
     axis.set_title(f"selection, n = {len(share):,} segments")
     axis.set(xlabel=f"share of a segment's tokens that are {what}", ylabel="thousand tokens")
     axis.legend(fontsize=9)
 
 
-def draw_positions(axis, distances: dict[str, Distances], old_window: int | None) -> None:
+def draw_positions(axis, lines: dict, distances: dict, old_window: int | None) -> None:
     """Token index -> position id."""
     mark_window(axis.axhline, old_window, len(distances[FULL].counts))
-    for method, label in METHODS.items():
+    for method in [name for name in lines if name != FULL]:
         p = distances[method].positions.numpy() / 1024
-        axis.plot(np.arange(len(p)) / 1000, p, label=label, **STYLES[method])
+        axis.plot(np.arange(len(p)) / 1000, p, **lines[method])
     axis.set_ylim(top=1.45 * len(distances[FULL].counts) / 1024)  # room for the legend
     axis.set_title("where the tokens of the sample are put")
     axis.set(xlabel="token in the sample (thousands)", ylabel="position id (units of 1,024)")
     axis.legend(fontsize=9)
 
 
-def draw_strips(axis, distances: dict[str, Distances]) -> None:
+def draw_strips(axis, lines: dict, distances: dict) -> None:
     """Which of the first positions hold a token, method by method."""
-    names = [FULL, *METHODS]
-    for row, method in enumerate(names):
+    for row, method in enumerate(lines):
         held = distances[method].positions.numpy()
         held = held[held < ZOOM]
         begins = np.flatnonzero(np.diff(held, prepend=-2) > 1)
         runs = np.diff(begins, append=len(held))
         bars = list(zip(held[begins].tolist(), runs.tolist(), strict=True))
-        axis.broken_barh(bars, (row - 0.35, 0.7), color=STYLES[method]["color"], linewidth=0)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.broken_barh(bars, (row - 0.35, 0.7), color=lines[method]["color"], linewidth=0)
+    axis.set_yticks(range(len(lines)), lines)
+    axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.set_xlim(0, ZOOM)
-    axis.set_title(f"the first {ZOOM} positions: colour where a token stands")
+    axis.set_title(f"the first {ZOOM} positions: colour where there is a token")
     axis.set_xlabel("position id")
 
 
-def draw_distances(axis, distances: dict[str, Distances], old_window: int | None) -> None:
+def draw_distances(axis, lines: dict, distances: dict, old_window: int | None) -> None:
     """Pairs of tokens in one sample at a distance: the mean of the distances in a bin."""
     target_len = len(distances[FULL].counts)
     mark_window(axis.axvline, old_window, target_len)
     edges = bin_edges(target_len)
-    for method in (FULL, *METHODS):
+    for method, line in lines.items():
         d = distances[method]
         y = np.add.reduceat(d.counts.numpy(), edges[:-1]) / np.diff(edges) / d.draws
         y = np.where(y > 0, y, np.nan)  # never: no line
-        label = "a text of the full length" if method == FULL else METHODS[method]
-        axis.stairs(y, edges / 1024, baseline=None, label=label, **STYLES[method])
+        axis.stairs(y, edges / 1024, baseline=None, **line)
     axis.set_yscale("log")
     axis.set_ylim(bottom=axis.get_ylim()[0] / 10)  # room for the legend
     draws = max(d.draws for d in distances.values())
@@ -130,7 +126,7 @@ def draw_distances(axis, distances: dict[str, Distances], old_window: int | None
 def draw_coverage(axis, distances: dict[str, Distances]) -> None:
     """Which distances the one sample trains, dark, and which not, white."""
     target_len, draws = len(distances[FULL].counts), max(d.draws for d in distances.values())
-    edges, names = bin_edges(target_len), [FULL, *METHODS]
+    edges, names = bin_edges(target_len), list(distances)
     rows = [
         np.add.reduceat(distances[m].first.numpy() > 0, edges[:-1], dtype=float) / np.diff(edges)
         for m in names
@@ -164,12 +160,12 @@ def draw_angles(axis, angles: Angles | str) -> None:
         "a pair whose — is above this line went round\nthe whole circle: all its angles are known"
     )
     axis.axhline(1, color="gray", linestyle=":", label=turn)
-    axis.plot(pairs, old, "k_", markersize=9, label=f"old window ({a.old_len:,}), old base")
+    axis.plot(pairs, old, "k_", markersize=9, label=f"old window ({a.old_len:,}), old theta")
     for y, new, color, name in ((far, a.before, "C1", "old"), (slowed, a.after, "C0", "new")):
         new = new.numpy()
-        label = f"target ({a.target_len:,}), {name} base"
+        label = f"target ({a.target_len:,}), {name} theta"
         axis.plot(pairs, y, ".", color=color, markersize=5, label=label)
-        label = f"angles never met: {new.sum()} of {len(new)} pairs, {name} base"
+        label = f"angles never met: {new.sum()} of {len(new)} pairs, {name} theta"
         axis.plot(pairs[new], y[new], "o", color=color, fillstyle="none", markersize=9, label=label)
     axis.set_yscale("log")
     axis.set_title("RoPE: how far each pair of dimensions turns")

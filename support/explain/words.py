@@ -119,7 +119,7 @@ def tell_positions(found: dict[str, Distances]) -> None:
 
 
 def tell_angles(angles: Angles | str) -> None:
-    """How many pairs of dimensions meet angles that the base model never saw."""
+    """How many pairs of dimensions meet angles that the original model never saw."""
     if isinstance(angles, str):
         print(f"\n{angles}")
         return
@@ -130,7 +130,7 @@ def tell_angles(angles: Angles | str) -> None:
         f"\nRoPE: {pairs} pairs of dimensions turn with the position. Within the old window of"
         f" {a.old_len:,} tokens, {pairs - part} of\nthem went round the whole circle; {part} did"
         f" not (the slowest takes {longest:,.0f} tokens for a turn).\n"
-        f"pairs that meet angles at {a.target_len:,} tokens which the base model never saw:\n"
-        f"   before: {int(a.before.sum())} of {pairs}, with the old base {a.bases[0]:,.0f}\n"
-        f"   after:  {int(a.after.sum())} of {pairs}, with the new base {a.bases[1]:,.0f}"
+        f"pairs that meet angles at {a.target_len:,} tokens which the original model never saw:\n"
+        f"   before: {int(a.before.sum())} of {pairs}, with the old theta {a.thetas[0]:,.0f}\n"
+        f"   after:  {int(a.after.sum())} of {pairs}, with the new theta {a.thetas[1]:,.0f}"
     )

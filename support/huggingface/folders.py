@@ -4,7 +4,7 @@ in one place."""
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from support.huggingface import config as config_files
 from support.huggingface.config import read_json
 from support.huggingface.tokenizer import load_tokenizer
 from support.system import whole_files as atomic
+from support.system.bad_input import BadInput
 
-__all__ = ["fill", "load_tokenizer", "read_config", "save", "write"]
+__all__ = ["fill", "load_tokenizer", "merge", "read_config", "save", "write"]
 
 EDITED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -77,6 +78,23 @@ def save(model: nn.Module, path: str | Path, tokenizer_from: str | Path | None) 
     """See save_pretrained."""
     config = config_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
     write(path, config, model.named_parameters(), tokenizer_from)
+
+
+def merge(
+    original_dir: str | Path, tuned_dir: str | Path, out_dir: str | Path, average: Callable
+) -> None:
+    """See recipe.merge; average(original, tuned) gives one tensor of the result."""
+    original_dir, tuned_dir = Path(original_dir), Path(tuned_dir)
+    original, tuned = (read_config(d) for d in (original_dir, tuned_dir))
+    for config in (original, tuned):
+        config["model_type"] = config["raw"]["model_type"]
+    for field in sorted(set(original) - {"raw", "rope_theta", "max_position_embeddings"}):
+        if original[field] != tuned[field]:
+            raise BadInput(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
+    tied = tuned["tie_word_embeddings"]
+    pairs = checkpoint_files.iter_pairs(original_dir, tuned_dir, tied)
+    tensors = ((name, average(*pair)) for name, pair in pairs)
+    write(out_dir, tuned["raw"] | {"tie_word_embeddings": tied}, tensors, tuned_dir)
 
 
 def write(

@@ -1,0 +1,111 @@
+"""`python recipe.py`: what chapters 2 to 6 of recipe.py do to one text, told and drawn. recipe.py
+hands itself and model.py over, as support/ imports none of the four files."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from support.data.text import Corpus, load_reference, load_tokens
+from support.data.toy import TINY
+from support.explain import distances, figure, positions, words
+from support.huggingface.config import read_window
+from support.huggingface.hub import SMALL, local_folder
+from support.huggingface.tokenizer import load_tokenizer
+from support.runs.flags import Parser, read_impactful
+from support.system.bad_input import BadInput
+from support.system.console import check_ranges, report_errors
+
+
+def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
+    p = Parser("recipe.py", "What LongRecipe does to one text.")
+    add = p.add_argument
+    add("--model", default=TINY, metavar="DIR", help="its tokenizer and RoPE are used")
+    add("--text", metavar="FILE", help="(None: Python's language reference)")
+    add("--target_len", type=int, default=131_072, help="tokens")
+    add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
+    add("--impactful", metavar="FILE", help="impactful.json (None: the model's own, else digits)")
+    add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
+    add(
+        "--positions", metavar="PNG", help="draw only where each method puts the tokens of a sample"
+    )
+    add("--seed", type=int, default=0)
+    with report_errors():
+        args = p.parse_args(argv)
+        check_ranges(args, above_1=("target_len",), seed=("seed",))
+        if args.train_len is None:
+            args.train_len = recipe.train_length(args.target_len)
+        if not 2 <= args.train_len <= args.target_len:
+            raise BadInput(
+                f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
+            )
+        figure.check_path(args.positions or args.figure)
+        folder = local_folder(args.model, SMALL)
+        if args.positions:
+            draw_positions(args, folder, recipe)
+        else:
+            explain(args, folder, model, recipe)
+
+
+def window_of(args, tokenizer, generator: torch.Generator) -> Tensor:
+    """Ids (target_len,), or as many as there are, of --text or of the default text."""
+    tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
+    remedy = "give a longer --text, or lower --train_len or --target_len"
+    return Corpus(tokens, args.train_len, remedy).window(args.target_len, generator)
+
+
+def explain(args, folder: str, model: ModuleType, recipe: ModuleType) -> None:
+    """Print and draw what is selected, where it is put, and what RoPE makes of it."""
+    tokenizer = load_tokenizer(folder)
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = window_of(args, tokenizer, generator)
+    starts = recipe.split_segments(ids, tokenizer)
+
+    file = args.impactful or words.known_analysis(folder)
+    if file:
+        select, impactful = "impact", read_impactful(file, tokenizer.vocab_size)
+    else:
+        select, impactful = "digits", recipe.digit_types(tokenizer)
+    words.tell_types(file, impactful, ids, starts, tokenizer)
+
+    share = recipe.impactful_share(ids, starts, impactful)
+    sizes = recipe.segment_lengths(starts, len(ids))
+    kept, new_starts = recipe.select_segments(
+        ids, starts, args.train_len, select, generator, impactful
+    )
+    held = torch.bincount(torch.searchsorted(starts, kept, right=True) - 1, minlength=len(starts))
+    words.tell_selection(ids, starts, share, held > 0, len(kept), tokenizer, select)
+
+    lengths = (args.train_len, args.target_len, new_starts, generator)
+    labels = {name: label for name, (label, _) in recipe.METHODS.items() if name != "full"}
+    draws = {distances.FULL: [torch.arange(args.target_len)]} | {
+        name: [recipe.sample_position_ids(name, *lengths) for _ in range(distances.DRAWS)]
+        for name in labels
+    }
+    found = {name: distances.Distances.of(each, args.target_len) for name, each in draws.items()}
+    words.tell_positions(found)
+
+    angles = distances.angles(
+        folder, args.target_len, model.inverse_frequencies, recipe.ntk_rope_base
+    )
+    words.tell_angles(angles)
+    selection = (share, sizes, held, "impactful" if file else "digits")
+    figure.draw(args.figure, folder, selection, labels, found, angles)
+    print(f"\nfigure: {args.figure}")
+
+
+def draw_positions(args, folder: str, recipe: ModuleType) -> None:
+    """One sample of randomly selected segments, and its position ids by each method."""
+    tokenizer = load_tokenizer(folder)
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = window_of(args, tokenizer, generator)
+    starts = recipe.split_segments(ids, tokenizer)
+    kept, starts = recipe.select_segments(ids, starts, args.train_len, "random", generator)
+    samples = {}
+    for name, (label, _) in recipe.METHODS.items():
+        length = args.target_len if name == "full" else args.train_len
+        drawn = recipe.sample_position_ids(name, length, args.target_len, starts, generator)
+        samples[name] = label, drawn
+    drawn = positions.draw(samples, starts, args.target_len, read_window(folder))
+    drawn.savefig(args.positions, dpi=120, metadata={"Software": None})
+    print(f"figure: {args.positions}")
