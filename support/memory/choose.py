@@ -23,7 +23,7 @@ def width(args) -> int:
 def needs(config, args, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes by part on the device and on the host, for samples of so many tokens."""
     levers = (args.optimizer, args.keep_attention, args.offload_inputs)
-    device = budget.device_bytes(config, tokens, width(args), *levers)
+    device = budget.device_bytes(config, tokens, width(args), *levers, kind=args.device)
     host = budget.host_bytes(config, tokens, width(args), args.optimizer, args.offload_inputs)
     extra, kind = "libraries, workspaces", args.device
     return device | {extra: DEVICE_EXTRA[kind]}, host | {extra: HOST_EXTRA[kind]}
