@@ -326,7 +326,7 @@ def test_the_table_compares_hours_with_full_length_and_says_what_is_not_checked(
     assert float(row[-1].rstrip("%")) == pytest.approx(
         100 - 100 * float(sums[0]) / float(sums[1]), abs=0.5
     )
-    assert "GPU memory: 89.5 GB needed, 80.0 GB there" in texts[0][-1]
+    assert "GPU memory: 85.2 GB needed, 80.0 GB there" in texts[0][-1]
     assert "host and disk of that H100 are not known and not checked" in texts[0]
 
 
