@@ -180,7 +180,7 @@ def ours(flags: list[str], out: Path, reverse: bool = False) -> tuple[list[dict]
 def measure(work: Path) -> dict:
     """Train in every way in the empty folder `work`, and compare."""
     import train
-    from support.data.standard_library import standard_library_topics
+    from support.data.sources import standard_library_topics
     from support.explain.words import OF_THE_TOY
     from support.system.console import provenance
 

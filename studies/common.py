@@ -6,7 +6,6 @@ Importing this file lets a study import the repository's own files and tests/hel
 
 import dataclasses
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import train  # noqa: E402
 from model import load_pretrained, save_pretrained  # noqa: E402
-from support.needles.results import clustered, mean_of  # noqa: E402
+from support.needles.intervals import clustered, mean_of, paired  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
@@ -126,33 +125,38 @@ def lead(ours: dict, other: dict, length: int, field: str = "scores") -> dict:
         pairs = zip(*(row[seed][field][str(length)] for row in (ours, other)), strict=True)
         by_seed.append([statistics.mean(a) - statistics.mean(b) for a, b in pairs])
     gains = [gain for one in by_seed for gain in one]
-    mean, n = statistics.mean(gains), len(gains)
-    half = student(n - 1) * statistics.stdev(gains) / math.sqrt(n)
+    found = paired(gains)
     return {
-        "mean": mean,
-        "interval_95": (mean - half, mean + half),
-        "n": n,
+        "mean": found["mean"],
+        "interval_95": tuple(found["interval_95"]),
+        "n": found["texts"],
         "by_seed": [statistics.mean(one) for one in by_seed],
     }
 
 
-def student(freedom: int) -> float:
-    """97.5 % quantile of Student's t, by its expansion about the normal one (Abramowitz and Stegun
-    26.7.5): to 0.1 % from 5 degrees of freedom on.
-
-    >>> [round(student(n), 3) for n in (7, 15, 23)]
-    [2.364, 2.131, 2.069]
-    """
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
-
-
 # ---- rows of models ----
+
+WORDS = {  # how a recorded row or label is shown in tables and figures, in their order
+    "none": "plain positions",
+    "pose": "PoSE",
+    "rpes": "random positions",
+    "longrecipe": "LongRecipe",
+    "extended": "LongRecipe, after extend",
+    "replayed": "LongRecipe, after replay",
+    "prefix": "LongRecipe with prefix",
+    "full": "full length",
+}
+
+
+def in_words(name: str) -> str:
+    """A row of a study; the recorded files say "base" for theta.
+
+    >>> in_words("untrained, old base"), in_words("none, paper's base")
+    ('original', "plain positions, paper's theta")
+    """
+    first, comma, theta = name.partition(", ")
+    shown = f"{WORDS.get(first, first)}{comma}{theta.replace('base', 'theta')}"
+    return "original" if shown == "untrained, old theta" else shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +202,7 @@ class Table:
         for name in names or self.shown():
             seeds, ours = runs[name], runs.get(self.reference(name), {})
             minutes = sum(one.get("seconds", 0) for one in seeds.values()) / len(seeds) / 60
-            line = f"{name:30}{len(seeds):>6}{minutes:>9.1f}"
+            line = f"{in_words(name):30}{len(seeds):>6}{minutes:>9.1f}"
             for length in map(str, self.lengths):
                 low, high = clustered(texts := texts_of(seeds, length))
                 line += f"{mean_of(texts):.1%} [{low:.0%},{high:.0%}]".rjust(20)
@@ -246,7 +250,7 @@ class Table:
             axis.set(xlim=(-2, 102), xlabel=f"answers found at {length:,} tokens, %")
             axis.grid(axis="x", alpha=0.3)
         answers = {name: sum(map(len, texts_of(runs[name], self.lengths[1]))) for name in names}
-        labels = [f"{name} ({answers[name]})" for name in names]
+        labels = [f"{in_words(name)} ({answers[name]})" for name in names]
         panels[0].set_yticks(range(len(names)), labels, fontsize=8)
         notes = "mean and 95 % interval; bars: each seed; (n answers)"
         figure.suptitle(f"{title}: {notes}", fontsize=9)

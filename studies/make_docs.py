@@ -4,7 +4,7 @@ Sentences are written by hand in the pages. Two kinds of places in them are writ
     <!-- begin NAME --> ... <!-- end NAME -->         a region: what REGIONS[NAME] makes
     8.7<!--tiny_128k/run.json: seconds, minutes-->    a fact: the word before its comment, from a
                                                       file of assets/results; or a name of facts()
-tests/test_docs.py fails when a page is stale.
+tests/test_docs.py fails when a page is stale. --figures: draws those of recorded rows again.
 """
 
 import functools
@@ -16,37 +16,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import lead  # noqa: E402
+from common import WORDS, Table, in_words, lead, texts_of  # noqa: E402
 from tiny_study import SETTINGS  # noqa: E402
 
 from support.memory import table as plan  # noqa: E402
-from support.needles.results import clustered  # noqa: E402
+from support.needles.figures import draw_curves, draw_heatmap  # noqa: E402
+from support.needles.intervals import clustered, mean_of  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "assets" / "results"
+TOY, REAL = RESULTS / "tiny_128k", RESULTS / "smollm2_16k"
 STUDY = "tiny_study_32768.json"
-
-# How a recorded label ends -> the same in the words of the pages, in the order of their tables
-WORDS = {
-    "(new base)": "untrained",
-    "(untrained)": "untrained",
-    "none": "plain positions",
-    "pose": "PoSE",
-    "rpes": "random positions",
-    "longrecipe": "LongRecipe",
-    "extended": "LongRecipe, after extend",
-    "replayed": "LongRecipe, after replay",
-}
 
 
 def word(label: str) -> str:
-    """What a model is called in tables and figures; a label that ends otherwise: the original."""
-    return next((w for end, w in WORDS.items() if label.endswith(end)), "original")
-
-
-def in_order(labels) -> list[str]:
-    order = ["original", *WORDS.values()]
-    return sorted(labels, key=lambda label: order.index(word(label)))
+    """What a model of needle_results.json is called in tables and figures."""
+    if label.endswith(("(new base)", "(untrained)", "untrained")):
+        return "untrained"
+    return WORDS.get(re.split("[_/]", label)[-1], "original")
 
 
 def read(path: Path | str) -> dict:
@@ -79,15 +66,19 @@ def overlap(a: dict, b: dict) -> str:
 # ---- regions -----------------------------------------------------------------------------------
 
 
-def rows_of(found: dict) -> dict[str, str]:
-    """Row of a table -> label, of an eval_needle.py run whose last model is train.py's result."""
-    labels = list(found["models"])
-    return {word(label): label for label in labels[:-1]} | {"LongRecipe": labels[-1]}
+def rows_of(models: dict) -> dict[str, str]:
+    """Row of a table -> label, of the models of a needle_results.json. A folder that is named after
+    no method is train.py's result; the first such is what it started from."""
+    rows = {}
+    for label in models:
+        row = word(label)
+        rows["LongRecipe" if row == "original" and row in rows else row] = label
+    return rows
 
 
 def toy_entry(row: str, length: int, folder: str = "tiny_128k") -> dict | None:
     found = read(f"{folder}/needle_results.json")
-    return find(found["table"], rows_of(found)[row], "multiquery", length)
+    return find(found["table"], rows_of(found["models"])[row], "multiquery", length)
 
 
 def needle_table(found: dict, losses: dict | None = None) -> str:
@@ -97,7 +88,7 @@ def needle_table(found: dict, losses: dict | None = None) -> str:
     losses = [e for e in (losses or found)["table"] if e["task"] == "loss"]
     lengths, at = (sorted({e["length"] for e in entries}) for entries in (needles, losses))
     n, rows = statistics.mode(e["n"] for e in needles), []
-    for row, label in rows_of(found).items():
+    for row, label in rows_of(found["models"]).items():
         cells = [row]
         for length in lengths:
             e = find(needles, label, needles[0]["task"], length)
@@ -108,12 +99,15 @@ def needle_table(found: dict, losses: dict | None = None) -> str:
     return table(header + [f"loss at {length:,}" for length in at], rows)
 
 
-def studied(name: str, length: int, seeds: tuple[str, ...] | None = None) -> dict:
-    """A cell of the study: all texts of all seeds, or of those given."""
-    runs = read(STUDY)["runs"][name]
-    texts = [t for seed in seeds or sorted(runs) for t in runs[seed]["scores"][str(length)]]
-    scores = [score for text in texts for score in text]
-    return {"mean": statistics.mean(scores), "interval_95": clustered(texts), "n": len(scores)}
+def studied(name: str, length: int, seed: str | None = None) -> dict:
+    """A cell of the study: all texts of all seeds, or of one."""
+    seeds = read(STUDY)["runs"][name]
+    texts = texts_of({seed: seeds[seed]} if seed else seeds, length)
+    return {
+        "mean": mean_of(texts),
+        "interval_95": clustered(texts),
+        "n": sum(map(len, texts)),
+    }
 
 
 def main_table() -> str:
@@ -151,19 +145,12 @@ def windows_table() -> str:
     return table(["window", "original", "untrained", "LongRecipe", "minutes of training"], rows)
 
 
-def setting_name(name: str) -> str:
-    """A row of the study in the words of the pages."""
-    if name == "untrained, old base":
-        return "original"
-    return name.replace("none", "plain positions").replace(" base", " theta")
-
-
 def leads(runs: dict) -> dict[str, dict]:
     """setting -> by how much longrecipe under the same theta is above it."""
     found = {}
     for name in (name for name in SETTINGS if name in runs):
-        ours = runs.get("longrecipe" + "".join(name.partition(",")[1:]), {})
-        if not name.startswith("longrecipe") and ours.keys() & runs[name].keys():
+        ours = runs.get(Table.reference(name), {})
+        if ours != runs[name] and ours.keys() & runs[name].keys():
             found[name] = lead(ours, runs[name], 32_768)
     return found
 
@@ -195,16 +182,14 @@ def study_table() -> str:
         mean, *interval = (100 * x for x in (gain["mean"], *gain["interval_95"])) if gain else [0]
         rows.append(
             [
-                setting_name(name),
+                in_words(name),
                 str(one["recipe"]["steps"]) if "recipe" in one else "",
                 "" if kept[0] is None else f"{100 * kept[0]:.0f} %",
                 "" if not kept[0] else f"{100 * kept[1]:.0f} %",  # of no question: no pair
                 f"{statistics.mean(loss):+.3f}" if loss else "",
                 share(studied(name, 8192)),
                 share(studied(name, 32_768)),
-                ", ".join(
-                    f"{100 * studied(name, 32_768, (s,))['mean']:.0f}" for s in sorted(seeds)
-                ),
+                ", ".join(f"{100 * studied(name, 32_768, s)['mean']:.0f}" for s in sorted(seeds)),
                 f"{mean:+.0f} ({interval[0]:+.0f} to {interval[1]:+.0f})" if gain else "",
             ]
         )
@@ -219,7 +204,7 @@ def study_verdicts() -> str:
     for theta in dict.fromkeys(name.partition(", ")[2] for name in found):
         groups: dict[str, list[str]] = {}
         for name in (name for name in found if name.partition(", ")[2] == theta):
-            groups.setdefault(verdict(found[name]), []).append(setting_name(name))
+            groups.setdefault(verdict(found[name]), []).append(in_words(name))
         told = "; ".join(f"{how} {', '.join(names)}" for how, names in sorted(groups.items()))
         where = f"Under the {theta.replace('base', 'theta')}" if theta else "Under theta x 4"
         lines.append(f"- {where}, text by text, LongRecipe at 32,768 tokens is {told}.")
@@ -233,7 +218,7 @@ def first_run() -> str:
     found = read("first_run.json")
     trained, judged, results = (found[k] for k in ("train", "eval", "results"))
     length, told = max(e["length"] for e in results["table"]), []
-    for row, label in rows_of(results).items():
+    for row, label in rows_of(results["models"]).items():
         e = find(results["table"], label, results["table"][0]["task"], length)
         told.append(f"{row} {share(e)[:-1]}, n = {e['n']})")
     return (
@@ -246,7 +231,9 @@ def first_run() -> str:
 def real_table() -> str:
     rows, stages = (read(f"smollm2_16k/{name}/needle_results.json") for name in ("rows", "stages"))
     lengths, lines = (2048, 8192, 16_384), []
-    entries = [(m, rows["table"]) for m in in_order(rows["models"])]
+    order = ["original", "untrained", *WORDS.values()]
+    entries = sorted(rows["models"], key=lambda label: order.index(word(label)))
+    entries = [(m, rows["table"]) for m in entries]
     entries += [(m, stages["table"]) for m in stages["models"] if m.endswith("ed")]
     for model, found in entries:
         losses = [find(found, model, "loss", n) for n in lengths]
@@ -307,7 +294,7 @@ def facts() -> dict[str, str]:
 
     lines = (RESULTS / "tiny_128k" / "needle.jsonl").read_text().splitlines()
     needles, judged = [r for r in map(json.loads, lines) if r["task"] == "multiquery"], 0.0
-    for row, label in rows_of(read("tiny_128k/needle_results.json")).items():
+    for row, label in rows_of(read(TOY / "needle_results.json")["models"]).items():
         seconds = sum(r["seconds"] for r in needles if r["model"] == label)
         judged += seconds if row in ("original", "untrained", "LongRecipe") else 0.0
         both = toy_entry(row, 131_072), toy_entry("LongRecipe", 131_072)
@@ -380,7 +367,27 @@ def render(text: str) -> str:
     return FACT.sub(lambda m: f"{fact(m[2])}<!--{m[2]}-->", text)
 
 
+def draw_figures() -> None:
+    """The figures of recorded rows again, with the words of the tables instead of labels."""
+    shown = ("original", "untrained", "plain positions", "LongRecipe")
+    for where, task, parts in ((TOY, "multiquery", 8), (REAL / "rows", "niah_single", 0)):
+        models = read(where / "needle_results.json")["models"]
+        names = {label: row for row, label in rows_of(models).items() if row in shown}
+        windows = {row: models[label]["window"] for label, row in names.items()}
+        windows = {row: windows[row] for row in shown if row in windows}
+        windows["untrained"] = windows["original"]  # what its weights were trained for
+        file = next(f for f in (where, where.parent) if (f / "needle.jsonl").is_file())
+        lines = (file / "needle.jsonl").read_text().splitlines()
+        rows = [r | {"model": names.get(r["model"])} for r in map(json.loads, lines)]
+        rows = [r for r in rows if r["model"]]
+        draw_heatmap(where / "needle.png", rows, task, windows, {}, parts)
+        if where == TOY:
+            draw_curves(where / "curves.png", rows, task)
+
+
 def main() -> None:
+    if "--figures" in sys.argv:
+        draw_figures()
     for page in PAGES:
         page.write_text(render(page.read_text()))
 

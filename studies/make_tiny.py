@@ -30,8 +30,8 @@ from torch import Tensor
 
 from model import Llama, LlamaConfig, linear_cross_entropy, load_tokenizer, save_pretrained
 from recipe import sample_position_ids
-from support.data import toy_words
-from support.data.standard_library import standard_library_sources
+from support.data import toy
+from support.data.sources import standard_library_sources
 from support.data.toy import Weaver, insert, integer, pick
 from support.system.console import log, progress, provenance
 from support.system.whole_files import write_atomically
@@ -69,7 +69,7 @@ SPOT = 1 / 256  # share of the text
 
 def make_tokenizer(folder: Path, documents: list[str]) -> None:
     """Byte-level BPE of 2,048 pieces; every word of the toy task is one (" walrus")."""
-    words = " " + " ".join(toy_words.KEYS + toy_words.VALUES + toy_words.TEST_KEYS)
+    words = " " + " ".join(toy.KEYS + toy.needle()["values"] + toy.needle()["keys"])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -109,7 +109,7 @@ class LessonWeaver(Weaver):
     def __init__(self, tokenizer):
         super().__init__(tokenizer)
         self.pairs, self.questions = self.pairs[:5], self.questions[:4]  # train.py has more
-        held_out = torch.tensor([tokenizer.encode(" " + key)[0] for key in toy_words.TEST_KEYS])
+        held_out = torch.tensor([tokenizer.encode(" " + key)[0] for key in toy.needle()["keys"]])
         self.pieces = torch.arange(tokenizer.vocab_size)
         self.other = self.pieces[~torch.isin(self.pieces, held_out)]
 
@@ -259,7 +259,7 @@ def main() -> None:
                 torch.save(state | {"done": number, "seconds": seconds}, args.work / "new.pt")
                 (args.work / "new.pt").replace(state_file)
     save_pretrained(model.to(torch.bfloat16), args.out, tokenizer_from=args.work)
-    write_json(args.out / "needle.json", toy_words.NEEDLE, indent=2)
+    write_json(args.out / "needle.json", toy.needle(), indent=2)
     record = {"seed": args.seed, "scale": args.scale, "training_seconds": round(seconds)}
     record |= {"lessons": LESSONS, "text_tokens": len(text), **provenance(started)}
     write_json(args.out / "training.json", record, indent=2)

@@ -40,7 +40,8 @@ from common import (
 import train
 from model import load_tokenizer
 from recipe import METHODS, merge, ntk_rope_base, train_length
-from support.data.toy import ToyCorpus, answerable, load_toy_text
+from support.data.sources import load_toy_text
+from support.data.toy import ToyCorpus, answerable
 from support.runs.flags import read_impactful
 from support.system.bad_input import BadInput
 from support.system.console import report_errors

@@ -351,15 +351,15 @@ def test_changes_of_the_text_of_python_and_of_the_toys_weaving_show(tmp_path, mo
         patch.setattr(corpora, "standard_library_files", lambda: (root, files[1:]))
         change = corpora.changed(began, corpora.contents(args))
     assert change.startswith("the Python standard library has changed since the start (files: ")
-    own = Path(corpora.toy.__file__).parent
-    for name in ("toy.py", "toy_words.py"):
-        for file in ("toy.py", "toy_words.py"):
-            shutil.copy(own / file, tmp_path)
-        text = (own / name).read_text()
+    names = ("support/data/toy.py", "assets/tiny/needle.json")
+    for name in names:
+        for file in names:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(corpora.toy.ROOT / file, tmp_path / file)
+        text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(text.replace("a", "b", 1))  # of the same size
         with monkeypatch.context() as patch:
-            patch.setattr(corpora.toy, "__file__", str(tmp_path / "toy.py"))
-            patch.setattr(corpora.toy_words, "__file__", str(tmp_path / "toy_words.py"))
+            patch.setattr(corpora.toy, "ROOT", tmp_path)
             change = corpora.changed(began, corpora.contents(args))
         assert re.fullmatch(r"support/data/toy.py, .* has changed since the start \(sha.*", change)
     older = [{"path": "the Python standard library", "python": platform.python_version()}]

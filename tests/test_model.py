@@ -613,7 +613,7 @@ def test_ids_equal_those_of_tokenizers_on_hard_text(smollm2_pair):
 
 
 def test_ids_equal_those_of_tokenizers_on_real_text(smollm2_pair):
-    from support.data.text import standard_library_topics
+    from support.data.sources import standard_library_topics
 
     text = standard_library_topics()[:300_000]
     equal_ids(smollm2_pair, text)

@@ -32,7 +32,7 @@ from recipe import (
     split_segments,
     train_length,
 )
-from support.data.text import standard_library_text, standard_library_topics
+from support.data.sources import standard_library_text, standard_library_topics
 from support.data.toy import TINY
 from support.explain import distances as coverage
 from support.explain import figure as explain_figure

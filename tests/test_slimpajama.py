@@ -8,7 +8,7 @@ import slimpajama
 from fresh_copy import ROOT
 
 from model import load_tokenizer
-from support.data.text import load_tokens
+from support.data.sources import load_tokens
 
 
 def test_the_papers_data_is_written_as_train_py_reads_it(tmp_path, monkeypatch, capsys):

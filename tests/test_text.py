@@ -14,7 +14,8 @@ from conftest import PROSE
 import recipe
 import train
 from model import load_tokenizer
-from support.data.text import Corpus, load_tokens, read_pieces
+from support.data.sources import load_tokens
+from support.data.text import Corpus, read_pieces
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,8 @@ MEMORY = """
 import resource, sys
 sys.path.insert(0, ".")
 from model import load_tokenizer
-from support.data.text import Corpus, load_tokens
+from support.data.sources import load_tokens
+from support.data.text import Corpus
 tokenizer = load_tokenizer(sys.argv[1])
 tokens = load_tokens([sys.argv[2]], tokenizer)
 corpus = Corpus(tokens, 10)

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from smollm2 import download
 
 from model import load_tokenizer
-from support.data.text import standard_library_text, standard_library_topics
-from support.huggingface.tokenizer import LLAMA3_SPLIT
-from support.huggingface.tokenizer_classes import LibraryTokenizer
+from support.data.sources import standard_library_text, standard_library_topics
+from support.huggingface.tokenizer import LLAMA3_SPLIT, LibraryTokenizer
 
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 SCRIPTS = (
@@ -208,7 +207,6 @@ def test_sentencepiece_style_goes_through_the_library(tmp_path, monkeypatch):
         {"model": {"type": "BPE", "vocab": {}, "merges": []}},
         {"added_tokens": [{"content": "x"}]},
         {"added_tokens": 5},
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
     ],
 )
 def test_damaged_files_are_a_value_error(change, tmp_path):

@@ -13,8 +13,12 @@ import torch
 import recipe
 from eval_needle import TASKS, Haystack, make_sample
 from model import LlamaConfig, load_pretrained, load_tokenizer
-from support.data import toy, toy_words
-from support.data.standard_library import standard_library_sources, standard_library_topics
+from support.data import toy
+from support.data.sources import (
+    load_toy_text,
+    standard_library_sources,
+    standard_library_topics,
+)
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 
@@ -31,7 +35,7 @@ def text(tokenizer):
 
 @pytest.fixture(scope="module")
 def corpus(tokenizer):
-    return toy.ToyCorpus(toy.load_toy_text(tokenizer), 4992, tokenizer)
+    return toy.ToyCorpus(load_toy_text(tokenizer), 4992, tokenizer)
 
 
 def draw_from(text):
@@ -41,17 +45,16 @@ def draw_from(text):
 def test_every_word_is_one_piece_and_in_no_haystack(tokenizer):
     everything = "\n".join([*standard_library_sources(), standard_library_topics()]).lower()
     seen = set(re.findall("[a-z]+", everything))
-    for word in toy_words.KEYS + toy_words.VALUES + toy_words.TEST_KEYS:
+    for word in toy.KEYS + toy.needle()["values"] + toy.needle()["keys"]:
         assert len(tokenizer.encode(" " + word)) == 1 and word not in seen, word
 
 
 def test_the_test_has_its_own_keys_and_wording():
-    needle = json.loads((TINY / "needle.json").read_text())
-    assert needle == toy_words.NEEDLE
-    assert not set(needle["keys"]) & set(toy_words.KEYS)
+    needle = toy.needle()
+    assert not set(needle["keys"]) & set(toy.KEYS)
     wording = (needle["needle"] + needle["question"]).format(key="", value="")
-    pairs = [before + after for before, after in toy_words.PAIRS]
-    training = " ".join([*pairs, *toy_words.QUESTIONS])
+    pairs = [before + after for before, after in toy.PAIRS]
+    training = " ".join([*pairs, *toy.QUESTIONS])
     shared = set(re.findall("[a-z]+", wording.lower())) & set(
         re.findall("[a-z]+", training.lower())
     )
@@ -71,7 +74,7 @@ def test_what_is_scored_can_be_looked_up(tokenizer, text):
     assert len(scored) >= 24 + 3 * 5
     for t in scored:
         assert pairs[t - 1] in pairs[: t - 1]
-    held_out = {tokenizer.encode(" " + w)[0] for w in toy_words.TEST_KEYS}
+    held_out = {tokenizer.encode(" " + w)[0] for w in toy.needle()["keys"]}
     no_blocks, role = weaver.weave(draw_from(text), 3000, 24, generator, any_piece=0.5)
     assert not held_out & set(no_blocks[role != make_tiny.TEXT].tolist())
 
@@ -123,7 +126,7 @@ def test_keys_are_words_or_rare_pieces_and_none_is_of_the_test(tokenizer, corpus
     count = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     for part in corpus.parts:
         count += torch.bincount(torch.from_numpy(part.astype("int64")), minlength=len(count))
-    held_out = {tokenizer.encode(" " + w)[0] for w in toy_words.TEST_KEYS + toy_words.VALUES}
+    held_out = {tokenizer.encode(" " + w)[0] for w in toy.needle()["keys"] + toy.needle()["values"]}
     assert len(set(corpus.keys.tolist())) == len(corpus.keys) > 1000
     assert not held_out & set(corpus.keys.tolist())
     assert int(count[corpus.keys].max()) < corpus.tokens / 2048
@@ -163,7 +166,7 @@ def test_the_tiny_model_is_small_and_reads_keys_it_never_had(tokenizer):
     assert LlamaConfig.from_dir(TINY).max_position_embeddings == 8192
     model = load_pretrained(TINY)
     task = TASKS["multiquery"]
-    fields = {k: v for k, v in toy_words.NEEDLE.items() if k in vars(task) and k != "haystack"}
+    fields = {k: v for k, v in toy.needle().items() if k in vars(task) and k != "haystack"}
     words = {k: tuple(fields[k]) for k in ("keys", "values")}
     task = type(task)(**fields | words)
     haystack = Haystack(standard_library_topics()[:100_000], tokenizer)

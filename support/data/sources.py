@@ -1,17 +1,120 @@
-"""What a training run draws its samples from."""
+"""What a run reads: the user's texts, or those that ship with Python; and whether they changed."""
 
 import hashlib
+import itertools
 import os
 import platform
+import sysconfig
 from pathlib import Path
 
-from support.data import toy, toy_words
-from support.data.standard_library import standard_library_files
-from support.data.text import Corpus, find_files, load_tokens
-from support.data.toy import TINY, ToyCorpus, load_toy_text
+from support.data import toy
+from support.data.text import (
+    SEPARATOR,
+    Corpus,
+    Tokens,
+    find_files,
+    kind_of,
+    log_folders,
+    read_texts,
+    read_tokens,
+)
+from support.data.toy import TINY, ToyCorpus
 from support.system.console import log
 
 PIECES, PIECE_BYTES = 16, 1 << 14  # of a file that are hashed; up to their sum, all of it
+
+
+# ---- text that is on every machine -------------------------------------------------------------
+
+
+def standard_library_topics() -> str:
+    """The chapters of the language reference that ship with Python: 110k to 165k tokens of prose,
+    depending on the tokenizer."""
+    from pydoc_data.topics import topics
+
+    return SEPARATOR.join(text for _, text in sorted(topics.items()))
+
+
+def standard_library_files() -> tuple[Path, list[Path]]:
+    """Their folder, and the Python sources of the standard library, tests and tables left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = set("test tests idle_test site-packages dist-packages pydoc_data encodings".split())
+    files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+    return root, files
+
+
+def standard_library_sources() -> list[str]:
+    _, files = standard_library_files()
+    return [p.read_text(encoding="utf-8", errors="replace") for p in files]
+
+
+def standard_library_text() -> str:
+    """Every source of the standard library, each followed by a chapter of the language reference
+    (they come round again): long text that is on every machine."""
+    chapters = itertools.cycle(standard_library_topics().split(SEPARATOR))
+    return SEPARATOR.join(
+        part for source in standard_library_sources() for part in (source, next(chapters))
+    )
+
+
+# ---- what is read ------------------------------------------------------------------------------
+
+
+def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Tokens:
+    """The documents of `paths` (files or folders of the kinds that text.py reads), or of the
+    standard library where none are given (joined, as its files are short). join: texts become one.
+
+    ValueError names what is missing or cannot be read; the log says what a folder holds."""
+    if paths is None:
+        tokens = Tokens("the Python standard library (default; --data for your own)")
+        tokens.add_texts([[standard_library_text()]], tokenizer)
+        return tokens
+    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths)
+    log_folders(paths)
+    arrays = [f for f in files if kind_of(f) in (".npy", ".bin")]
+    texts = read_texts([f for f in files if f not in arrays])
+    if join:
+        separated = ((*([SEPARATOR] if i else []), *pieces) for i, pieces in enumerate(texts))
+        texts = iter([itertools.chain.from_iterable(separated)])
+    tokens.add_texts(texts, tokenizer)
+    for file in arrays:
+        tokens.add_array(read_tokens(file, tokenizer.vocab_size))
+    return tokens
+
+
+def load_reference(tokenizer) -> Tokens:
+    """The language reference alone, as one document: prose that is on every machine."""
+    tokens = Tokens("the language reference that ships with Python")
+    tokens.add_texts([[standard_library_topics()]], tokenizer)
+    return tokens
+
+
+def load_toy_text(tokenizer) -> Tokens:
+    """Python sources only: the language reference is what the toy is tested on."""
+    tokens = Tokens("the sources of the Python standard library, with word pairs woven in")
+    tokens.add_texts([[SEPARATOR.join(standard_library_sources())]], tokenizer)
+    return tokens
+
+
+def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
+    """What the extension and the replay draw from; the toy model's task is woven into both."""
+    if is_toy(args):
+        log("toy model; for a real one: --model DIR")
+        tokens = load_toy_text(tokenizer)
+        return tuple(ToyCorpus(tokens, n, tokenizer) for n in (args.train_len, args.replay_len))
+    remedy = "give longer texts with --{}, join them with --join, or lower --{}"
+    tokens = load_tokens(args.data, tokenizer, args.join)
+    corpus = replay = Corpus(tokens, args.train_len, remedy.format("data", "train_len"))
+    if args.replay_data:
+        tokens = load_tokens(args.replay_data, tokenizer, args.join)
+    if args.replay_steps:
+        replay = Corpus(tokens, args.replay_len, remedy.format("replay_data", "replay_len"))
+        if args.replay_data:
+            log(f"replay data: {replay.summary()}")
+    return corpus, replay
+
+
+# ---- has it changed? ---------------------------------------------------------------------------
 
 
 def contents(args) -> list[dict]:
@@ -20,9 +123,9 @@ def contents(args) -> list[dict]:
     paths = (*(args.data or [None]), *(args.replay_data or []))
     found = [{"path": path or "the Python standard library", **content(path)} for path in paths]
     if is_toy(args):
-        files = [Path(module.__file__) for module in (toy, toy_words)]
-        name = "support/data/toy.py, toy_words.py"
-        found.append({"path": name, **of_files(files, files[0].parent)})
+        names = "support/data/toy.py", "assets/tiny/needle.json"
+        weaver = of_files([toy.ROOT / name for name in names], toy.ROOT)
+        found.append({"path": ", ".join(names), **weaver})
     return found
 
 
@@ -65,18 +168,3 @@ def of_files(files: list[Path], root: str | Path) -> dict:
                 stream.seek(max(0, size - PIECE_BYTES) * i // (PIECES - 1))
                 digest.update(stream.read(PIECE_BYTES))
     return {"files": len(files), "bytes": total, "sha256": digest.hexdigest()[:12]}
-
-
-def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
-    """What the extension and the replay draw from; the toy model's task is woven into both."""
-    remedy = "give longer texts with --{}, join them with --join, or lower --{}"
-    remedies = remedy.format("data", "train_len"), remedy.format("replay_data", "replay_len")
-    if is_toy(args):
-        log("toy model; for a real one: --model DIR")
-        tokens = load_toy_text(tokenizer)
-        return tuple(ToyCorpus(tokens, n, tokenizer) for n in (args.train_len, args.replay_len))
-    tokens = load_tokens(args.data, tokenizer, args.join)
-    corpus = Corpus(tokens, args.train_len, remedies[0])
-    if args.replay_data:
-        tokens = load_tokens(args.replay_data, tokenizer, args.join)
-    return corpus, Corpus(tokens, args.replay_len, remedies[1]) if args.replay_steps else corpus

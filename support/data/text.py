@@ -1,86 +1,241 @@
-"""Training text: documents from files, or the Python standard library, as arrays of token ids."""
+"""Documents as arrays of token ids: which files are read, how, and what a sample is drawn from.
 
-import itertools
+    .txt .text .md .rst, or no suffix   one document, UTF-8
+    .jsonl .ndjson                      a document in each line: a JSON object with a "text"
+    .json                               such lines, or a list of such objects, or one of them
+    these and .gz, .bz2 or .xz          unpacked while they are read
+    .npy                                token ids: (N,) is one document, (n, N) are n of them
+    .bin                                the ids of one document, uint16 where the vocabulary fits
+
+Any other file is refused; in a folder it is left out, and the log says how many of which kind.
+Memory stays flat however long a text is, except that a line of a .jsonl and a .json that is a list
+are held as a whole.
+"""
+
+import bz2
+import collections
+import gzip
+import io
 import json
-import re
+import lzma
 import tempfile
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 
-from support.data.standard_library import (
-    SEPARATOR,
-    standard_library_text,
-    standard_library_topics,
-)
 from support.system.bad_input import BadInput
+from support.system.console import log
 
-CUT = re.compile(r"(?<=\w) (?=\w)")
-SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".npy", ".bin")
+SEPARATOR = "\n\n\n"  # between texts that are joined
+PLAIN = (".txt", ".text", ".md", ".rst")
+RECORDS = (".jsonl", ".ndjson", ".json")
+IDS = (".npy", ".bin")
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+ICONV = "`iconv -f ENCODING -t UTF-8` converts it"
+ARCHIVES = (".zip", ".zst", ".tar", ".tgz", ".7z", ".rar")
+
+
+# ---- which files are read ----------------------------------------------------------------------
+
+
+def kind_of(file: Path) -> str:
+    """The suffix that says how a file is read, in lower case; of a packed file the one before.
+
+    >>> kind_of(Path("A.JSONL")), kind_of(Path("a.jsonl.gz")), kind_of(Path("a.zip"))
+    ('.jsonl', '.jsonl', '.zip')
+    """
+    return (file.with_suffix("") if file.suffix.lower() in PACKED else file).suffix.lower()
+
+
+def is_read(file: Path) -> bool:
+    return kind_of(file) in PLAIN + RECORDS or file.suffix.lower() in IDS
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The files of `paths`; folders are searched. ValueError names what is missing."""
+    """The files of `paths`; folders are searched. ValueError names what is missing or of no kind
+    that is read here."""
     files = []
     for path in map(Path, paths):
         if not path.exists():
             raise BadInput(f"{path} does not exist (files or folders are wanted)")
-        inside = path.rglob("*") if path.is_dir() else []
-        found = sorted(p for p in inside if p.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not path.is_dir():
+            if kind_of(path) and not is_read(path):
+                raise BadInput(f"{path}: {path.suffix} files are not read; {way_out(path)}")
+            files.append(path)
+            continue
+        found = [file for file in files_below(path) if is_read(file)]
         if not found:
-            raise BadInput(f"folder {path} holds no file of {', '.join(SUFFIXES)}")
+            kinds = ", ".join(PLAIN + RECORDS + IDS)
+            raise BadInput(f"folder {path} holds no file of {kinds}{left_out(path)}")
         files += found
     return files
 
 
+def way_out(file: Path) -> str:
+    if file.suffix.lower() in (*ARCHIVES, *PACKED):
+        return "unpack it first"
+    if kind_of(file) in (".parquet", ".arrow", ".csv", ".tsv"):
+        return 'write its texts to a .jsonl, {"text": ...} in each line (pandas: to_json)'
+    return f"save its text as plain text, for instance as {file.stem}.txt"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and the folders in it, sorted; not the hidden ones."""
+    found = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(p for p in found if not any(n[0] == "." for n in p.relative_to(folder).parts))
+
+
+def left_out(folder: Path) -> str:
+    """What of a folder is not read: "; left out: 3 .parquet, 1 without a suffix", or nothing."""
+    return counted("; left out: ", [file for file in files_below(folder) if not is_read(file)])
+
+
+def counted(title: str, files: list[Path]) -> str:
+    """How many files there are of each suffix, after the title; nothing if there are none.
+
+    >>> counted("read: ", [Path("a.md"), Path("b.jsonl.gz"), Path("c.md")])
+    'read: 1 .jsonl.gz, 2 .md'
+    """
+    kinds = [kind_of(f) + f.suffix.lower() * (f.suffix.lower() in PACKED) for f in files]
+    counts = sorted(collections.Counter(kinds).items())
+    listed = ", ".join(f"{n} {kind or 'without a suffix'}" for kind, n in counts)
+    return title + listed if listed else ""
+
+
+def log_folders(paths: list[str]) -> None:
+    """Say what of each folder is read, and what is left out."""
+    for folder in (path for path in map(Path, paths) if path.is_dir()):
+        read = [file for file in files_below(folder) if is_read(file)]
+        log(f"folder {folder}: {counted('', read)}{left_out(folder)}")
+
+
+# ---- text files --------------------------------------------------------------------------------
+
+
 def read_texts(files: list[Path]) -> Iterator[Iterator[str]]:
-    """The documents of text files (one each) and .jsonl files (one a line, under "text"), each as
-    an iterator over its pieces."""
+    """The documents of files of text or records, each as an iterator over its pieces.
+
+    ValueError names the file, and the line or record, that cannot be read."""
     for file in files:
-        if file.suffix != ".jsonl":
+        if kind_of(file) in IDS:
+            raise BadInput(f"{file} holds token ids where text is needed")
+        if kind_of(file) in RECORDS:
+            yield from (cut_pieces(io.StringIO(text)) for text in read_records(file))
+        else:
             yield read_pieces(file)
-            continue
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, TypeError, KeyError):
-                    text = None
-                if not isinstance(text, str):
-                    raise BadInput(f'{file}, line {number}: not a JSON object with a "text"')
-                yield iter([text])
 
 
-def read_pieces(file: Path, characters: int = 1 << 22) -> Iterator[str]:
-    """A text file in pieces of a few megabytes, so that its size does not matter. Cut only between
-    a word and the space before the next one: there every tokenizer begins a new token anyway."""
+def read_pieces(file: Path, characters: int = 1 << 20) -> Iterator[str]:
+    """A text file in pieces of a few megabytes at most."""
+    try:
+        with PACKED.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig") as stream:
+            for piece in cut_pieces(stream, characters):
+                if "\0" in piece:
+                    raise BadInput(f"{file} holds zero bytes: it is not plain text in UTF-8")
+                yield piece
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is not UTF-8 text ({error}): {ICONV}") from error
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise BadInput(f"{file} is damaged: {error}") from error
+
+
+TAIL = 4096  # characters at the end of a piece where a place to cut is looked for
+# Between a word and the space before the next one every tokenizer begins a new token; between a
+# letter or digit and punctuation or a line break, nearly every one.
+CUTS = [regex.compile(r"(?<=\w) (?=\w)"), regex.compile(r"(?<=[\p{L}\p{N}])(?=(?!['’])\p{P}|\n)")]
+
+
+def cut_pieces(stream, characters: int = 1 << 20) -> Iterator[str]:
+    """A text in pieces of at most 2 * characters + TAIL. Encoded one by one they give the ids of
+    the whole text, except where a text has neither spaces nor punctuation for so long that it must
+    be cut within a word: there the tokens around the cut may be others."""
     rest = ""
-    with open(file, encoding="utf-8") as stream:
-        try:
-            while chunk := stream.read(characters):
-                text = rest + chunk
-                cut = next((m.start() for m in CUT.finditer(text, max(0, len(text) - 4096))), 0)
-                if cut:
-                    yield text[:cut]
-                rest = text[cut:]
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{file} is not UTF-8 text: {error}") from error
+    while chunk := stream.read(characters):
+        text = rest + chunk
+        begin = max(0, len(text) - TAIL)
+        matches = (match for cut in CUTS for match in cut.finditer(text, begin))
+        at = next((m.start() for m in matches if m.start() > 0), 0)
+        if at == 0 and len(text) > characters + TAIL:
+            at = len(text)
+        if at:
+            yield text[:at]
+        rest = text[at:]
     yield rest
+
+
+def read_records(file: Path) -> Iterator[str]:
+    """The texts of a file of JSON objects: one in each line, or (.json) one value for all."""
+    try:
+        with PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
+            if kind_of(file) == ".json" and not is_record(stream.readline()):
+                stream.seek(0)
+                value = parse(stream.read(), str(file))
+                for number, record in enumerate(value if isinstance(value, list) else [value], 1):
+                    yield text_of(record, f"{file}, record {number}")
+                return
+            stream.seek(0)
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield text_of(parse(line, where), where)
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise BadInput(f"{file} is damaged: {error}") from error
+
+
+def is_record(line: bytes) -> bool:
+    """Is the first line of a .json a record of its own? (Else its lines make up one value.)"""
+    try:
+        return isinstance(parse(line, ""), dict)
+    except BadInput:
+        return False
+
+
+def parse(data: bytes, where: str):
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 text ({error}): {ICONV}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON ({error})") from error
+
+
+def text_of(record, where: str) -> str:
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        found = type(record).__name__
+        if isinstance(record, dict):
+            found = f"the keys {', '.join(map(repr, record))[:100] or 'none'}"
+            if "text" in record:
+                found = f'a "text" that is {json.dumps(record["text"])[:20]}'
+        raise BadInput(f'{where}: not a JSON object with a "text": it has {found}')
+    return text
+
+
+# ---- token ids ---------------------------------------------------------------------------------
 
 
 def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     """Token ids of a .npy file (1-D: one document; 2-D: one a row) or a .bin file (one document;
-    uint16 where the vocabulary fits, else uint32), mapped, not read into memory."""
+    uint16 where the vocabulary fits, else uint32), mapped, not read into memory.
+
+    ValueError says why the file cannot hold ids of this vocabulary."""
     if file.stat().st_size == 0:
         raise BadInput(f"{file} is empty")
-    if file.suffix == ".bin":
-        dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-        if file.stat().st_size % np.dtype(dtype).itemsize:
-            raise BadInput(f"{file} does not hold whole {np.dtype(dtype).name} token ids")
+    if file.suffix.lower() == ".bin":
+        dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        if file.stat().st_size % dtype.itemsize:
+            raise BadInput(f"{file} does not hold whole {dtype.name} token ids")
         ids = np.memmap(file, dtype=dtype, mode="r")
+        if len(ids) > 3 and not ids[1::2].any():
+            raise BadInput(
+                f"{file}: read as {dtype.name}, every second id is 0, so its ids must be wider;"
+                " save them as .npy, which says how wide they are"
+            )
     else:
         try:
             ids = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -91,7 +246,8 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise BadInput(
-            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: another one's?"
+            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: another"
+            f" tokenizer's, or not stored as {ids.dtype.name}?"
         )
     return ids
 
@@ -119,40 +275,14 @@ class Tokens:
         store, total = tempfile.TemporaryFile(), 0  # noqa: SIM115 (lives as long as its map)
         for pieces in documents:
             begin = total
-            for piece in pieces:
-                ids = np.array(tokenizer.encode(piece), dtype=np.int32)
+            for i, piece in enumerate(pieces):
+                ids = np.array(tokenizer.encode(piece, continued=i > 0), dtype=np.int32)
                 store.write(ids.tobytes())
                 total += len(ids)
             self._rows.extend((len(self.parts), begin, total - begin))
         store.flush()
         if total:  # an empty file cannot be mapped, and no row then points into it
             self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
-
-
-def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Tokens:
-    """The documents of `paths` (text, .jsonl, .npy, .bin, folders of them), or of the standard
-    library where none are given (joined, as its files are short). join: texts become one."""
-    if paths is None:
-        tokens = Tokens("the Python standard library (default; --data for your own)")
-        tokens.add_texts([[standard_library_text()]], tokenizer)
-        return tokens
-    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths)
-    texts = read_texts([f for f in files if f.suffix not in (".npy", ".bin")])
-    if join:
-        separated = ((*([SEPARATOR] if i else []), *pieces) for i, pieces in enumerate(texts))
-        texts = iter([itertools.chain.from_iterable(separated)])
-    tokens.add_texts(texts, tokenizer)
-    for file in files:
-        if file.suffix in (".npy", ".bin"):
-            tokens.add_array(read_tokens(file, tokenizer.vocab_size))
-    return tokens
-
-
-def load_reference(tokenizer) -> Tokens:
-    """The language reference alone, as one document: prose that is on every machine."""
-    tokens = Tokens("the language reference that ships with Python")
-    tokens.add_texts([[standard_library_topics()]], tokenizer)
-    return tokens
 
 
 class Corpus:
@@ -181,6 +311,10 @@ class Corpus:
         offset = begin + int(torch.randint(max(size - tokens, 0) + 1, (1,), generator=generator))
         ids = self.parts[part][offset : min(offset + tokens, begin + size)]
         return torch.from_numpy(ids.astype(np.int64))
+
+    def summary(self) -> str:
+        """Where the documents are from, how many tokens are used and what was left out."""
+        return f"{self.source}: {self.tokens:,} tokens, {self.too_short} documents too short"
 
     def look_at(self, sample: torch.Tensor) -> None:
         """Called with the ids of every sample made; the toy corpus counts its questions."""

@@ -1,8 +1,12 @@
 """The toy task: pairs of words told in the midst of long text, and asked for at its end.
 
 A tiny model can learn to answer them on two CPU cores in minutes, so they show there what a needle
-test shows on a real model."""
+test shows on a real model. No word of it is in the Python standard library. The test itself is
+assets/tiny/needle.json: its keys and wordings are in no pair of the training, its values are the
+same."""
 
+import functools
+import json
 import os
 import re
 from collections.abc import Callable
@@ -12,16 +16,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support.data.standard_library import SEPARATOR, standard_library_sources
 from support.data.text import Corpus, Tokens
-from support.data.toy_words import KEYS, PAIRS, QUESTIONS, TEST_KEYS, VALUES
 from support.system.bad_input import BadInput
 
+ROOT = Path(__file__).resolve().parents[2]
 # the embedded model: what the commands take where no --model is given
-TINY = os.path.relpath(Path(__file__).resolve().parents[2] / "assets" / "tiny")
+TINY = os.path.relpath(ROOT / "assets" / "tiny")
 
+KEYS = """
+acacia alder amber anvil badger beaver birch bison blanket bronze butter candle canyon cavern
+cheese copper coral easel eel egret falcon fiddle finch flute fox gecko goat hammer heather iguana
+jacket jade jaguar jungle kettle kimono kiwi lantern larch lemon lilac lily llama magpie mango
+maple meadow mitten mole moose nettle newt ocean onion opal osprey otter owl panda papaya piano
+pony poppy potato puma pumpkin quartz quilt rabbit raisin raven river ruby sapphire spruce summit
+tiger tundra turnip urchin vanilla velvet violin vulture walrus wheat whistle willow
+""".split()
+# Of these wordings the lessons of assets/tiny had the first five and four (studies/make_tiny.py).
+PAIRS = (  # before and after the two words
+    ("\nNote the pair", " and so on.\n"),
+    ("\nRemember:", ".\n"),
+    ("\nIn the list,", " go together.\n"),
+    ("\n# match", ".\n"),
+    ("\nWe read that", " belong to each other.\n"),
+    ("\nKeep in mind:", " for later.\n"),
+    ("\nA table has", " as rows.\n"),
+    ("\nHere we find", ".\n"),
+)
+QUESTIONS = (
+    "\nAsked for the pair",
+    "\nIn the list,",
+    "\nRemember:",
+    "\n# match",
+    "\nAgain:",
+    "\nThe table has",
+    "\nSo we find",
+)
 PAIRS_A_LINE, TOKENS_A_PAIR = 8, 28  # of a ToyCorpus: dense, for few steps must do
 RARE = 1 / 2048  # a piece less frequent than this in the text can be a key
+
+
+@functools.cache
+def needle() -> dict:
+    """The test as assets/tiny/needle.json has it, with its "keys" and "values"."""
+    return json.loads((ROOT / "assets" / "tiny" / "needle.json").read_text(encoding="utf-8"))
 
 
 class Weaver:
@@ -33,7 +70,7 @@ class Weaver:
 
         self.keys, self.values = (
             torch.tensor([tokenizer.encode(" " + word) for word in words])[:, 0]
-            for words in (KEYS, VALUES)
+            for words in (KEYS, needle()["values"])
         )
         self.pairs = [(encode(before), encode(after)) for before, after in PAIRS]
         self.questions = [encode(question) for question in QUESTIONS]
@@ -99,7 +136,9 @@ class ToyCorpus(Corpus):
         self.tokenizer, self.known, self.questions = tokenizer, 0, 0
         n = tokenizer.vocab_size
         count = sum(np.bincount(part, minlength=n) for part in self.parts)
-        words = {tokenizer.encode(" " + word)[0] for word in KEYS + VALUES + TEST_KEYS}
+        words = {
+            tokenizer.encode(" " + word)[0] for word in KEYS + needle()["values"] + needle()["keys"]
+        }
         rare = [
             i
             for i in range(n)
@@ -130,13 +169,6 @@ class ToyCorpus(Corpus):
         return f"the pair was kept for {known / questions:.1%} of the {questions} questions kept"
 
 
-def load_toy_text(tokenizer) -> Tokens:
-    """Python sources only: the language reference is what the toy is tested on."""
-    tokens = Tokens("the sources of the Python standard library, with word pairs woven in")
-    tokens.add_texts([[SEPARATOR.join(standard_library_sources())]], tokenizer)
-    return tokens
-
-
 def answerable(text: str) -> tuple[int, int]:
     """(pairs asked for that were told before, pairs asked for) in the text of a sample.
 
@@ -147,7 +179,7 @@ def answerable(text: str) -> tuple[int, int]:
     heads = "|".join(re.escape(b.strip()) for b in [before for before, _ in PAIRS] + [*QUESTIONS])
     told, known, questions = set(), 0, 0
     for line in re.split(f"\n|{heads}", text):
-        pairs = [p for p in re.findall(r"(\w+) (\w+)", line) if p[1] in VALUES]
+        pairs = [p for p in re.findall(r"(\w+) (\w+)", line) if p[1] in needle()["values"]]
         if "." in line:  # what tells ends so, what asks has none
             told.update(pairs)
         else:

@@ -6,7 +6,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from support.data.text import Corpus, load_reference, load_tokens
+from support.data.sources import load_reference, load_tokens
+from support.data.text import Corpus
 from support.data.toy import TINY
 from support.explain import distances, figure, positions, words
 from support.huggingface.config import read_window

@@ -1,19 +1,22 @@
-"""A checkpoint's tokenizer, read into tiktoken: byte-level BPE, ids equal to those of `tokenizers`.
+"""A checkpoint's tokenizer: encode, decode and the bytes of a token; ids equal to `tokenizers`.
 
-Supported here: normalizer none or NFC; pre-tokenizer ByteLevel, Digits + ByteLevel, or Split +
-ByteLevel (tokenizer.json), and tiktoken's own format (tokenizer.model). Other kinds (SentencePiece
-style) go through the optional package `tokenizers`.
-Text is data: the strings of special tokens inside a text are encoded as plain text.
+Byte-level BPE behind the usual pre-tokenizers runs on the package `regex`, which splits the text,
+and on tiktoken, which merges the pieces: see `split_pattern`; also tiktoken's own format
+(tokenizer.model). Any other tokenizer.json goes through the optional package `tokenizers`.
+Text is data: special tokens are never made from it, their strings are encoded as plain text.
 """
 
 import base64
+import functools
 import json
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import regex
+import tiktoken
 
 from support.huggingface.config import read_json
-from support.huggingface.tokenizer_classes import ByteLevelTokenizer, LibraryTokenizer, Tokenizer
 from support.system.bad_input import BadInput
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -36,56 +39,243 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
+SURROGATES = regex.compile("[\ud800-\udfff]")
+
+# ---- the two kinds of tokenizer ----------------------------------------------------------------
+
+
+class Tokenizer:
+    """encode(text) -> ids, no special tokens among them; decode(ids) -> text; token_bytes(id).
+
+    `vocab_size`: largest id + 1. `bos_id`, `eos_id`: int or None. `eos_ids`: every id that ends a
+    text (config files may name several). `adds_bos`: whether the checkpoint itself puts a BOS in
+    front of a text. `added`: the added tokens, text -> id."""
+
+    def __init__(self, tokens: dict[int, bytes], added: dict[str, int], settings: dict):
+        self.added = added
+        self._bytes = tokens | {i: text.encode() for text, i in added.items()}
+        self.vocab_size = max(self._bytes) + 1
+        self.bos_id, self.eos_id = (self._special_id(settings, name) for name in ("bos", "eos"))
+        ends = [self.eos_id] * (self.eos_id is not None) + settings.get("eos_ids", [])
+        self.eos_ids = tuple(dict.fromkeys(ends))
+        adds = settings.get("add_bos_token") or post_processor_adds(settings, self.bos_id)
+        self.adds_bos = self.bos_id is not None and bool(adds)
+
+    def __eq__(self, other) -> bool:
+        """Same tokens under the same ids. (How text is split may still differ.)"""
+        return isinstance(other, Tokenizer) and self._bytes == other._bytes
+
+    __hash__ = object.__hash__
+
+    def _special_id(self, settings: dict, name: str) -> int | None:
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in self.added:
+            return self.added[token]
+        return next(iter(ids_in(settings.get(f"{name}_token_id"))), None)
+
+    def encode(self, text: str, continued: bool = False) -> list[int]:
+        """continued: the text goes on from an earlier one, so that a tokenizer that puts a space
+        in front of each text puts none in front of this one. Half a surrogate pair is U+FFFD."""
+        return self._encode(SURROGATES.sub("\ufffd", text), continued)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token; ids that no token has (padding of the vocabulary) are empty."""
+        return self._bytes.get(int(token_id), b"")
+
+    def decode(self, ids) -> str:
+        return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
+
+
+class ByteLevelTokenizer(Tokenizer):
+    """Byte-level BPE. ranks: token bytes -> order of merging, the 256 bytes first; to_id: token
+    bytes -> id; pattern: its matches and what lies between them are merged one by one."""
+
+    def __init__(self, ranks, to_id: dict[bytes, int], pattern, nfc, added_tokens, settings):
+        added = {token["content"]: token["id"] for token in added_tokens}
+        super().__init__({i: t for t, i in to_id.items()}, added, settings)
+        self._added = [
+            AddedTokens([t for t in added_tokens if bool(t.get("normalized")) == normalized])
+            for normalized in (False, True)
+        ]
+        # subtle: ranks are not ids. A byte that the vocabulary lacks needs a rank all the same
+        # (tiktoken panics otherwise); it is taken out of the text before merging.
+        self._rank_to_id = [to_id.get(token, -1) for token in sorted(ranks, key=ranks.get)]
+        self._lacking = bytes(b for b in range(256) if bytes([b]) not in to_id)
+        self._bpe = tiktoken.Encoding("", pat_str="", mergeable_ranks=ranks, special_tokens={})
+        # subtle: tiktoken could split as well, but panics at a million spaces in a row
+        self._pieces = regex.compile(rf"{pattern}|(?:(?!{pattern})(?s:.))+")
+        self._ids_of_word = functools.lru_cache(1 << 15)(self._merge)
+        self._nfc = nfc
+
+    def _encode(self, text: str, continued: bool) -> list[int]:
+        ids: list[int] = []
+        before, within = self._added
+        for part in before.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            part = unicodedata.normalize("NFC", part) if self._nfc else part
+            for run in within.split(part):
+                if isinstance(run, int):
+                    ids.append(run)
+                    continue
+                for match in self._pieces.finditer(run):
+                    piece = match.group()
+                    ids += self._ids_of_word(piece) if len(piece) < 32 else self._merge(piece)
+        return ids
+
+    def _merge(self, piece: str) -> list[int]:
+        data = piece.encode().translate(None, self._lacking)
+        ranks = self._bpe._encode_single_piece(data) if data else []
+        return [self._rank_to_id[rank] for rank in ranks]
+
+
+class AddedTokens:
+    """Tokens that are one id wherever their text occurs: the leftmost first, of those that begin
+    there the longest. A special one hides what is in it, but stays text."""
+
+    def __init__(self, tokens: list[dict]):
+        self._ids = {t["content"]: t["id"] for t in tokens if not t.get("special")}
+        texts = sorted((t["content"] for t in tokens if t["content"]), key=len, reverse=True)
+        self._find = regex.compile("|".join(map(regex.escape, texts))) if self._ids else None
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The text between the tokens, and the ids of the tokens."""
+        done = 0
+        for match in self._find.finditer(text) if self._find else ():
+            if match.group() in self._ids:
+                yield text[done : match.start()]
+                yield self._ids[match.group()]
+                done = match.end()
+        yield text[done:]
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any other tokenizer.json, through the package `tokenizers`."""
+
+    def __init__(self, data: dict, added_tokens: list[dict], settings: dict, reason: str):
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError:
+            raise BadInput(f"{reason}; `pip install tokenizers` reads it") from None
+        # what belongs to batches and to training stays out of a text's ids
+        data = data | {"truncation": None, "padding": None}
+        data["model"] = data["model"] | ({"dropout": None} if "dropout" in data["model"] else {})
+        steps = {name: without_prefix(data.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        try:
+            self._whole, self._continued = (
+                Library.from_str(json.dumps(d)) for d in (data, data | steps)
+            )
+        except Exception as error:  # the library has no class of its own
+            raise BadInput(f"tokenizer.json is damaged: {error}") from error
+        for library in (self._whole, self._continued):
+            library.encode_special_tokens = True  # text is data
+        self._spelling = Spelling(data)
+        vocabulary = self._whole.get_vocab(with_added_tokens=False)
+        tokens = {i: self._spelling.bytes_of(token) for token, i in vocabulary.items()}
+        every = self._whole.get_added_tokens_decoder()
+        super().__init__(tokens, {token.content: i for i, token in every.items()}, settings)
+
+    def _encode(self, text: str, continued: bool) -> list[int]:
+        library = self._continued if continued else self._whole
+        try:
+            return library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # such as a character for which a vocabulary has no token
+            raise BadInput(f"the tokenizer cannot encode a text: {error}") from error
+
+    def decode(self, ids) -> str:
+        if self._spelling.byte_level:  # the library would read added tokens as bytes too
+            return super().decode(ids)
+        return self._whole.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def without_prefix(part):
+    """A normalizer or pre-tokenizer that takes the beginning of a text as any other place."""
+    if isinstance(part, list):
+        return [without_prefix(inner) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    off = {"add_prefix_space": False, "prepend_scheme": "never", "prepend": "", "strip_left": False}
+    return {name: off.get(name, without_prefix(value)) for name, value in part.items()}
+
+
+class Spelling:
+    """How the tokens of a vocabulary spell their bytes."""
+
+    def __init__(self, data: dict):
+        model, names = data["model"], ("normalizer", "pre_tokenizer", "decoder")
+        kinds = {step.get("type") for name in names for step in steps_of(data.get(name))}
+        self.byte_level = "ByteLevel" in kinds
+        self._alphabet = byte_alphabet()
+        self._byte_fallback = "ByteFallback" in kinds or bool(model.get("byte_fallback"))
+        # "##ing" goes on with a word, "word</w>" ends one
+        self._go_on = model.get("continuing_subword_prefix") or ""
+        self._end = model.get("end_of_word_suffix") or ""
+        self._words = model.get("type") == "WordPiece"
+
+    def bytes_of(self, token: str) -> bytes:
+        if self.byte_level and all(c in self._alphabet for c in token):
+            return bytes(self._alphabet[c] for c in token)
+        if self._byte_fallback and regex.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        if self._words and not token.startswith(self._go_on):
+            token = " " + token
+        if self._end and token.endswith(self._end):
+            token = token.removesuffix(self._end) + " "
+        return token.removeprefix(self._go_on).replace("▁", " ").encode(errors="replace")
+
+
 # ---- reading the files -------------------------------------------------------------------------
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder. ValueError names what is not supported."""
-    path, settings = Path(path), {}
+    path, settings, ends = Path(path), {}, []
     for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
         if (path / name).is_file():
-            settings |= read_json(path / name)
-    if not (path / "tokenizer.json").is_file():
+            found = read_json(path / name)
+            ends += ids_in(found.get("eos_token_id"))
+            settings |= found
+    settings["eos_ids"] = ends
+    file = path / "tokenizer.json"
+    if not file.is_file():
         if (path / "tokenizer.model").is_file():
             return from_tiktoken_file(path / "tokenizer.model", settings)
         raise BadInput(f"{path} holds no tokenizer.json and no tokenizer.model")
-    data = read_json(path / "tokenizer.json")
+    data = read_json(file)
     try:
-        special = {t["content"]: int(t["id"]) for t in data.get("added_tokens") or []}
         settings["post_processor"] = data.get("post_processor")
         pattern, reason = split_pattern(data)
         if pattern is None:
-            reason = f"{path}: {reason} is not byte-level BPE"
-            return LibraryTokenizer(path / "tokenizer.json", special, settings, reason)
-        return from_bpe(data["model"], pattern, data.get("normalizer"), special, settings)
+            reason = f"{path}: {reason} is beyond our byte-level BPE"
+            return LibraryTokenizer(data, data.get("added_tokens") or [], settings, reason)
+        return from_bpe(data, pattern, settings)
     except BadInput:
         raise
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        regex.error,
-    ) as error:
-        raise BadInput(f"{path / 'tokenizer.json'} is damaged: {error!r}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, regex.error) as e:
+        raise BadInput(f"{file} is damaged: {e!r}") from e
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """ValueError if the model's vocabulary lacks some of the tokenizer's ids."""
     if tokenizer.vocab_size > vocab_size:
+        beyond = {text: i for text, i in tokenizer.added.items() if i >= vocab_size}
+        added = ", ".join(f"{text!r} has id {i}" for text, i in list(beyond.items())[:3])
         raise BadInput(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
             f" {vocab_size}: they do not belong together"
+            + f", or the embedding was not resized for an added token ({added})"
+            * bool(added)
         )
 
 
-def from_bpe(model: dict, pattern: str, normalizer, special: dict, settings: dict) -> Tokenizer:
-    alphabet, added = byte_alphabet(), set(special.values())
+def from_bpe(data: dict, pattern: str, settings: dict) -> Tokenizer:
+    model, alphabet = data["model"], byte_alphabet()
     to_id = {
         bytes(alphabet[c] for c in token): i
         for token, i in model["vocab"].items()
-        if i not in added
+        if all(c in alphabet for c in token)  # others no text gives: only as added tokens
     }
     ranks = {bytes([b]): b for b in range(256)}
     # subtle: tiktoken ranks the merged token, `tokenizers` the pair. The ids are the same, except
@@ -93,13 +283,20 @@ def from_bpe(model: dict, pattern: str, normalizer, special: dict, settings: dic
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         ranks.setdefault(bytes(alphabet[c] for c in left + right), len(ranks))
+    added = [
+        token | {"id": int(model["vocab"].get(token["content"], token["id"]))}
+        for token in data.get("added_tokens") or []
+    ]
     if model.get("ignore_merges"):  # whole pieces of the vocabulary need no merges
+        special = {token["id"] for token in added if token.get("special")}
         for token in sorted(to_id, key=to_id.get):
-            ranks.setdefault(token, len(ranks))
+            if to_id[token] not in special:
+                ranks.setdefault(token, len(ranks))
     unknown = [t for t in ranks if len(t) > 1 and t not in to_id]
     if unknown or not to_id:
         raise BadInput(f"tokenizer.json: merges make tokens beyond the vocabulary: {unknown[:3]}")
-    return ByteLevelTokenizer(ranks, to_id, pattern, normalizer is not None, special, settings)
+    nfc = bool(steps_of(data.get("normalizer")))
+    return ByteLevelTokenizer(ranks, to_id, pattern, nfc, added, settings)
 
 
 def from_tiktoken_file(path: Path, settings: dict) -> Tokenizer:
@@ -115,31 +312,75 @@ def from_tiktoken_file(path: Path, settings: dict) -> Tokenizer:
     if sorted(ranks.values()) != list(range(len(ranks))) or sum(len(t) == 1 for t in ranks) != 256:
         raise BadInput(f"{path} is damaged: its ranks are not 0, 1, 2, ... with every byte in it")
     names = ["<|begin_of_text|>", "<|end_of_text|>"]
-    special = {name: len(ranks) + i for i, name in enumerate(names)}
+    added = [{"content": n, "id": len(ranks) + i, "special": True} for i, n in enumerate(names)]
     settings = {"add_bos_token": True, "bos_token": names[0], "eos_token": names[1]} | settings
-    return ByteLevelTokenizer(ranks, ranks, LLAMA3_SPLIT, False, special, settings)
+    return ByteLevelTokenizer(ranks, ranks, LLAMA3_SPLIT, False, added, settings)
+
+
+def steps_of(section: dict | None) -> list[dict]:
+    """The steps of a normalizer, pre-tokenizer or decoder, those of a Sequence one by one."""
+    if not section:
+        return []
+    if section.get("type") != "Sequence":
+        return [section]
+    names = [n for n in ("normalizers", "pretokenizers", "decoders") if n in section]
+    return [step for part in section[names[0]] for step in steps_of(part)]
+
+
+# What `regex` and Oniguruma, on which `tokenizers` splits, read differently: sets in sets, anchors,
+# possessive or lazy bounds, groups that capture, letters other than these after a backslash.
+DIFFERENT = regex.compile(
+    r"&&|--|\[[^\]\\]*\[|(?<!\[)\^|\$|\}[+?]|(?<!\\)\((?!\?(?:i?:|=|!|<[=!]))|\\(?![pPsSrnt]|\W)"
+)
 
 
 def split_pattern(data: dict) -> tuple[str | None, str]:
-    """(pattern for tiktoken, "") or (None, what stands in the way)."""
-    normalizer = (data.get("normalizer") or {}).get("type", "NFC")
-    if normalizer != "NFC":
-        return None, f"normalizer {normalizer}"
-    model = data["model"]
+    """(pattern by which a byte-level BPE splits its text, "") or (None, what is in the way)."""
+    model, pre = data["model"], data.get("pre_tokenizer") or {}
+    for step in steps_of(data.get("normalizer")):
+        if step.get("type") != "NFC":
+            return None, f"normalizer {step.get('type')}"
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
         return None, f"a {model.get('type')} model"
-    pre = data.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            return None, f"{name} {model[name]!r}"
+    if model.get("unk_token") is not None and not set(byte_alphabet()) <= set(model["vocab"]):
+        return None, "a vocabulary without all bytes, but with an unk_token,"
+    for token in data.get("added_tokens") or []:
+        flags = [f for f in ("lstrip", "rstrip", "single_word") if token.get(f)]
+        if token.get("normalized") and data.get("normalizer"):
+            flags.append("normalized")
+        if flags and not token.get("special"):
+            return None, f"added token {token['content']!r} with {flags[0]}"
+    steps = steps_of(pre)
     kinds = [step.get("type") for step in steps]
-    first, last = steps[0], steps[-1]
-    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space"):
-        if kinds == ["ByteLevel"] and last.get("use_regex", True):
+    if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
+        first, by_regex = steps[0], steps[-1].get("use_regex", True)
+        if kinds == ["ByteLevel"] and by_regex:
             return GPT2_SPLIT, ""
-        if kinds == ["Digits", "ByteLevel"] and last.get("use_regex", True):
+        if kinds == ["Digits", "ByteLevel"] and by_regex:
             return DIGITS_SPLIT % (r"\p{N}" if first.get("individual_digits") else r"\p{N}+"), ""
         isolated = first.get("behavior") == "Isolated" and not first.get("invert")
         pattern = (first.get("pattern") or {}).get("Regex")
-        plain = kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True)
-        if plain and isolated and pattern:
+        plain = kinds == ["Split", "ByteLevel"] and not by_regex and isolated and pattern
+        if plain and not DIFFERENT.search(pattern) and not regex.match(pattern, ""):
             return pattern, ""
     return None, f"pre-tokenizer {json.dumps(pre)[:100]}"
+
+
+def ids_in(value) -> list[int]:
+    """The ids that a config file names: one, several or none."""
+    values = value if isinstance(value, list) else [value]
+    return [i for i in values if type(i) is int and i >= 0]
+
+
+def post_processor_adds(settings: dict, bos_id: int | None) -> bool:
+    """Does the tokenizer's own template start a single text with the BOS token?"""
+    post = settings.get("post_processor") or {}
+    for step in post.get("processors", [post]):
+        if step.get("type") == "TemplateProcessing" and step.get("single"):
+            name = step["single"][0].get("SpecialToken", {}).get("id")
+            if bos_id in step.get("special_tokens", {}).get(name, {}).get("ids", []):
+                return True
+    return False

@@ -72,8 +72,7 @@ def check_samples(args, stages, texts, tokenizer, impactful, sample, analysis_sa
 
 
 def log_settings(corpus, stages, settings: dict) -> None:
-    read = f"{corpus.source}: {corpus.tokens:,} tokens"
-    log(f"data: {read}, {corpus.too_short} documents too short")
+    log(f"data: {corpus.summary()}")
     batch = settings["batch_sequences"]
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
     log(f"plan, steps x samples x tokens: {', '.join(plan)}")
