@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.huggingface.hashes import Hashes
-from support.system.bad_input import BadInput
+from support.system.bad_input import BadInput, read_text
 from support.system.console import log, telling
 from support.system.whole_files import check_unlocked, only_writer, write_atomically
 
@@ -26,7 +26,7 @@ class Results:
         check_unlocked(folder)  # another one's half-written line is not ours to mend
         path = folder / "needle.jsonl"
         self.path, self.known, self.hashes = path, {}, Hashes(folder / "needle_hashes.json")
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        text = read_text(path) if path.is_file() else ""
         self.cut = text != "" and not text.endswith("\n")  # a last line without its end
         # not splitlines(): an answer may hold U+2028
         lines = text.removesuffix("\n").split("\n") if text else []
@@ -34,7 +34,7 @@ class Results:
             try:
                 result = json.loads(line)
                 self.known[self.key(result)] = result
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 if i + 1 < len(lines):
                     raise BadInput(
                         f"{path}, line {i + 1} is not a result of this program; move the file away"
@@ -58,8 +58,8 @@ class Results:
         kept."""
         before = list(self.known.values())
         with only_writer(self.path.parent), telling(self.what_is_saved):
-            self.hashes.save()
             yield
+            self.hashes.save()
         if list(self.known.values()) == before:
             log("every result was measured before: nothing was run")
 

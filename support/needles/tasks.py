@@ -172,7 +172,7 @@ def read_template(path: Path, known: dict) -> dict:
 def check_braces(where: str, text: str) -> None:
     try:
         text.format(key="", value="")
-    except (KeyError, IndexError, ValueError):
+    except (LookupError, ValueError, AttributeError):
         raise BadInput(f"{where}: only {{key}} and {{value}} may be in braces") from None
 
 
