@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning on shared cores 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import train  # noqa: E402
-from model import load_pretrained, save_pretrained  # noqa: E402
+from model import LlamaConfig, load_pretrained, save_pretrained  # noqa: E402
+from support.memory.machine import HERE, machine  # noqa: E402
 from support.needles.intervals import clustered, mean_of, paired  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
@@ -72,9 +73,18 @@ def retheta(original: str, out: Path, theta: float, window: int) -> None:
 
 def settings_of(flags: str) -> dict:
     """All settings that these flags come to with train.py as it is now."""
-    args = train.parse(flags.split())
-    train.resolve(args)
-    return vars(args)
+    return train.as_kept(*resolved(flags.split()))
+
+
+def resolved(flags: list[str]) -> tuple[train.Settings, train.RunOptions]:
+    given, options = train.parse(flags)
+    config = LlamaConfig.from_dir(given["model"])
+    return train.resolve(given, config, machine(HERE, "cpu", options.out)), options
+
+
+def copy_record(run: Path, to: Path) -> None:
+    """run.json of a run, with paths as seen from the repository: what is kept names no machine."""
+    to.write_text((run / "run.json").read_text().replace(f"{ROOT}/", ""))
 
 
 def recipe_in(settings: dict) -> dict:
