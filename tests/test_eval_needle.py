@@ -28,7 +28,7 @@ from model import BadInput, LlamaConfig, generate, load_pretrained, load_tokeniz
 from support.memory.count import forward_flops, training_flops
 from support.needles.cost import kv_cache_bytes
 from support.needles.figures import draw_curves, draw_heatmap
-from support.needles.haystack import CITIES, load_haystack
+from support.needles.haystack import CITIES, Hidden, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.results import KEY, Results
 from support.needles.summary import gain, gains, summarise, versus
@@ -180,6 +180,15 @@ def test_a_text_without_sentence_ends_has_places_for_needles(toy_dir, text, at):
         assert 0 <= depth - sample.true_depth < 0.02
     with pytest.raises(BadInput, match="hardly any sentence ends, line breaks or spaces"):
         Haystack("คำภาษาไทย" * 400, load_tokenizer(toy_dir))
+
+
+def test_a_task_whose_answer_is_empty_is_refused(haystack):
+    def hide_nothing(task, haystack, length, rng):
+        return Hidden(haystack.cut(length, rng), ["The code is."], ["What is the code?"], [[""]])
+
+    task = dataclasses.replace(TASKS["niah_single"], hide=hide_nothing)
+    with pytest.raises(BadInput, match="an expected answer is empty"):
+        make_sample(task, haystack, 900, 0.5, "0")
 
 
 def test_answers_are_compared_after_nfc(toy_dir):
