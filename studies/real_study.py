@@ -140,7 +140,7 @@ def main(argv=None) -> None:
             run(f"eval_needle.py --model {here} --compare --out {judged} --n {args.texts} {JUDGE}")
             results = [r for r in read_lines(judged / "needle.jsonl") if r["model"] == str(here)]
             row |= measured(results) | {"texts": args.texts}
-            TABLE.keep(name, seed, row, train=TRAIN, judge=JUDGE, haystacks=args.texts)
+            TABLE.keep(name, seed, row, train=TRAIN, judge=JUDGE)
             TABLE.draw("SmolLM2-135M")
         if read_json(TABLE.file):
             TABLE.report()

@@ -95,3 +95,9 @@ def test_the_real_study_trains_on_the_same_tokens_and_outlives_its_models(
     table.keep("longrecipe", 0, row | {"recipe": ours | {"steps": 7}})
     assert not real_study.is_done(tmp_path, "longrecipe", 0, 12)
     assert common.read_json(real_study.types_of(tmp_path, "none", 0)) == row["impactful"]
+
+
+def test_only_a_method_of_the_recipe_can_be_scored(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tiny_study.main(["--score", "nowhere"])
+    assert stop.value.code == 2 and "'nowhere' is none of the rows" in capsys.readouterr().err
