@@ -51,6 +51,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("mean.argsort(descending=True", "mean.argsort(descending=False"),
         ("covered_before < top", "covered_before <= top"),
         ("cumsum(0) - count[order]", "cumsum(0)"),
+        ("count >= max(1, min_count)", "count > max(1, min_count)"),
     ),
     "E5": (
         "recipe.py",
@@ -163,6 +164,12 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("return 6.0 * matmul_parameters", "return 2.0 * matmul_parameters"),
         ("* tokens + 6.0 * attention_flops", "* tokens - 6.0 * attention_flops"),
         ("training_flops(config, tokens) + 6.0", "training_flops(config, tokens) + 3.0"),
+    ),
+    "E24": (
+        "recipe.py",
+        ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T"),
+        ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),
+        ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T - L - 1"),
     ),
 }
 
