@@ -106,6 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--log_softmax", **off, help="analyse log-probabilities, not raw logits")
     add("--rebased_analysis", **off, help="against the base under the new RoPE base, not its own")
     add("--top", type=float, default=0.2, help="share of occurrences that count as impactful")
+    add("--min_count", type=int, default=1, help="types seen less often are not impactful")
     add("--merge_weight", type=float, default=0.5, help="share of the tuned model in the result")
     add = p.add_argument_group("training").add_argument
     add("--steps", type=int, default=104, help="optimizer steps of extension, probe included")
@@ -345,7 +346,7 @@ def analyse(
         _, s, c = recipe.logit_shift(base, extended, ids, positions, **options)
         total, count = total + s, count + c
         texts.append(corpus.window(args.target_len, generator))
-    impactful = recipe.impactful_types(total, count, args.top)
+    impactful = recipe.impactful_types(total, count, args.top, args.min_count)
     share = torch.cat(
         [recipe.impactful_share(t, recipe.split_segments(t, tokenizer), impactful) for t in texts]
     )

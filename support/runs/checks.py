@@ -12,7 +12,7 @@ def check_given(args) -> None:
     """What can be said before defaults are filled in: flags not given (None) pass."""
     check_ranges(
         args,
-        at_least_1=("base_len", "steps", "batch_sequences", "analysis_samples"),
+        at_least_1=("base_len", "steps", "batch_sequences", "analysis_samples", "min_count"),
         above_1=("rope_base",),
         positive=("lr", "clip", "top"),
         not_negative=("replay_steps", "replay_lr", "weight_decay", "warmup_steps", "save_minutes"),
