@@ -3,23 +3,25 @@
     python eval_needle.py    # what train.py left in out/, beside the model it began with
 
 Sentences such as "One of the special magic numbers for Lima is: 4821906." are hidden in a long
-text; at the end the model is asked for one of them and continues greedily. A cell of the heat-map
-is (length, depth). The structure (task text, haystack, question, beginning of the answer; share
-of the expected answers found, case-insensitive) is that of RULER (Hsieh et al., 2404.06654), the
-grid that of gkamradt's test; the wording is ours, and --template takes another one.
+text; at the end the model is asked for one of them. Each prompt is scored twice: by the share of
+the expected answers in the model's greedy continuation, and by the log-probability, in nats, of
+the expected answer. Models that find equally many can still be told apart in nats.
+
+The structure (task text, haystack, question, beginning of the answer; share of the expected
+answers found, case-insensitive) is that of RULER (Hsieh et al., 2404.06654), the grid of lengths
+and depths that of gkamradt's test; the wording is ours, and --template takes another one.
 
 What is exact here: prompt and answer budget together are `length` tokens, asserted; the prompt is
 built from token ids and never encoded again as a whole; a BOS is put in front once, and only if
 the checkpoint's own tokenizer does so; needles go in at sentence ends found in the decoded text;
-their keys and values stand nowhere else in the haystack, asserted.
+their keys and values occur nowhere else in the haystack, asserted.
 
-Results, by default in the folder of --model: needle.jsonl (one line per sample; what is there is
-not run again), needle_results.json, needle.png, curves.png.
+Files, by default in the folder of --model: needle.jsonl (a result per line; what is there is not
+run again), needle_results.json, needle.png, curves.png.
 Does NOT do: chat templates, sampling.
-Glossary: see model.py.
+Glossary: see model.py. text: one haystack of the evaluation; n counts answers.
 """
 
-import argparse
 import bisect
 import dataclasses
 import functools
@@ -27,6 +29,7 @@ import hashlib
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,50 +46,92 @@ from model import (
     prefill,
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
-from support.huggingface.hub import local_folder
+from support.needles import tasks as table
 from support.needles.cost import WorkBar, announce, prompt_flops
-from support.needles.haystack import NOISE, draw_needles, draw_words, load_haystack, stands_in
-from support.needles.judged import check_models, fingerprint
+from support.needles.haystack import CITIES, NOISE, fold, listed, load_haystack
 from support.needles.report import write_report
 from support.needles.results import Results, setup_of
-from support.needles.tasks import TASKS, Task
-from support.needles.templates import resolve_grid, resolve_tasks
-from support.runs.flags import Parser, base_of_run
+from support.needles.settings import (
+    NEEDLE_ALONE,
+    NO_NEEDLES,
+    SHORT_TEXT,
+    Candidate,
+    cells,
+    judged,
+    parse,
+    resolve,
+)
 from support.system.bad_input import BadInput
-from support.system.console import log, report_errors
+from support.system.console import report_errors
 
-# ---- 1. Prompts, in token space ----------------------------------------------------------------
-
-# A Task (support/needles/tasks.py has them all) says how many `needles` are hidden, in which words;
-# whether they are values of `one_key`; which of them to `ask` for: the "first", "all" in one
-# question, or "each" in turn after the same text; and what the `haystack` is: "text", "noise" (a
-# few sentences that repeat) or "needles" (nothing but lines like the needle).
+# ---- 1. Tasks ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """One prompt: ids (length - answer budget,), the expected answers, those as the ids that would
-    follow the prompt, and where the needle that is asked for (of several: the first) and all
-    needles really are, as shares of the haystack."""
+class Task:
+    """What is hidden in a text, in which words, and what is asked about it (RULER's axes).
 
-    ids: Tensor
-    expected: list[str]
-    answer_ids: Tensor
-    true_depth: float
-    true_depths: list[float]
-    answer_tokens: int
+    The first needle goes where the cell's depth says and the others anywhere; where each needle is
+    asked for in turn, they divide the text among them."""
+
+    needles: int = 1
+    ask: str = "first"  # of the needles; "all" in one question; "each" in turn after the same text
+    one_key: bool = False  # the needles are several values of one key
+    in_order: bool = False  # the needles after the first come behind it, one after the other
+    haystack: str = "text"  # --haystack; "noise"; "needles": lines that differ in key and value
+    intro: str = "Some special magic numbers are hidden in the text below. Remember them.\n\n"
+    needle: str = "One of the special magic numbers for {key} is: {value}."
+    question: str = "\n\nWhat is the special magic number for {key} that the text above mentions?"
+    answer: str = " The special magic number for {key} is:"
+    keys: tuple[str, ...] | str = CITIES  # or a kind of made-up words: "letters", "uuids"
+    values: tuple[str, ...] | str = "numbers"  # of seven digits; or another kind
+    answer_tokens: int | None = None  # None: what the answers need, and some more
+    hide: Callable = table.hide_pairs  # (task, haystack, length, rng) -> Hidden
+
+    def depths(self, grid: list[float]) -> list[float]:
+        """Depths of the cells of one text: those of the grid, or the middle of each part."""
+        if self.ask == "each":
+            return [(i + 0.5) / self.needles for i in range(self.needles)]
+        return list(grid) if self.needles else [0.0]
+
+    def asked(self, depth: float) -> int:
+        """Which of the text's questions belongs to a cell."""
+        return min(int(depth * self.needles), self.needles - 1) if self.ask == "each" else 0
+
+    def spread(self, depth: float, chance: list[float]) -> list[float]:
+        """Where each needle shall go, as a share of the haystack; chance: a number in 0..1 each."""
+        if self.ask == "each":
+            return [(i + u) / self.needles for i, u in enumerate(chance)]
+        if self.in_order:
+            return [depth, *sorted(depth + (1 - depth) * u for u in chance[1:])]
+        return [depth, *chance[1:]] if self.needles else []
 
 
-def sentence_ends(ids: Tensor, tokenizer, lines: bool = False) -> Tensor:
-    """Places in ids (T,) where a needle may go: 0, and after each sentence (or each line);
-    increasing, below T.
+TASKS = {name: Task(**fields) for name, fields in table.TASKS.items()}
+
+
+def score(expected: list[str], output: str) -> float:
+    """Share of the expected answers that occur in the output, case-insensitive (RULER's rule)."""
+    # [E19] score = (expected answers that occur in the output) / (expected answers)
+    return sum(fold(answer) in fold(output) for answer in expected) / len(expected)
+
+
+# ---- 2. Prompts, in token space ----------------------------------------------------------------
+
+
+def needle_places(ids: Tensor, tokenizer, at: str = "sentences") -> Tensor:
+    """Places in ids (T,) where a needle may go: 0, and after each sentence (or at="lines", after
+    each line; at="spaces", at each token that begins with white space); increasing, below T.
 
     A line break inside a sentence (hard-wrapped text) is a segment border for training, but no
     place here."""
+    if at == "spaces":
+        space = [tokenizer.token_bytes(i)[:1].isspace() for i in ids.tolist()]
+        return torch.tensor([True, *space[1:]]).nonzero()[:, 0]
     starts = split_segments(ids, tokenizer)
     before = [tokenizer.decode(ids[max(0, s - 8) : s].tolist()) for s in starts[1:].tolist()]
     stops = tuple(STOPS + WIDE_STOPS)
-    if lines:
+    if at == "lines":
         ended = [text.endswith("\n") for text in before]
     else:
         ended = [text.rstrip().rstrip(CLOSERS).endswith(stops) for text in before]
@@ -94,12 +139,22 @@ def sentence_ends(ids: Tensor, tokenizer, lines: bool = False) -> Tensor:
 
 
 class Haystack:
-    """A text as tokens, encoded once, with its sentence ends; it repeats where it is short."""
+    """A text as tokens, encoded once, with its sentence ends; it repeats where it is short.
+
+    A text (almost) without sentence ends takes needles at line breaks, or else at spaces: `at`."""
 
     def __init__(self, text: str, tokenizer):
-        self.text, self.tokenizer = text.lower(), tokenizer  # answers are compared in lower case
-        self.ids = torch.tensor(tokenizer.encode(text))
-        self.starts = sentence_ends(self.ids, tokenizer)
+        self.text, self.tokenizer = fold(text), tokenizer
+        self.ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+        if len(self.ids) == 0:
+            raise BadInput("the haystack holds no tokens (--haystack)")
+        repeated = self.ids.repeat(1 + 1024 // len(self.ids))
+        for self.at in ("sentences", "lines", "spaces"):
+            self.starts = needle_places(repeated, tokenizer, self.at)
+            if len(self.starts) > len(repeated) / 128:  # every 128 tokens, on average
+                break
+        else:
+            raise BadInput("the haystack has hardly any sentence ends, line breaks or spaces")
 
     def cut(self, tokens: int, rng: random.Random) -> Tensor:
         """`tokens` ids from a random sentence start on."""
@@ -113,120 +168,110 @@ def noise_haystack(tokenizer) -> Haystack:
     return Haystack(NOISE, tokenizer)
 
 
-def draw(task: Task, haystack: Haystack, length: int, rng) -> tuple[list[str], list[str], Tensor]:
-    """(keys, values, haystack (length,)): neither keys nor values stand in that haystack."""
-    tokenizer, wanted = haystack.tokenizer, 1 if task.one_key else task.needles
-    if task.haystack == "needles":
-        keys, values, ids = draw_needles(task, wanted, length, tokenizer, rng)
-        hay = torch.tensor(ids)
-    else:
-        haystack = noise_haystack(tokenizer) if task.haystack == "noise" else haystack
-        keys = draw_words(task.keys, wanted, rng)
-        values = draw_words(task.values, task.needles, rng, haystack.text)
-        hay = haystack.cut(length, rng)
-    text = tokenizer.decode(hay.tolist()).lower()
-    if any(stands_in(key, text) for key in keys):
-        free = [key for key in task.keys if not stands_in(key, text)]
-        keys = draw_words(free, wanted, rng)
-    found = [key for key in keys if stands_in(key, text)] + [v for v in values if v.lower() in text]
-    assert not found, f"the haystack holds {found}"
-    return keys, values, hay
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One prompt: ids (length - answer budget,), the expected answers, those as the ids that would
+    follow the prompt, and where the needle that is asked for (of several: the first) and all
+    needles really are, as shares of the haystack."""
+
+    ids: Tensor
+    expected: list[str]
+    answer_ids: Tensor | None
+    true_depth: float
+    true_depths: list[float]
+    answer_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """What the prompts of one (task, length, repeat) share: all but the depth, and who is asked."""
+class Prompts:
+    """What the prompts of one (task, length, repeat) share: all but the depth and the question."""
 
     head: list[int]  # BOS and task text
     hay: Tensor  # haystack (length,)
-    ends: list[int]  # places in it where a needle may go
-    room: int  # haystack tokens that are in every prompt of the row
+    places: list[int]  # in the haystack, where a needle may go
+    room: int  # haystack tokens that fit into each of these prompts, whatever it asks
     needles: list[tuple[list[int], list[int]]]  # as running text and on a line of its own
-    fractions: list[float]  # where each needle shall stand
-    tails: list[list[int]]  # question and beginning of the answer, for each that is asked
+    chance: list[float]  # see Task.spread
+    questions: list[list[int]]  # with the beginning of the answer, for each that is asked
     expected: list[list[str]]
     answer_ids: list[Tensor]  # " 4821906"; where several are asked for, " 4821906, and 1234567"
     answer_tokens: int
 
 
-def listed(words: list[str]) -> str:
-    """
-    >>> listed(["Lima"]), listed(["Lima", "Oslo", "Rome"])
-    ('Lima', 'Lima, Oslo, and Rome')
-    """
-    return ", and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 @functools.lru_cache(maxsize=128)
-def make_row(task: Task, haystack: Haystack, length: int, row_seed: str) -> Row:
-    tokenizer, rng = haystack.tokenizer, random.Random(row_seed)
-    keys, values, hay = draw(task, haystack, length, rng)
-    encode = tokenizer.encode
+def make_prompts(task: Task, haystack: Haystack, length: int, row_seed: str) -> Prompts:
+    tokenizer, rng, encode = haystack.tokenizer, random.Random(row_seed), haystack.tokenizer.encode
+    haystack = noise_haystack(tokenizer) if task.haystack == "noise" else haystack
+    hidden = task.hide(task, haystack, length, rng)
     head = ([tokenizer.bos_id] if tokenizer.adds_bos else []) + encode(task.intro)
-    named = keys * task.needles if task.one_key else keys
     # in running text " needle", at the beginning of a line "needle\n"
-    texts = [task.needle.format(key=k, value=v) for k, v in zip(named, values, strict=True)]
-    needles = [(encode(" " + text), encode(text + "\n")) for text in texts]
-    asked, expected = {"first": keys[:1], "each": keys}.get(task.ask), [[v] for v in values]
-    if task.ask == "all":
-        asked, expected = [listed(keys)], [values]
-    tails = [encode((task.question + task.answer).format(key=k, value="")) for k in asked]
-    answer_ids = [torch.tensor(encode(" " + listed(answers))) for answers in expected]
-    spoken = [len(encode(f" {value}.")) for value in values]
-    answer_tokens = 8 + (sum(spoken) + 6 * len(spoken) if task.ask == "all" else max(spoken))
-    answer_tokens = task.answer_tokens or answer_tokens
-    # for the haystack; the same whichever key is asked for, so that the needles stay in place
-    rest = answer_tokens + len(head) + max(map(len, tails)) + sum(max(map(len, n)) for n in needles)
-    if (room := length - rest) < 1:
+    needles = [(encode(" " + text), encode(text + "\n")) for text in hidden.needles]
+    questions = [encode(text) for text in hidden.questions]
+    answer_ids = [torch.tensor(encode(" " + listed(words))) for words in hidden.expected]
+    if not all(map(len, answer_ids)) or not all(all(words) for words in hidden.expected):
+        raise BadInput(f"an expected answer is empty: {hidden.expected}")
+    budgets = [
+        sum(len(encode(f" {word}.")) for word in words) + 6 * len(words) * (len(words) > 1)
+        for words in hidden.expected
+    ]
+    answer_tokens = task.answer_tokens or 8 + max(budgets)
+    longest = max(map(len, questions)) + sum(max(map(len, needle)) for needle in needles)
+    if (room := length - answer_tokens - len(head) - longest) < 1:
         raise BadInput(
             f"--lengths {length} is too short: with its keys this prompt takes at least"
-            f" {rest + 1} tokens"
+            f" {length - room + 1} tokens"
         )
-    ends = sentence_ends(hay[:room], tokenizer, lines=task.haystack == "needles").tolist()
-    fractions = [rng.random() for _ in needles]
-    if task.ask == "each":
-        fractions = [(i + u) / task.needles for i, u in enumerate(fractions)]
-    return Row(
-        head, hay, ends, room, needles, fractions, tails, expected, answer_ids, answer_tokens
-    )
+    at = "lines" if task.haystack == "needles" else haystack.at
+    places = needle_places(hidden.hay[:room], tokenizer, at).tolist()
+    chance = [rng.random() for _ in needles]
+    shared = (head, hidden.hay, places, room, needles, chance, questions, hidden.expected)
+    return Prompts(*shared, answer_ids, answer_tokens)
 
 
 def make_sample(
-    task: Task, haystack: Haystack, length: int, depth: float, row_seed: str, removed: bool = False
+    task: Task | dict,
+    haystack: Haystack,
+    length: int,
+    depth: float,
+    row_seed: str,
+    control: str | None = None,
 ) -> Sample:
-    """Build one prompt of exactly `length` tokens, answer budget included. row_seed names (seed,
-    task, length, repeat): all depths of a row share haystack, keys and values, so that they share
-    their beginning too. removed: without its needles, a control.
+    """Build one prompt of exactly `length` tokens, answer budget included (NEEDLE_ALONE: shorter).
 
-    ValueError if the frame alone is longer than `length`."""
-    row, decode = make_row(task, haystack, length, row_seed), haystack.tokenizer.decode
-    asked = min(int(depth * task.needles), task.needles - 1) if task.ask == "each" else 0
-    fractions = row.fractions if task.ask == "each" else [depth, *row.fractions[1:]]
+    task: a Task or its fields. row_seed names (seed, task, length, repeat): all depths of a text
+    share haystack, keys and values, so that their prompts share their beginning too. control:
+    NO_NEEDLES or NEEDLE_ALONE. BadInput if the frame alone is longer than `length`."""
+    task = task if isinstance(task, Task) else Task(**task)
+    p, decode = make_prompts(task, haystack, length, row_seed), haystack.tokenizer.decode
+    asked, room = task.asked(depth), p.room
+    shown = range(len(p.needles))
+    if control == NEEDLE_ALONE:
+        room, shown = min(room, SHORT_TEXT), [asked] if task.ask == "each" else shown
     # [E11] place = the last sentence end at or before token depth * room
-    places = [row.ends[bisect.bisect_right(row.ends, d * row.room) - 1] for d in fractions]
-    parts, done = [row.head], 0
-    for place, needle in sorted(zip(places, row.needles, strict=True), key=lambda pair: pair[0]):
-        before = decode(row.hay[max(0, place - 4) : place].tolist())
-        own_line = place == 0 or before[-1:].isspace()
-        if not removed:
-            parts += [row.hay[done:place].tolist(), needle[own_line]]
-            done = place
-    tail, room = row.tails[asked], length - row.answer_tokens - sum(map(len, parts))
-    parts += [row.hay[done : done + room - len(tail)].tolist(), tail]
+    places = [
+        p.places[bisect.bisect_right(p.places, d * room) - 1] for d in task.spread(depth, p.chance)
+    ]
+    inserted = []  # (place, ids of a needle), in the order of the text
+    for i in sorted(shown if control != NO_NEEDLES else (), key=places.__getitem__):
+        before = decode(p.hay[max(0, places[i] - 4) : places[i]].tolist())
+        own_line = places[i] == 0 or before[-1:].isspace()
+        inserted.append((places[i], p.needles[i][1 if own_line else 0]))
+    frame = len(p.head) + len(p.questions[asked]) + sum(len(needle) for _, needle in inserted)
+    end = room if control == NEEDLE_ALONE else length - p.answer_tokens - frame
+    parts, done = [p.head], 0
+    for place, needle in inserted:
+        parts += [p.hay[done:place].tolist(), needle]
+        done = place
+    parts += [p.hay[done:end].tolist(), p.questions[asked]]
     ids = torch.tensor([i for part in parts for i in part])
-    assert len(ids) + row.answer_tokens == length, "a prompt of the wrong length"
-    depths = [round(place / row.room, 4) for place in places]
-    answers = row.expected[asked], row.answer_ids[asked]
-    return Sample(ids, *answers, depths[asked], depths, row.answer_tokens)
+    assert len(ids) == end + frame, "a prompt of the wrong length"
+    depths = [round(place / room, 4) for place in places]
+    true_depth = depths[asked] if depths else 0.0
+    answers = p.expected[asked], p.answer_ids[asked]
+    return Sample(ids, *answers, true_depth, depths, p.answer_tokens)
 
 
-def score(expected: list[str], output: str) -> float:
-    """Share of the expected answers that occur in the output, case-insensitive (RULER's rule)."""
-    # [E19] score = (expected answers that occur in the output) / (expected answers)
-    return sum(answer.lower() in output.lower() for answer in expected) / len(expected)
-
-
-# ---- 2. Running a row: its depths share the prefill of their common beginning ------------------
+# ---- 3. Running a text: its prompts share the prefill of their common beginning ----------------
 
 
 def common_prefix(a: Tensor, b: Tensor) -> int:
@@ -240,8 +285,8 @@ def common_prefix(a: Tensor, b: Tensor) -> int:
 
 
 class SharedPrefix:
-    """Prompts that begin alike are prefilled once. Deepest needle first: what stands before its
-    needle stands at the start of every shallower prompt too, up to that prompt's own needle."""
+    """Prompts that begin alike are prefilled once. Deepest needle first: what is before its needle
+    is at the start of every shallower prompt too, up to that prompt's own needle."""
 
     def __init__(self, model: Llama):
         self.model, self.cache, self.seen = model, KVCache(), torch.empty(0, dtype=torch.int64)
@@ -257,8 +302,8 @@ class SharedPrefix:
 
     @torch.no_grad()
     def log_probability(self, ids: Tensor, answer_ids: Tensor, room: int = 0) -> float:
-        """log p(answer | prompt) in nats, summed over the answer_ids: one forward pass
-        over the prompt's last token and the answer but for its last, then forgotten again."""
+        """log p(answer | prompt) in nats, summed over answer_ids: one forward pass over the
+        prompt's last token and all of the answer but its last, then forgotten again."""
         self.read(ids, max(room, len(answer_ids)))
         inputs, head = torch.cat([ids[-1:], answer_ids[:-1]]), self.model.lm_head.weight
         hidden = self.model.hidden(inputs[None].to(head.device), cache=self.cache)[0]
@@ -286,197 +331,108 @@ def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[f
     return losses
 
 
-# ---- 3. The grid -------------------------------------------------------------------------------
+# ---- 4. From cells to results ------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A row of the result: weights from a folder, under their own RoPE base or another one; or the
-    control that gets the prompts without their needles."""
-
-    label: str
-    folder: str
-    config: LlamaConfig
-    rope: tuple[float, int] | None = None  # (base, window)
-    removed: bool = False
-
-    @property
-    def window(self) -> int:
-        """Up to where this candidate is meant to work, tokens."""
-        return self.rope[1] if self.rope else self.config.max_position_embeddings
-
-    def load(self, args) -> Llama:
-        model = load_pretrained(self.folder, args.torch_dtype, args.device)
-        if self.rope:
-            model.config = model.config.with_rope(*self.rope)
-        return model.eval()
-
-    @functools.cached_property
-    def identity(self) -> str:
-        rope = f"/rope{self.rope[0]:.6g}" if self.rope else ""
-        return fingerprint(self.folder) + rope + ("/removed" if self.removed else "")
-
-
-def sample_of(row: dict, tasks: dict[str, Task], haystack: Haystack, removed: bool) -> Sample:
-    name, length = row["task"], row["length"]
-    row_seed = f"{row['seed']}/{name}/{length}/{row['repeat']}"
+def sample_of(asked: dict, tasks: dict[str, Task], haystack: Haystack, control) -> Sample:
+    name, length = asked["task"], asked["length"]
+    row_seed = f"{asked['seed']}/{name}/{length}/{asked['repeat']}"
     if name == "loss":
         return Sample(haystack.cut(length, random.Random(row_seed)), [], None, 0.0, [], 0)
-    return make_sample(tasks[name], haystack, length, row["depth"], row_seed, removed)
+    return make_sample(tasks[name], haystack, length, asked["depth"], row_seed, control)
 
 
-def plan(
-    candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, setups: dict, args
+def queue(
+    candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, setups: dict, settings
 ) -> list[tuple[dict, float]]:
-    """All cells of one candidate, deepest needle first: (row without its output, FLOPs). setups:
-    task -> fingerprint of its wording and haystack, by which rows of other runs are told apart.
+    """All prompts of one candidate: (its result, as far as it is known beforehand; FLOPs). setups:
+    task -> fingerprint of its wording and haystack, by which results of other runs are told apart.
 
-    ValueError for what some cell would refuse, before anything is run."""
-    names = [*args.tasks, "loss"] if args.ppl and not candidate.removed else args.tasks
-    cells = [(t, n, r) for t in names for n in args.lengths for r in range(args.n)]
-    if candidate.folder != args.model:  # a model that is beyond its window is soon judged
-        cells = [(t, n, r) for t, n, r in cells if n <= candidate.window or r < args.n_beyond]
-    rows, before = [], torch.empty(0, dtype=torch.int64)
-    for name, length, repeat in cells:
-        depths = [0.0] if name == "loss" else tasks[name].depths(args.depths)
-        if candidate.removed:
-            depths = depths[:1]  # nothing stands at any depth
-        for depth in sorted(depths, reverse=True):
-            row = {
-                "model": candidate.label,
-                "identity": candidate.identity,
-                "task": name,
-                "length": length,
-                "depth": depth,
-                "repeat": repeat,
-                "seed": args.seed,
-                "dtype": str(args.torch_dtype),
-                "setup": setups[name],
-            }
-            sample = sample_of(row, tasks, haystack, candidate.removed)
-            row["true_depth"], row["true_depths"] = sample.true_depth, sample.true_depths
-            row["prompt"] = hashlib.sha256(sample.ids.numpy().tobytes()).hexdigest()[:12]
-            row["expected"] = sample.expected
-            kept = common_prefix(before, sample.ids)
-            work = prompt_flops(candidate.config, kept, len(sample.ids), sample.answer_tokens)
-            rows.append((row, work))
-            before = sample.ids
-    return rows
+    BadInput for what some cell would refuse, before anything is run."""
+    found, before = [], torch.empty(0, dtype=torch.int64)
+    for name, length, repeat, depth in cells(candidate, tasks, settings):
+        asked = {
+            "model": candidate.label,
+            "identity": candidate.identity,
+            "task": name,
+            "length": length,
+            "depth": depth,
+            "repeat": repeat,
+            "seed": settings.seed,
+            "dtype": settings.dtype,
+            "setup": setups[name],
+        }
+        sample = sample_of(asked, tasks, haystack, candidate.control)
+        asked["true_depth"], asked["true_depths"] = sample.true_depth, sample.true_depths
+        asked["prompt"] = hashlib.sha256(sample.ids.numpy().tobytes()).hexdigest()[:12]
+        asked["expected"] = sample.expected
+        kept = common_prefix(before, sample.ids)
+        work = prompt_flops(candidate.config, kept, len(sample.ids), sample.answer_tokens)
+        found.append((asked, work))
+        before = sample.ids
+    return found
 
 
-def measure(row: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
-    started = time.monotonic()
-    if row["task"] == "loss":
+def measure(asked: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
+    """The result: what was asked, and what the model made of it."""
+    started, result = time.monotonic(), dict(asked)
+    if asked["task"] == "loss":
         bins = text_loss(shared.model, sample.ids)
-        row["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
-        row["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
+        result["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
+        result["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
     else:
         nats = shared.log_probability(sample.ids, sample.answer_ids, sample.answer_tokens)
-        row["answer_logprob"] = round(nats, 6)
-        row["answer_tokens_scored"] = len(sample.answer_ids)
-        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        row["output"] = tokenizer.decode(shared.answer(sample.ids, sample.answer_tokens, stop))
-        row["score"] = score(sample.expected, row["output"])
-    return row | {"seconds": round(time.monotonic() - started, 2)}
+        result["answer_logprob"] = round(nats, 6)
+        result["answer_tokens_scored"] = len(sample.answer_ids)
+        answer = shared.answer(sample.ids, sample.answer_tokens, tokenizer.eos_ids)
+        result["output"] = tokenizer.decode(answer)
+        result["score"] = score(sample.expected, result["output"])
+    return result | {"seconds": round(time.monotonic() - started, 2)}
 
 
 def run_candidate(
-    candidate: Candidate, planned: list, tasks, haystack: Haystack, results: Results, bar, args
+    candidate: Candidate, queued: list, tasks, haystack: Haystack, results: Results, bar, settings
 ) -> list[dict]:
-    """The rows of one candidate; the model is loaded only if some row is missing."""
-    shared, rows = None, []
-    for row, work in planned:
-        if (known := results.find(row)) is None:
+    """The results of one candidate; the model is loaded only if one of them is missing."""
+    shared, found = None, []
+    for asked, work in queued:
+        if (known := results.find(asked)) is None:
             if shared is None:
-                shared = SharedPrefix(candidate.load(args))
-                bar.tell_time(candidate, functools.partial(prefill, shared.model))
-            sample = sample_of(row, tasks, haystack, candidate.removed)
-            known = results.add(measure(row, sample, shared, haystack.tokenizer))
+                dtype = getattr(torch, settings.dtype.removeprefix("torch."))
+                model = load_pretrained(candidate.folder, dtype, settings.device).eval()
+                model.config = candidate.config
+                shared = SharedPrefix(model)
+                bar.tell_time(candidate, functools.partial(prefill, model))
+            sample = sample_of(asked, tasks, haystack, candidate.control)
+            known = results.add(measure(asked, sample, shared, haystack.tokenizer))
             bar.done(candidate.label, work)
-        rows.append(known | {"model": candidate.label})
-    return rows
+        found.append(known | {"model": candidate.label})
+    return found
 
 
-# ---- 4. The command ----------------------------------------------------------------------------
-
-RESULT = "out"  # where train.py puts its result
-NEW_BASE = " (new base)"  # ends the label of the control: old weights, new RoPE base
-NO_NEEDLE = " (needle removed)"  # another control: must score 0
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = Parser("eval_needle.py", __doc__)
-    add = p.add_argument
-    add("--model", default=RESULT, metavar="DIR", help="Hugging Face folder to judge")
-    add("--compare", nargs="*", metavar="DIR", help="others beside it (None: base of the run)")
-    controls = "also without the needles, and the base under the new RoPE base"
-    add("--controls", action="store_true", help=controls)
-    add("--tasks", nargs="*", choices=TASKS, help="(None: template's, or niah_single)")
-    add("--template", metavar="FILE", help="wording, JSON (None: --model's needle.json, if any)")
-    add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
-    depths = "of the needle, 0: start, 1: end (None: 0 0.25 0.5 0.75 1)"
-    add("--depths", nargs="+", type=float, help=depths)
-    add("--n", type=int, help="haystacks per length (None: 2, or what the template says)")
-    add("--n_beyond", type=int, help="beyond a compared model's window (None: template, --n)")
-    add("--ppl", action="store_true", help="also the loss per token on n haystack texts per length")
-    add("--haystack", metavar="PATH", help="text, folder (None: template, essays, Python docs)")
-    add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
-    add("--seed", type=int, default=0, help="of haystacks and needles")
-    add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
-    return p.parse_args(argv)
-
-
-def resolve(args) -> tuple[list[Candidate], dict[str, Task]]:
-    """Who is judged, and all tasks by name. Writes nothing."""
-    if args.model == RESULT and not Path(RESULT).exists():
-        raise BadInput(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
-    args.model = local_folder(args.model)
-    if args.compare is None:
-        args.compare = base_of_run(args.model)
-    args.compare = list(dict.fromkeys(map(local_folder, args.compare)))
-    if args.model in args.compare:
-        raise BadInput(f"--compare {args.model} is --model itself")
-    folders = (*args.compare, args.model)  # the base first, as in every table and figure
-    candidates = [Candidate(f, f, LlamaConfig.from_dir(f)) for f in folders]
-    tasks, fields = resolve_tasks(args, TASKS)
-    resolve_grid(args, fields, tasks, [c.config.max_position_embeddings for c in candidates])
-    check_models({c.folder: c.config for c in candidates}, args.lengths[-1])
-    if args.controls:
-        base, result = candidates[0], candidates[-1]
-        rope = (result.config.rope_theta, result.config.max_position_embeddings)
-        if base is result:
-            log("--controls: without --compare DIR only the one without needles")
-        else:
-            candidates.insert(1, Candidate(base.folder + NEW_BASE, base.folder, base.config, rope))
-        label = result.folder + NO_NEEDLE
-        candidates.append(Candidate(label, result.folder, result.config, removed=True))
-    return candidates, tasks
+# ---- 5. The command ----------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
-        args, started = parse(argv), time.time()
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-        default = "bfloat16" if args.device == "cuda" else "float32"
-        args.torch_dtype = getattr(torch, args.dtype or default)
-        candidates, tasks = resolve(args)
-        text, source = load_haystack(args.haystack)
-        haystack = Haystack(text, load_tokenizer(args.model))
-        setups = {
-            name: setup_of(task, haystack.text) for name, task in (tasks | {"loss": None}).items()
-        }
-        planned = [plan(c, tasks, haystack, setups, args) for c in candidates]
-        out = Path(args.out or args.model)
-        results = Results(out)
-        missing = [cell for cells in planned for cell in cells if results.find(cell[0]) is None]
-        announce(source, haystack, candidates, [row for row, _ in missing], args)
-        bar, rows = WorkBar(sum(work for _, work in missing)), []
+        started = time.time()
+        settings, tasks, configs = resolve(parse(argv, __doc__), TASKS, LlamaConfig.from_dir)
+        text, source = load_haystack(settings.haystack)
+        haystack = Haystack(text, load_tokenizer(settings.model))
+        results = Results(Path(settings.out))
+        candidates = judged(settings, configs, results.hashes)
+        setups = {n: setup_of(task, haystack.text) for n, task in (tasks | {"loss": None}).items()}
+        queued = [queue(c, tasks, haystack, setups, settings) for c in candidates]
+        missing = [(asked, work) for q in queued for asked, work in q if not results.find(asked)]
+        announce(source, haystack, candidates, [asked for asked, _ in missing], settings)
+        bar, found = WorkBar(sum(work for _, work in missing)), []
         with results.writing():
-            for candidate, cells in zip(candidates, planned, strict=True):
-                rows += run_candidate(candidate, cells, tasks, haystack, results, bar, args)
+            for candidate, q in zip(candidates, queued, strict=True):
+                found += run_candidate(candidate, q, tasks, haystack, results, bar, settings)
             bar.close()
-            rows = results.of_setup(rows, setups, [(c.identity, c.label) for c in candidates], args)
-            write_report(rows, candidates, tasks, source, out, args, started)
+            order = [(c.identity, c.label) for c in candidates]
+            found = results.of_setup(found, setups, order, settings)
+            write_report(found, candidates, tasks, source, settings, started)
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def end_at_target(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     """endprompt (2605.14589): plain positions, but the last m tokens end at the target."""
     if L <= END_TOKENS:
         raise BadInput(f"method endprompt needs more than --train_len {L} (its end: {END_TOKENS})")
-    # [E24] pos(i) = i for i < L - m, i + T* - L for i >= L - m;   m = 20: the end is at T*-m..T*-1
+    # [E25] pos(i) = i for i < L - m, i + T* - L for i >= L - m;   m = 20: the end is at T*-m..T*-1
     positions = torch.arange(L)
     positions[-END_TOKENS:] += T - L
     return positions
@@ -371,11 +371,13 @@ def make_example(
     impactful: Tensor | None = None,
     prefix: bool = False,
     generator: torch.Generator,
+    two_segments: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One training sample of a long text (T,) -> (input_ids, position_ids), each (train_len,).
 
     Segments, selection and positions in one go. A text longer than target_len gives a random
-    window of it. Raises BadInput if the text is shorter than train_len."""
+    window of it. Raises BadInput if the text is shorter than train_len; TooFewSegments if
+    two_segments is asked for and selection leaves only one, whatever the method."""
     if len(ids) > target_len:
         begin = int(torch.randint(len(ids) - target_len + 1, (1,), generator=generator))
         ids = ids[begin : begin + target_len]
@@ -383,6 +385,8 @@ def make_example(
     if select == "digits":
         impactful = digit_types(tokenizer)
     kept, starts = select_segments(ids, starts, train_len, select, generator, impactful)
+    if two_segments and len(starts) < 2:
+        raise TooFewSegments("a sample needs at least two segments (--train_len)")
     positions = sample_position_ids(method, train_len, target_len, starts, generator, prefix)
     return ids[kept], positions
 

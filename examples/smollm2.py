@@ -86,6 +86,7 @@ def convert(gguf_path: Path, out: Path) -> None:
         "tie_word_embeddings": not any(t.name == "output.weight" for t in reader.tensors),
         "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
         "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
         "dtype": "float32",
     }
     with write_folder(out) as folder:
@@ -183,10 +184,11 @@ def write_tokenizer(meta: dict, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[meta["tokenizer.ggml.bos_token_id"]],
-        "eos_token": tokens[meta["tokenizer.ggml.eos_token_id"]],
         "model_max_length": meta["llama.context_length"],
+        "chat_template": meta["tokenizer.chat_template"],
     }
+    for ours, theirs in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        config[f"{ours}_token"] = tokens[meta[f"tokenizer.ggml.{theirs}_token_id"]]
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

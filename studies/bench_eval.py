@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from common import read_json, write_json
 
-from eval_needle import Haystack, SharedPrefix, make_sample
+from eval_needle import TASKS, Haystack, SharedPrefix, make_sample
 from model import load_pretrained, load_tokenizer
 from support.needles.haystack import load_haystack
-from support.needles.tasks import TASKS
 from support.system.console import peak_gib, provenance, report_errors
 
 

@@ -6,7 +6,6 @@ Importing this file lets a study import the repository's own files and tests/hel
 
 import dataclasses
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -18,8 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning on shared cores 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import train  # noqa: E402
-from model import load_pretrained, save_pretrained  # noqa: E402
-from support.needles.results import clustered, mean_of  # noqa: E402
+from model import LlamaConfig, load_pretrained, save_pretrained  # noqa: E402
+from support.memory.machine import HERE, machine  # noqa: E402
+from support.needles.intervals import clustered, mean_of, paired  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
@@ -73,9 +73,18 @@ def retheta(original: str, out: Path, theta: float, window: int) -> None:
 
 def settings_of(flags: str) -> dict:
     """All settings that these flags come to with train.py as it is now."""
-    args = train.parse(flags.split())
-    train.resolve(args)
-    return vars(args)
+    return train.as_kept(*resolved(flags.split()))
+
+
+def resolved(flags: list[str]) -> tuple[train.Settings, train.RunOptions]:
+    given, options = train.parse(flags)
+    config = LlamaConfig.from_dir(given["model"])
+    return train.resolve(given, config, machine(HERE, "cpu", options.out)), options
+
+
+def copy_record(run: Path, to: Path) -> None:
+    """run.json of a run, with paths as seen from the repository: what is kept names no machine."""
+    to.write_text((run / "run.json").read_text().replace(f"{ROOT}/", ""))
 
 
 def recipe_in(settings: dict) -> dict:
@@ -126,30 +135,13 @@ def lead(ours: dict, other: dict, length: int, field: str = "scores") -> dict:
         pairs = zip(*(row[seed][field][str(length)] for row in (ours, other)), strict=True)
         by_seed.append([statistics.mean(a) - statistics.mean(b) for a, b in pairs])
     gains = [gain for one in by_seed for gain in one]
-    mean, n = statistics.mean(gains), len(gains)
-    half = student(n - 1) * statistics.stdev(gains) / math.sqrt(n)
+    found = paired(gains)
     return {
-        "mean": mean,
-        "interval_95": (mean - half, mean + half),
-        "n": n,
+        "mean": found["mean"],
+        "interval_95": tuple(found["interval_95"]),
+        "n": found["texts"],
         "by_seed": [statistics.mean(one) for one in by_seed],
     }
-
-
-def student(freedom: int) -> float:
-    """97.5 % quantile of Student's t, by its expansion about the normal one (Abramowitz and Stegun
-    26.7.5): to 0.1 % from 5 degrees of freedom on.
-
-    >>> [round(student(n), 3) for n in (7, 15, 23)]
-    [2.364, 2.131, 2.069]
-    """
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
 
 
 # ---- rows of models ----

@@ -21,7 +21,7 @@ from tiny_study import SETTINGS  # noqa: E402
 
 from support.memory import table as plan  # noqa: E402
 from support.needles.figures import draw_curves, draw_heatmap  # noqa: E402
-from support.needles.results import clustered, mean_of  # noqa: E402
+from support.needles.intervals import clustered, mean_of  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "assets" / "results"
@@ -31,7 +31,7 @@ STUDY = "tiny_study_32768.json"
 
 def word(label: str) -> str:
     """What a model of needle_results.json is called in tables and figures."""
-    if label.endswith(("(new base)", "(untrained)")):
+    if label.endswith(("(new base)", "(untrained)", "untrained")):
         return "untrained"
     return WORDS.get(re.split("[_/]", label)[-1], "original")
 

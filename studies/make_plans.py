@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from support.memory import choose as fit  # noqa: E402
+from model import LlamaConfig  # noqa: E402
 from support.memory import machine  # noqa: E402
 from support.memory import table as plan  # noqa: E402
 from support.system.console import provenance  # noqa: E402
@@ -39,12 +39,12 @@ MODES = (
 
 def one(folder: str, flags: str) -> tuple[str, dict]:
     """(the levers that are on, the plan) on an H100, whose host is not looked at."""
-    args = train.parse(["--model", folder, "--plan", "H100", *flags.split()])
-    config = train.resolve(args)
-    there = machine.machine("H100", args.device, args.out)
-    full = fit.at_full_length(config, args, there)
-    fit.choose(config, args, there)
-    made = plan.make_plan(config, args, full, train.plan_stages(args), there)
+    given, options = train.parse(["--model", folder, "--plan", "H100", *flags.split()])
+    config = LlamaConfig.from_dir(folder)
+    there = machine.machine("H100", "cuda", options.out)
+    settings = train.resolve(given, config, there)
+    stages = train.plan_stages(settings)
+    made = plan.make_plan(config, settings, options, stages, there, given)
     return plan.as_flags(made["levers"]), made
 
 

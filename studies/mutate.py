@@ -93,9 +93,9 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E11": (
         "eval_needle.py",
-        ("bisect_right(row.ends", "bisect_left(row.ends"),
-        ("d * row.room) - 1]", "d * row.room) - 2]"),
-        ("d * row.room", "d * length"),
+        ("bisect_right(p.places", "bisect_left(p.places"),
+        ("d * room) - 1]", "d * room) - 2]"),
+        ("d * room", "d * length"),
     ),
     "E12": (
         "model.py",
@@ -140,21 +140,21 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     "E19": (
         "eval_needle.py",
         ("for answer in expected) / len(expected)", "for answer in expected)"),
-        ("answer.lower() in output.lower()", "answer in output"),
+        ("fold(answer) in fold(output)", "answer in output"),
     ),
     "E20": (
-        "support/needles/results.py",
+        "support/needles/intervals.py",
         ("(p + z2 / (2 * n))", "(p - z2 / (2 * n))"),
         ("z2 / (4 * n * n)", "z2 / (2 * n * n)"),
         ("p * (1 - p) / n", "p * (1 + p) / n"),
     ),
     "E21": (
-        "support/needles/results.py",
+        "support/needles/intervals.py",
         ("return sum(means) / len(means)", "return sum(means)"),
         ("/ sum(map(len, clusters))", "/ len(clusters)"),
     ),
     "E22": (
-        "support/needles/results.py",
+        "support/needles/intervals.py",
         ("int(0.025 * draws)", "int(0.5 * draws)"),
         ("int(0.975 * draws)", "int(0.5 * draws)"),
         ("rng.choices(g, k=len(g))", "rng.sample(g, k=len(g))"),
@@ -166,6 +166,11 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("training_flops(config, tokens) + 6.0", "training_flops(config, tokens) + 3.0"),
     ),
     "E24": (
+        "support/needles/summary.py",
+        ('["answer_logprob"] - control', '["answer_logprob"] + control'),
+        ('control["answer_logprob"]) / len', 'control["answer_logprob"]) * len'),
+    ),
+    "E25": (
         "recipe.py",
         ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T"),
         ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),

@@ -30,6 +30,7 @@ from common import (
     read_json,
     read_lines,
     recipe_in,
+    resolved,
     retheta,
     run,
     same_recipe,
@@ -167,7 +168,7 @@ def is_done(row: dict, name: str, seed: int, args) -> bool:
 def measure(name: str, seed: int, args) -> dict:
     out, record = folder(name, seed, args), make_model(name, seed, args)
     judge = f"eval_needle.py --model {out} --compare --n {args.n} --seed {seed} --lengths"
-    run(f"{judge} {WINDOW} --ppl")
+    run(f"{judge} {WINDOW} --loss")
     run(f"{judge} {args.target}")
     results = read_lines(out / "needle.jsonl")
     if SETTINGS[name] is not None:
@@ -187,19 +188,19 @@ def selected(out: Path, samples: int = 8) -> dict:
     """What selection left of the toy's task in a run: of the questions woven into the texts that
     the first samples of the extension were made from, the share that is kept; and of those kept
     the share whose pair is kept."""
-    args = train.parse(["--resume", "--out", str(out)])
-    train.resolve(args)
-    _, extend, _ = train.plan_stages(args)
+    settings, _ = resolved(["--resume", "--out", str(out)])
+    _, extend, _ = train.plan_stages(settings)
     tokenizer, tokens = toy_text()
-    corpus = ToyCorpus(tokens, args.train_len, tokenizer)
+    corpus = ToyCorpus(tokens, settings.train_len, tokenizer)
     impactful = None
-    if args.select == "impact":
-        file = args.impactful or out / "impactful.json"
+    if settings.select == "impact":
+        file = settings.impactful or out / "impactful.json"
         impactful = read_impactful(file, tokenizer.vocab_size)
     known = asked = woven = 0
     for i in range(samples):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + args.probe_steps + i)
-        ids, _ = train.sample(extend, corpus, tokenizer, args, impactful, generator)
+        seed = settings.seed * 1_000_003 + settings.probe_steps + i
+        generator = torch.Generator().manual_seed(seed)
+        ids, _ = train.sample(extend, corpus, tokenizer, impactful, generator)
         counts = answerable(tokenizer.decode(ids.tolist()))
         known, asked, woven = known + counts[0], asked + counts[1], woven + corpus.pairs
     return {"questions_kept": asked / woven, "their_pair_kept": known / max(1, asked)}

@@ -2,15 +2,17 @@
 imports the four files, and a room imports only rooms above it in this list.
 
 system/        console: errors as one line, progress, provenance; signals: Ctrl-C and SIGTERM;
-               whole_files: files that are whole or not there; bad_input: what is refused
+               whole_files: files that are whole or not there; bad_input: what is refused;
+               ahead: items made on a thread before they are asked for
 huggingface/   config, checkpoint: config.json and safetensors; folders, hub: a model by its folder
-               or name; tokenizer
+               or name; hashes: which model it is; tokenizer
 data/          text: files as documents of tokens; toy: the toy task; sources: what a run reads
 memory/        activations, optimizer: the levers; count: bytes and FLOPs; machine: what is there;
                choose: levers that fit; table: `--plan`
-runs/          flags, checks: the settings of a run; run_folder: out/; export: samples as files
-needles/       tasks, templates: what is hidden, in which words; haystack; results; report,
-               figures; cost; judged
+runs/          settings, flags, checks: what train.py is told; run_folder: out/; export: samples as
+               files
+needles/       tasks: what is hidden, in which words; haystack; settings: what to do, who is judged;
+               results: needle.jsonl; intervals, summary: what they say; report, figures; cost
 explain/       command: `python recipe.py`; words, figure, positions, distances: what it says
                and draws
 """

@@ -13,12 +13,15 @@ import pytest
 import smollm2
 import torch
 from conftest import PROSE, write_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from test_train import edit_config, snapshot
 
 import eval_needle
 import recipe
 import train
+from support.huggingface.checkpoint import open_safetensors
+from support.huggingface.config import read_json
+from support.system.bad_input import BadInput, read_text
 
 # ---- a model folder spoilt in one way, read by train.py and eval_needle.py ---------------------
 
@@ -108,6 +111,11 @@ FILES = {
     "latin.txt": "é".encode("latin-1") * 100,
     "types.json": '{"99999": 1}',
     "settings.json": '{"settings": {}}',
+    "huge.json": '{"99999999999999999999": 1}',
+    "nested.json": "[" * 10**5,
+    "attribute.json": '{"needle": "{key.x} {value}"}',
+    "latin/needle.jsonl": "é".encode("latin-1"),
+    "deep/needle.jsonl": "[" * 10**5 + "\n{}\n",
     "broken.jsonl": '{"text": "x"}\n{"txt": 1}\n',
     "list.jsonl": "[1]\n",
     "odd.bin": b"\x01",
@@ -158,6 +166,9 @@ TRAIN = [
     ("--data {tmp}/empty", "holds no file of .txt"),
     ("--impactful {tmp}/types.json", "names no token types"),
     ("--impactful {tmp}/settings.json", "settings.json is no impactful.json of a run"),
+    ("--impactful {tmp}/huge.json", "huge.json is no impactful.json of a run"),
+    ("--impactful {tmp}/nested.json", "nested.json is not valid JSON"),
+    ("--impactful {tmp}/latin.txt", "latin.txt is not UTF-8"),
     ("--extended nowhere", "nowhere does not exist"),
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
     ("--out {tmp}/busy", "busy is not empty: another --out, or --resume"),
@@ -194,6 +205,9 @@ EVAL = [
     ("--tasks niah", "argument --tasks: invalid choice: 'niah'"),
     ("--haystack {tmp}/latin.txt", "."),
     ("--template {tmp}/nowhere.json", "."),
+    ("--template {tmp}/attribute.json", "only {key} and {value} may be in braces"),
+    ("--out {tmp}/latin", "needle.jsonl is not UTF-8"),
+    ("--out {tmp}/deep", "needle.jsonl, line 1 is not a result"),
     ("--compare nowhere", "nowhere does not exist"),
     ("--n 0", "--n 0 must be at least 1"),
     ("--depths 2", "--depths 2 must be within 0..1"),
@@ -270,3 +284,40 @@ def test_bad_model_folders(case, command, toy_dir, tmp_path, refused):
     if command == "eval_needle" and case == "tokenizer too large":
         match = "its tokenizer or vocabulary is not that of --model"
     refused(command, "", match, model=folder)
+
+
+# ---- the other way round: a bug does not look like bad input ------------------------------------
+
+BUGS = {
+    "an unpacking": lambda *args: dict([(1, 2, 3)]),
+    "int() of a word": lambda *args: int("steps"),
+    "unequal lists": lambda *args: list(zip([1, 2], [3], strict=True)),
+    "unequal tensors": lambda *args: np.zeros(2) + np.zeros(3),
+    "JSON": lambda *args: json.loads("{"),
+    "bytes": lambda *args: b"\xff".decode(),
+    "safetensors": lambda *args: load(b"no tensors"),
+    "torch": lambda *args: torch.zeros(2) @ torch.zeros(3),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_keeps_its_traceback(bug, toy_dir, prose_file, tmp_path, monkeypatch, capsys):
+    """Errors of the commonest kinds, in a function of train.py that no input makes fail."""
+    monkeypatch.setattr(train, "learning_rate", BUGS[bug])
+    with pytest.raises(Exception) as error:  # not SystemExit
+        train.main(
+            f"--model {toy_dir} --data {prose_file} --out {tmp_path}/out --target_len 512"
+            " --train_len 128 --steps 1 --select random --replay_steps 0 --no_saves"
+            " --batch_sequences 1".split()
+        )
+    assert not isinstance(error.value, BadInput | OSError)
+    assert "test_bad_input.py" in "".join(map(str, error.traceback))
+    assert "error: " not in capsys.readouterr().err
+
+
+def test_what_a_library_says_of_a_file_becomes_bad_input_where_it_is_read(tmp_path):
+    """The boundary knows no library: each reader names the file itself."""
+    (tmp_path / "file").write_bytes(b"\xff\xfe no such format")
+    for read in (read_json, read_text, lambda path: open_safetensors(path).__enter__()):
+        with pytest.raises(BadInput, match=f"{tmp_path}/file is "):
+            read(tmp_path / "file")

@@ -13,11 +13,12 @@ import torch
 from conftest import make_hf_llama
 from safetensors.torch import load_file, save_file
 from smollm2 import ROOT
-from test_train import edit_config
+from test_train import edit_config, snapshot
 
 import recipe
 import train
-from model import load_pretrained, save_pretrained
+from model import Llama, LlamaConfig, load_pretrained, load_tokenizer, save_pretrained
+from support.data.toy import TINY
 from support.huggingface import checkpoint as checkpoint_files
 from support.huggingface.hub import local_folder
 from support.system.bad_input import BadInput
@@ -244,6 +245,7 @@ def angles_stored(folder):
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED = {"tie_word_embeddings": True}
 LINEAR, DEFAULT = {"type": "linear", "factor": 4.0}, {"rope_type": "default", "rope_theta": 5e4}
+LLAMA3_SCALING = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
 BARE_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
 NO_KV = {"num_attention_heads": 8, "num_key_value_heads": 8}
 HEAD_32 = {"num_attention_heads": 32, "num_key_value_heads": 32}
@@ -457,6 +459,144 @@ def test_a_folder_is_refused_with_what_it_is(case, tmp_path):
     change(tmp_path)
     with pytest.raises(BadInput, match=match):
         load_pretrained(tmp_path)
+
+
+# ---- what is written -----------------------------------------------------------------------
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "merge"])
+def test_no_file_of_a_result_speaks_of_the_old_window(how, toy_dir, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    old, long, out = (tmp_path / name for name in ("old", "long", "out"))
+    shutil.copytree(toy_dir, old)
+    code = {"AutoConfig": "configuration_x.C"}
+    edit_config(old, max_length=64, seq_length=64, auto_map=code, bos_token_id=None)
+    without(old, "eos_token_id")
+    generation = {"max_length": 64, "max_new_tokens": 7}
+    (old / "generation_config.json").write_text(json.dumps(generation))
+    settings = {
+        "model_max_length": 64,
+        "tokenizer_class": "TokenizersBackend",
+        "auto_map": {"AutoTokenizer": ["t.T", None]},
+        "extra_special_tokens": ["<s>"],
+    }
+    settings = read(old / "tokenizer_config.json") | settings
+    (old / "tokenizer_config.json").write_text(json.dumps(settings))
+    cut = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = read(old / "tokenizer.json") | {"truncation": cut}
+    (old / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    model = load_pretrained(old)
+    model.config = model.config.with_rope(250_000.0, 1024)
+    if how == "merge":  # of a model that another program trained
+        save_pretrained(model, long)
+        config = read(old / "config.json") | {"max_position_embeddings": 1024}
+        for file in old.iterdir():
+            shutil.copy(file, long)
+        (long / "config.json").write_text(json.dumps(config))
+        recipe.merge(old, long, out)
+    else:
+        save_pretrained(model, out, tokenizer_from=old)
+    for file in out.glob("*.json"):
+        said = read(file)
+        assert "auto_map" not in said and "max_length" not in said, file
+        assert said.get("seq_length", 1024) == said.get("model_max_length", 1024) == 1024, file
+    assert read(out / "tokenizer.json") == tokenizer | {"truncation": None}
+    assert read(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (0, 1)  # the tokenizer's
+    assert theirs.generation_config.eos_token_id == 1
+    assert theirs.generation_config.max_new_tokens == 7
+    assert AutoTokenizer.from_pretrained(out).model_max_length == 1024
+
+
+def test_the_toy_ends_with_its_own_token(tmp_path):
+    """transformers takes token 2 where config.json names none: there a quotation mark."""
+    config, tokenizer = read(ROOT / TINY / "config.json"), load_tokenizer(ROOT / TINY)
+    assert (config["eos_token_id"], config["bos_token_id"]) == (tokenizer.eos_id, tokenizer.bos_id)
+    assert tokenizer.token_bytes(config["eos_token_id"]) == b"<|endoftext|>"
+
+
+FOREIGN = ("notes.txt", "original/weights.pth", ".gitattributes", "run.json")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("how", ["save_pretrained", "merge"])
+def test_a_folder_with_other_files_is_not_touched(how, name, toy_dir, tmp_path):
+    folder, model = tmp_path / "m", load_pretrained(toy_dir)
+    shutil.copytree(toy_dir, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    before = snapshot(folder)
+    with pytest.raises(BadInput, match=f"holds {name.split('/')[0]}.*not replacing it"):
+        if how == "merge":
+            recipe.merge(toy_dir, toy_dir, folder)
+        else:
+            save_pretrained(model, folder)
+    assert snapshot(folder) == before
+
+
+def test_a_save_without_a_tokenizer_keeps_the_one_that_is_there(toy_dir, tmp_path):
+    shutil.copytree(toy_dir, tmp_path / "m")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    model = load_pretrained(toy_dir)
+    model.config = model.config.with_rope(250_000.0, 1024)
+    save_pretrained(model, tmp_path / "link")
+    assert load_tokenizer(tmp_path / "m") == load_tokenizer(toy_dir)
+    assert load_pretrained(tmp_path / "m").config == model.config
+    assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
+SHAPE = (331, 48, 80, 2, 4, 2, 12, 256)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"qkv_bias": True}, {"qk_norm": True}, {"sliding_window": 80}]
+    + [{"qkv_bias": True, "sliding_window": 80}, {"rope_scaling": LLAMA3_SCALING}],
+    ids=str,
+)
+def test_a_config_without_a_folder_comes_back_as_it_was(fields, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, ids = Llama(LlamaConfig(*SHAPE, **fields)), torch.arange(60)[None]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        save_pretrained(model, tmp_path / "m")
+        assert LlamaConfig.from_dir(tmp_path / "m") == model.config
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"qkv_bias": True, "qk_norm": True}, "both qkv_bias and qk_norm"),
+        ({"qkv_bias": True, "raw": {"model_type": "llama"}}, "qkv_bias True would be read back"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "rope_scaling .*'x'"),
+    ],
+)
+def test_a_config_that_no_family_has_is_not_saved(fields, match, tmp_path):
+    with pytest.raises(BadInput, match=match):
+        save_pretrained(Llama(LlamaConfig(*SHAPE, **fields)), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_merge_compares_both_sets_of_tensors(tmp_path):
+    for name, layers in (("three", 3), ("two", 2)):
+        make_hf_llama(num_hidden_layers=layers).save_pretrained(tmp_path / name)
+    edit_config(tmp_path / "three", num_hidden_layers=2)
+    for pair in (("three", "two"), ("two", "three")):
+        with pytest.raises(BadInput, match=r"two lacks tensor model\.layers\.2\..*three has"):
+            recipe.merge(*(tmp_path / name for name in pair), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 # ---- models by name ----------------------------------------------------------------------------

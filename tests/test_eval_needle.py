@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -23,11 +24,14 @@ from eval_needle import (
     score,
     text_loss,
 )
-from model import LlamaConfig, generate, load_pretrained, load_tokenizer
-from support.needles.cost import forward_flops, kv_cache_bytes
+from model import BadInput, LlamaConfig, generate, load_pretrained, load_tokenizer, save_pretrained
+from support.memory.count import forward_flops, training_flops
+from support.needles.cost import kv_cache_bytes
 from support.needles.figures import draw_curves, draw_heatmap
 from support.needles.haystack import CITIES, load_haystack
-from support.needles.results import KEY, Results, resampled, summarise, wilson
+from support.needles.intervals import paired, resampled, student, wilson
+from support.needles.results import KEY, Results
+from support.needles.summary import gain, gains, summarise, versus
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +59,21 @@ def test_prompts_are_exact(haystack, name, length, depth, seed):
     """[E11] Prompt and answer budget are `length` tokens; also where the haystack has to repeat.
     Keys and values stand in their needles and nowhere else."""
     task = TASKS[name]
+    length = max(length, 6000) if name == "common_words" else length
     sample = make_sample(task, haystack, length, depth, f"{seed}")
     assert len(sample.ids) + sample.answer_tokens == length
-    text = haystack.tokenizer.decode(sample.ids.tolist())
-    head, _, question = text.rpartition("\n\nWhat")
-    assert head and len(sample.true_depths) == task.needles
-    before, after = task.needle.split("{key} is: {value}")[0], "."
+    decode = haystack.tokenizer.decode
+    text, asked = decode(sample.ids.tolist()), task.asked(depth)
+    prompts = eval_needle.make_prompts(task, haystack, length, f"{seed}")
+    needles = [decode(ids).strip() for ids, _ in prompts.needles]
+    assert all(text.count(needle) == 1 for needle in needles)
+    assert text.endswith(decode(prompts.questions[asked]))
+    assert len(sample.true_depths) == len(needles) == task.needles
     for answer in sample.expected:
-        if name == "passkey":
-            assert f"The pass key is {answer}. Remember it: {answer} is the pass key." in head
-            assert text.count(answer) == 2
-            continue
-        assert text.count(answer) == 1
-        at = head.index(f" is: {answer}{after}")
-        key = head[:at].rsplit(" for ", 1)[1]
-        assert head[:at].endswith(before + key) and key in question
-        assert head.count(key) == (4 if task.one_key else 1)
-    needles = head.count(task.needle.split("{")[0])
-    assert needles > 5 if name == "multikey_hard" else needles == task.needles
+        inside = sum(needle.count(answer) for needle in needles)
+        assert not needles or text.count(answer) == inside > 0
+    if not needles:
+        return
     if task.ask == "each":  # the needle of the part that holds `depth`
         part, n = min(int(depth * task.needles), task.needles - 1), task.needles
         assert part / n - 0.02 < sample.true_depth < (part + 1) / n or length < 3000
@@ -120,14 +121,73 @@ def test_a_key_that_the_haystack_holds_is_drawn_again(toy_dir):
         make_sample(none_left, stack, 900, 0.5, "0")
 
 
-def test_a_removed_needle_leaves_only_haystack(haystack):
-    for name, task in TASKS.items():
-        with_it, without = (
-            make_sample(task, haystack, 1500, 0.5, "s", removed) for removed in (False, True)
+def test_controls_leave_out_the_needles_or_all_but_the_needle(haystack):
+    """Without needles a prompt is as long as with them; alone, what is asked for is in a short
+    text, and what is not asked for is in none."""
+    for name in TASKS.keys() - {"common_words"}:
+        task = TASKS[name]
+        whole, without, alone = (
+            make_sample(task, haystack, 1500, 0.4, "s", control)
+            for control in (None, "no needles", "needle alone")
         )
-        text = haystack.tokenizer.decode(without.ids.tolist())
-        assert len(without.ids) == len(with_it.ids) and without.expected == with_it.expected
+        text, short = (haystack.tokenizer.decode(s.ids.tolist()) for s in (without, alone))
+        assert len(without.ids) == len(whole.ids) and without.expected == whole.expected
         assert not any(answer in text for answer in without.expected), name
+        assert alone.expected == whole.expected and 256 < len(alone.ids) < 700
+        assert all(answer in short for answer in alone.expected), name
+        if task.ask == "each":
+            others = [make_sample(task, haystack, 1500, d, "s") for d in (0.1, 0.6)]
+            assert not any(s.expected[0] in short for s in others)
+
+
+def test_a_chain_of_variables_is_in_order_and_all_of_it_is_asked_for(haystack):
+    """RULER's variable tracking, by hand: VAR A = 12345., VAR B = VAR A., ... in that order."""
+    sample = make_sample(TASKS["variable_tracking"], haystack, 1200, 0.3, "s")
+    text = haystack.tokenizer.decode(sample.ids.tolist())
+    lines = re.findall(r"VAR ([A-Z]{5}) = (.*?)\.", text)
+    names = [name for name, _ in lines]
+    assert names == sample.expected and len(set(names)) == 5
+    assert [value for _, value in lines[1:]] == [f"VAR {name}" for name in names[:-1]]
+    assert lines[0][1].isdecimal() and text.endswith(f"with the value {lines[0][1]} are:")
+    assert sample.true_depths == sorted(sample.true_depths) and sample.true_depth <= 0.3
+    assert score(sample.expected, f"{names[0].lower()} and {names[3]}") == 0.4
+
+
+@pytest.mark.parametrize("length", [6000, 20_000])
+def test_ten_words_are_common_and_all_others_are_not(haystack, length):
+    """RULER's common words extraction: in the numbered list each of the ten comes several times as
+    often as any other word."""
+    sample = make_sample(TASKS["common_words"], haystack, length, 0.5, "s")
+    with pytest.raises(BadInput, match="--lengths 900 is too short for a list of common words"):
+        make_sample(TASKS["common_words"], haystack, 900, 0.5, "s")
+    text = haystack.tokenizer.decode(sample.ids.tolist())
+    counts = Counter(re.findall(r"\d+\. (\S+)", text))
+    ten = {word for word, _ in counts.most_common(10)}
+    assert ten == set(sample.expected) and len(sample.expected) == 10
+    others = [n for word, n in counts.items() if word not in ten]
+    assert min(counts[word] for word in ten) >= 3 * max(others) and max(others) <= 3
+    if length == 20_000:
+        assert 24 <= min(counts[word] for word in ten) <= 30
+    assert len(sample.ids) + sample.answer_tokens == length and sample.true_depths == []
+
+
+@pytest.mark.parametrize(("text", "at"), [("คำ ภาษา ไทย ", "spaces"), ("a line\n", "lines")])
+def test_a_text_without_sentence_ends_has_places_for_needles(toy_dir, text, at):
+    stack = Haystack(text * 400, load_tokenizer(toy_dir))
+    assert stack.at == at
+    for depth in (0.0, 0.5, 1.0):
+        sample = make_sample(TASKS["niah_single"], stack, 1500, depth, "0")
+        assert 0 <= depth - sample.true_depth < 0.02
+    with pytest.raises(BadInput, match="hardly any sentence ends, line breaks or spaces"):
+        Haystack("คำภาษาไทย" * 400, load_tokenizer(toy_dir))
+
+
+def test_answers_are_compared_after_nfc(toy_dir):
+    assert score(["Café"], "Cafe\u0301.") == 1.0
+    task = dataclasses.replace(TASKS["niah_single"], values=("Cafe\u0301", "tea"))
+    stack = Haystack("A CAFÉ is here. " * 99, load_tokenizer(toy_dir))
+    for seed in range(4):
+        assert make_sample(task, stack, 700, 0.5, f"{seed}").expected == ["tea"]
 
 
 @pytest.mark.parametrize("case", ["digits merged", "one short essay", "not ASCII", "uuids"])
@@ -181,7 +241,7 @@ def test_ids_are_never_encoded_again_as_a_whole(real_haystack):
         assert (hay == piece).all(dim=1).any()
 
 
-def test_a_row_shares_everything_but_the_depth(haystack):
+def test_the_depths_of_a_text_share_everything_else(haystack):
     a, b = (
         make_sample(TASKS["multikey"], haystack, 900, d, "0/multikey/900/0") for d in (0.2, 0.9)
     )
@@ -243,7 +303,7 @@ def test_multiquery_interval_draws_whole_haystacks():
     assert summarise(rows)[0]["interval_95"] == [0.0, 1.0]
     agree = [r | {"score": 1.0} for r in rows]  # two haystacks that agree prove little
     assert summarise(agree)[0]["interval_95"] == [round(x, 3) for x in wilson(16, 16)]
-    assert summarise(rows)[0]["haystacks"] == 2 and summarise(rows)[0]["n"] == 16
+    assert summarise(rows)[0]["texts"] == 2 and summarise(rows)[0]["n"] == 16
     one = [r | {"repeat": 0} for r in rows]
     assert summarise(one)[0]["interval_95"] == [round(x, 3) for x in wilson(8, 16)]
     low, high = resampled([[1.0, 0.0]] * 50)
@@ -271,7 +331,8 @@ def test_shared_prefixes_change_no_answer(toy_dir, haystack, name):
     """Deep to shallow through one cache gives what each prompt alone gives, and prefills less."""
     model = load_pretrained(toy_dir)
     depths = (0.9, 0.6, 0.3) if TASKS[name].ask == "each" else (1.0, 0.75, 0.5)
-    samples = [make_sample(TASKS[name], haystack, 1500, d, "0") for d in depths]
+    length = 6000 if name == "common_words" else 1500
+    samples = [make_sample(TASKS[name], haystack, length, d, "0") for d in depths]
     shared, prefilled = SharedPrefix(model), 0
     original = model.hidden
 
@@ -311,6 +372,9 @@ def test_nats_of_the_answer_are_those_of_a_whole_forward(toy_dir, haystack, name
         assert shared.answer(s.ids, 6, ()) == generate(shared.model, s.ids, 6)
 
 
+SEED_300 = "0/niah_single/300/0"  # seed, task, length, repeat
+
+
 def run(*more, toy_dir, prose_file, out):
     eval_needle.main(
         [
@@ -323,10 +387,10 @@ def run(*more, toy_dir, prose_file, out):
 
 
 def test_the_command_writes_rows_table_and_figure(toy_dir, prose_file, tmp_path, capsys):
-    rows = run("--ppl", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    rows = run("--loss", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
     assert len(rows) == 2 * 2 * 2 + 2 * 2
     for row in rows:
-        assert row["seconds"] >= 0 and row["seed"] == 0 and row["model"] == str(toy_dir)
+        assert row["seconds"] >= 0 and row["seed"] == 0 and row["model"] == toy_dir.name
     needles = [r for r in rows if r["task"] == "niah_single"]
     assert all(r["score"] == score(r["expected"], r["output"]) for r in needles)
     assert all(r["answer_logprob"] < 0 < r["answer_tokens_scored"] for r in needles)
@@ -338,9 +402,12 @@ def test_the_command_writes_rows_table_and_figure(toy_dir, prose_file, tmp_path,
         ("loss", 400, 2),
     }
     losses = [e["mean"] for e in summary["table"] if e["task"] == "loss"]
+    assert {e["nats"] < 0 for e in summary["table"] if e["task"] != "loss"} == {True}
     assert all(4 < x < 15 for x in losses)  # a random model: about ln 400 = 6 or worse
-    assert (tmp_path / "needle.png").read_bytes()[:4] == b"\x89PNG"
-    assert "niah_single" in capsys.readouterr().out
+    for name in ("needle", "nats", "curves"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert "niah_single (found" in (said := capsys.readouterr().out)
+    assert "niah_single (log-probability of an answer, nats)" in said and "theta" in said
 
 
 def test_cells_already_there_are_not_run_again(toy_dir, prose_file, tmp_path, monkeypatch):
@@ -366,25 +433,40 @@ def test_cells_already_there_are_not_run_again(toy_dir, prose_file, tmp_path, mo
     assert len(measured) == len(rows) - 2 + 4  # only the new repeats
 
 
-def test_compare_and_controls(toy_dir, prose_file, tmp_path):
-    """The control row has the base's weights under the result's RoPE base: another model."""
-    from model import save_pretrained
+@pytest.mark.parametrize("theta", [1e7, 1e4])
+def test_the_untrained_row_comes_by_itself_where_the_run_changed_theta(
+    theta, toy_dir, prose_file, tmp_path, capsys
+):
+    """It has the original's weights under the result's theta: a model of its own."""
+    other, result, out = load_pretrained(toy_dir), tmp_path / "result", tmp_path / "eval"
+    other.config = other.config.with_rope(theta, 512)
+    save_pretrained(other, result, tokenizer_from=toy_dir)
+    (result / "run.json").write_text(json.dumps({"settings": {"model": str(toy_dir)}}))
+    flags = f"--model {result} --loss --lengths 300 --depths 0 --n 1 --haystack {prose_file}"
+    eval_needle.main(f"{flags} --out {out}".split())
+    found = results_of(out)
+    labels = ["original", *(["untrained"] if theta == 1e7 else []), "result"]
+    assert list(found["models"]) == labels
+    losses = {e["model"]: e["mean"] for e in found["table"] if e["task"] == "loss"}
+    assert (losses["result"] == losses["original"]) == (theta == 1e4)
+    assert losses[labels[-2]] == losses["result"]  # the same weights, the same theta
+    own = {"folder": str(toy_dir), "rope_theta": theta, "window": 512}
+    assert theta == 1e4 or found["models"]["untrained"] == own
+    assert re.search(rf"\nresult +{theta:,.0f} +512 ", capsys.readouterr().out)
 
-    other = load_pretrained(toy_dir)
-    other.config = other.config.with_rope(1e7, 512)
-    save_pretrained(other, tmp_path / "result", tokenizer_from=toy_dir)
-    out = tmp_path / "eval"
-    eval_needle.main(
-        f"--model {tmp_path / 'result'} --compare {toy_dir} --controls --ppl"
-        f" --lengths 300 --depths 0 --n 1 --haystack {prose_file} --out {out}".split()
-    )
-    table = json.loads((out / "needle_results.json").read_text())
-    losses = {e["model"]: e["mean"] for e in table["table"] if e["task"] == "loss"}
-    control = f"{toy_dir} (new base)"
-    assert losses[control] == losses[str(tmp_path / "result")] != losses[str(toy_dir)]
-    assert table["models"][control] == {"rope_theta": 1e7, "window": 512}
-    assert list(table["models"]) == [str(toy_dir), control, str(tmp_path / "result")]
-    shutil.rmtree(out)
+
+def test_any_of_several_end_tokens_stops_an_answer(toy_dir, prose_file, tmp_path):
+    folder, where = tmp_path / "m", {"prose_file": prose_file}
+    shutil.copytree(toy_dir, folder)
+    flags = "--lengths 300 --depths 0 --n 1".split()
+    (before,) = run(*flags, toy_dir=folder, out=tmp_path / "a", **where)
+    tokenizer = load_tokenizer(folder)
+    first = make_sample(TASKS["niah_single"], Haystack(PROSE, tokenizer), 300, 0.0, SEED_300).ids
+    ends = [tokenizer.eos_id, generate(load_pretrained(folder), first, 1)[0]]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (after,) = run(*flags, toy_dir=folder, out=tmp_path / "b", **where)
+    assert before["output"] and after["output"] == ""
+    assert after["answer_logprob"] == before["answer_logprob"]
 
 
 def test_several_tasks_and_repeated_flags(toy_dir, prose_file, tmp_path):
@@ -456,7 +538,7 @@ def test_ctrl_c_keeps_the_rows_and_says_so(toy_dir, prose_file, tmp_path, monkey
         run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
     assert stop.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"interrupted; the rows written are kept in {tmp_path / 'needle.jsonl'};"
+        f"interrupted; the results written are kept in {tmp_path / 'needle.jsonl'};"
         " the same command goes on from there"
     )
     assert len((tmp_path / "needle.jsonl").read_text().splitlines()) == 3
@@ -465,7 +547,7 @@ def test_ctrl_c_keeps_the_rows_and_says_so(toy_dir, prose_file, tmp_path, monkey
 def test_a_haystack_that_repeats_is_announced(toy_dir, prose_file, tmp_path, capsys):
     tokens = len(load_tokenizer(toy_dir).encode(PROSE))
     for longest in (tokens, tokens + 1):
-        flags = f"--tasks --ppl --n 1 --lengths 300 {longest}".split()
+        flags = f"--tasks --loss --n 1 --lengths 300 {longest}".split()
         run(*flags, toy_dir=toy_dir, prose_file=prose_file, out=touched(tmp_path / f"{longest}"))
         warned = f"shorter than --lengths {longest}, so it repeats" in capsys.readouterr().err
         assert warned == (longest > tokens)
@@ -506,6 +588,7 @@ def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp
         ),
         ("--lengths 300 50", "--lengths 50 is too short"),
         ("--lengths 1", "--lengths 1 must be at least 2 tokens"),
+        ("--tasks", "--tasks without a name takes --loss"),
         ("--haystack nowhere.txt", "nowhere.txt does not exist"),
         ("--lengths 50", "--lengths 50 is too short"),
         ("--depths 0.5 1.5", "--depths 1.5 must be within 0..1"),
@@ -573,11 +656,13 @@ def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp
         ({"needle": "{key} {value} {more}"}, "only {key} and {value} may be in braces"),
         ({"needle": "{key} {value} {"}, "only {key} and {value} may be in braces"),
         ({"question": "What?", "answer": ""}, "neither question nor answer holds {key}"),
-        ({"keys": "Anna"}, "keys is 'Anna', wanted: list"),
+        ({"keys": "Anna"}, "keys is 'Anna', expected: list"),
         ({"keys": []}, "keys must be a list of words"),
         ({"keys": ["Anna", "Anna"]}, "keys holds a word twice"),
-        ({"n": True}, "n is True, wanted: int"),
-        ({"needles": 0}, "needles is 0, wanted: int"),
+        ({"values": ["a", " "]}, "values must be a list of words, none of them empty"),
+        ({"values": ["\u00e9b", "e\u0301b"]}, "values holds a word twice"),
+        ({"n": True}, "n is True, expected: int"),
+        ({"needles": 0}, "needles is 0, expected: int"),
         (
             {"values": ["zyx"], "needles": 2, "task": "multiquery"},
             "holds all but 1 of the needles'",
@@ -597,9 +682,7 @@ def test_a_bad_template_is_one_line(fields, match, toy_dir, prose_file, tmp_path
 
 def test_lengths_and_compare_come_from_the_run(toy_dir, prose_file, tmp_path):
     """All defaults: the model that train.py began with beside its result, old window .. new; the
-    base gets --n_beyond haystacks past its window."""
-    from model import save_pretrained
-
+    original gets --n_beyond texts past its window."""
     model, window, base = load_pretrained(toy_dir), 256, str(tmp_path / "base")
     for folder, length in ((base, window), (tmp_path / "out", 4 * window)):
         model.config = model.config.with_rope(1e4, length)
@@ -613,7 +696,7 @@ def test_lengths_and_compare_come_from_the_run(toy_dir, prose_file, tmp_path):
     rows, counts = [json.loads(line) for line in lines], {}
     for r in rows:
         counts[r["model"], r["length"]] = counts.get((r["model"], r["length"]), 0) + 1
-    result = str(tmp_path / "out")
+    base, result = "original", "out"
     assert counts == {
         (base, window): 2,
         (base, 2 * window): 1,
@@ -740,19 +823,86 @@ def test_a_small_run_later_hides_nothing_of_a_larger_one(toy_dir, prose_file, tm
     capsys.readouterr()
     run("--seed", "5", "--lengths", "300", **where)
     assert [e["n"] for e in results_of(tmp_path)["table"]] == [4]
-    assert "17 rows there are of other models or settings" in capsys.readouterr().err
+    assert "17 results there are of other models or settings" in capsys.readouterr().err
 
 
-def test_the_control_without_needles_gets_the_same_texts(toy_dir, prose_file, tmp_path, capsys):
-    rows = run("--controls", "--n", "1", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    removed = [r for r in rows if r["model"] == f"{toy_dir} (needle removed)"]
-    assert [r["score"] for r in removed] == [0.0, 0.0] and len(rows) == 4 + 2
-    assert (
-        "--controls: without --compare DIR only the one without needles" in capsys.readouterr().err
-    )
-    means = {e["model"]: e["mean"] for e in results_of(tmp_path)["table"]}
-    assert means[f"{toy_dir} (needle removed)"] == 0.0
-    assert list(results_of(tmp_path)["models"]) == [str(toy_dir)]  # it is no model
+def test_controls_measure_the_gain_on_the_same_texts(toy_dir, prose_file, tmp_path, capsys):
+    flags = ("--needle_alone", "--tasks", "niah_single", "common_words", "--lengths", "6000")
+    results = run(*flags, "--n", "2", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    without = [r for r in results if r["model"] == "no needles"]
+    assert [r["score"] for r in without] == [0.0, 0.0]  # one a text, none for common words
+    found = results_of(tmp_path)
+    assert list(found["models"]) == [toy_dir.name]  # a control is not a model
+    whole, alone = found["gains"]
+    assert (whole["model"], alone["model"]) == (toy_dir.name, "needle alone")
+
+    def mean(label):
+        own = [r for r in results if r["model"] == label and r["task"] == "niah_single"]
+        return sum(r["answer_logprob"] for r in own) / len(own)
+
+    assert whole["mean"] == pytest.approx(mean(toy_dir.name) - mean("no needles"), abs=1e-6)
+    assert alone["mean"] == pytest.approx(mean("needle alone") - mean("no needles"), abs=1e-6)
+    assert whole["share_of_short_text"] == whole["mean"] / alone["mean"]
+    assert "with its needles" in capsys.readouterr().out
+    run("--controls", "--lengths", "300", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert "without --compare DIR only the one without needles" in capsys.readouterr().err
+
+
+def needle_result(model, repeat, score, nats, answers=1, **more):
+    row = {"model": model, "repeat": repeat, "score": score, "answer_logprob": nats}
+    expected = [f"{repeat}{i}" for i in range(answers)]
+    return {"task": "t", "length": 9, "depth": 0, "prompt": "p", "expected": expected} | row | more
+
+
+def test_gain_by_hand():
+    """[E24] Two answers in a prompt: -3 nats with their needles and -9 without are 3 an answer;
+    alone in a short text 4, so three quarters of the gain survive the distance."""
+    rows = [
+        needle_result(label, repeat, 0.0, nats - 2 * repeat, answers=2)
+        for label, nats in (("m", -3.0), ("none", -9.0), ("alone", -1.0))
+        for repeat in (0, 1)
+    ]
+    assert gain(rows[0], rows[2]) == 3.0
+    whole, alone = gains(rows, "m", "none", "alone")
+    assert whole["mean"] == 3.0 and alone["mean"] == 4.0 and whole["share_of_short_text"] == 0.75
+    assert whole["interval_95"] == [3.0, 3.0] and whole["texts"] == 2
+
+
+def test_models_are_compared_text_by_text_on_the_same_prompts():
+    """Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for 3 texts);
+    the prompt that only one was asked counts for neither."""
+    rows = [needle_result("a", i, 1.0, -1.0) for i in range(4)]
+    rows += [needle_result("b", i, float(i > 0), -2.0 - i) for i in range(3)]
+    rows += [needle_result("b", 3, 1.0, -99.0, prompt="another")]
+    (pair,) = versus(rows, "a")
+    assert (pair["model"], pair["against"], pair["nats"]["texts"]) == ("a", "b", 3)
+    assert pair["nats"]["mean"] == 2.0 and pair["nats"]["verdict"] == "not told apart"
+    low, high = pair["nats"]["interval_95"]
+    assert low == pytest.approx(2 - 4.303 / 3**0.5) and high == pytest.approx(2 + 4.303 / 3**0.5)
+    assert pair["nats"]["texts_needed"] == 4  # 3.182 / 2 < 2
+    assert pair["found"]["mean"] == pytest.approx(1 / 3)
+    assert paired([-1.0, -2.0, -3.0, -2.0])["verdict"] == "below"
+    assert paired([1.0])["interval_95"] is None and paired([1.0])["verdict"] == "not told apart"
+    assert paired([0.0, 0.0])["texts_needed"] is None
+    assert [student(n) for n in (5, 30)] == pytest.approx([2.571, 2.042], abs=4e-3)
+
+
+def test_a_result_of_a_model_changed_anywhere_is_measured_again(
+    toy_dir, prose_file, tmp_path, capsys
+):
+    """One element of one small norm; the same bytes at another time are the same model."""
+    folder, out, where = tmp_path / "m", tmp_path / "out", {"prose_file": prose_file}
+    shutil.copytree(toy_dir, folder)
+    before = len(run(toy_dir=folder, out=out, **where))
+    model = load_pretrained(folder)
+    model.model.norm.weight.data[7] += 1e-3
+    save_pretrained(model, tmp_path / "changed")
+    shutil.copy(tmp_path / "changed" / "model.safetensors", folder)
+    assert len(run(toy_dir=folder, out=out, **where)) == 2 * before
+    shutil.copy(toy_dir / "model.safetensors", folder)
+    assert len(run(toy_dir=folder, out=out, **where)) == 2 * before
+    assert "every result was measured before" in capsys.readouterr().err
+    assert not list(folder.glob("needle*"))  # nothing is kept in a model folder of others
 
 
 def test_niah_m_is_the_mean_of_its_three_tasks():
@@ -804,6 +954,8 @@ def test_the_cache_of_an_8b_at_128k_is_16_gib():
     weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
     pairs = 4096 * 4096 / 2
     assert forward_flops(config, 0, 4096) == 2 * 4096 * weights + 32 * 4 * 4096 * pairs
+    head = 2 * 4096 * config.vocab_size * config.hidden_size
+    assert training_flops(config, 4096) == 3 * (forward_flops(config, 0, 4096) + head)
     halves = forward_flops(config, 0, 1000) + forward_flops(config, 1000, 4096)
     assert halves == forward_flops(config, 0, 4096)
 
@@ -852,14 +1004,15 @@ def test_a_template_can_be_a_whole_ruler_task(toy_dir, prose_file, tmp_path):
 def test_what_a_template_says_for_its_own_task_is_not_lost_in_silence(
     toy_dir, prose_file, tmp_path, capsys
 ):
-    path = write_template(tmp_path, task="multiquery", needles=2)
+    path = write_template(tmp_path, task="multiquery", needles=2, intro="Codes.")
     flags = f"--template {path} --tasks multikey --lengths 500 --n 1"
     run(*flags.split(), toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    assert "needles of its task multiquery are not for --tasks multikey" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{path} is for its task multiquery, and not for --tasks multikey" in said
     path = write_template(tmp_path, needles=2)  # of no task: of every one
     rows = run(*flags.split(), toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
     assert {len(r["true_depths"]) for r in rows} == {2, 4}
-    assert "not for --tasks" not in capsys.readouterr().err
+    assert "and not for --tasks" not in capsys.readouterr().err
 
 
 def test_one_essay_one_haystack_one_depth(toy_dir, tmp_path, capsys):
@@ -886,7 +1039,7 @@ def test_any_answer_is_read_again_and_a_line_without_its_end_is_kept(tmp_path):
     path = tmp_path / "needle.jsonl"
     path.write_text(path.read_text().removesuffix("\n"))
     results = Results(tmp_path)
-    assert list(results.rows.values()) == [row(1), row(2)]
+    assert list(results.known.values()) == [row(1), row(2)]
     results.add(row(3))
     results.add(row(4))
-    assert list(Results(tmp_path).rows.values()) == [row(i) for i in (1, 2, 3, 4)]
+    assert list(Results(tmp_path).known.values()) == [row(i) for i in (1, 2, 3, 4)]

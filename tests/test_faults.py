@@ -1,6 +1,5 @@
 """Nothing lost: kills, full disks, too little memory, NaN, two runs at once, damaged files."""
 
-import argparse
 import ast
 import contextlib
 import itertools
@@ -27,7 +26,9 @@ from safetensors.torch import load_file
 import train
 from model import load_pretrained, load_tokenizer
 from support.data import sources as corpora
+from support.needles.results import Results
 from support.runs import run_folder as run_state
+from support.runs.flags import read_impactful
 from support.runs.run_folder import RunFolder
 from support.system.bad_input import BadInput
 from support.system.signals import signals_raise
@@ -333,8 +334,8 @@ def test_every_change_of_the_data_shows(tmp_path):
     assert corpora.content(texts) == first
     (texts / "b.txt").rename(texts / "c.txt")
     assert corpora.content(texts) != first
-    args = argparse.Namespace(model=train.TINY, data=None, replay_data=[str(texts)])
-    python, folder = corpora.contents(args)
+    settings = train.Settings(replay_data=[str(texts)])
+    python, folder = corpora.contents(settings)
     assert python.pop("path") == "the Python standard library"
     assert python == corpora.content(None) and python["python"] == platform.python_version()
     assert folder == {"path": str(texts), **corpora.content(texts)}
@@ -342,14 +343,14 @@ def test_every_change_of_the_data_shows(tmp_path):
 
 def test_changes_of_the_text_of_python_and_of_the_toys_weaving_show(tmp_path, monkeypatch):
     """Another text of the same version, and other words or sentences woven into it."""
-    args = argparse.Namespace(model=train.TINY, data=None, replay_data=None)
-    began = corpora.contents(args)
-    assert corpora.changed(began, corpora.contents(args)) is None
+    settings = train.Settings()
+    began = corpora.contents(settings)
+    assert corpora.changed(began, corpora.contents(settings)) is None
     root, files = corpora.standard_library_files()
     assert began[0]["files"] == len(files) + 1  # the language reference
     with monkeypatch.context() as patch:
         patch.setattr(corpora, "standard_library_files", lambda: (root, files[1:]))
-        change = corpora.changed(began, corpora.contents(args))
+        change = corpora.changed(began, corpora.contents(settings))
     assert change.startswith("the Python standard library has changed since the start (files: ")
     names = ("support/data/toy.py", "assets/tiny/needle.json")
     for name in names:
@@ -360,7 +361,7 @@ def test_changes_of_the_text_of_python_and_of_the_toys_weaving_show(tmp_path, mo
         (tmp_path / name).write_text(text.replace("a", "b", 1))  # of the same size
         with monkeypatch.context() as patch:
             patch.setattr(corpora.toy, "ROOT", tmp_path)
-            change = corpora.changed(began, corpora.contents(args))
+            change = corpora.changed(began, corpora.contents(settings))
         assert re.fullmatch(r"support/data/toy.py, .* has changed since the start \(sha.*", change)
     older = [{"path": "the Python standard library", "python": platform.python_version()}]
     assert corpora.changed(older, began) is None
@@ -520,12 +521,21 @@ READERS = {
     ),
     "tokenizer.model": (use_tokenizer, fuzz.damage_bytes),
     "model.safetensors": (load_pretrained, fuzz.damage_safetensors),
+    "impactful.json": (
+        lambda folder: read_impactful(folder / "impactful.json", 2048),
+        lambda data, rng: fuzz.damage_json(data.decode(), rng),
+    ),
+    "needle.jsonl": (Results, fuzz.damage_bytes),
 }
+RECORDED = ROOT / "assets" / "results" / "tiny_16k"
 
 
 def feed(name: str, seeds: range, toy_dir, folder) -> None:
     """Damaged files are read or refused by an error that main() reports, in time and memory."""
     shutil.copytree(toy_dir, folder)
+    if (RECORDED / name).is_file():
+        lines = (RECORDED / name).read_bytes().splitlines(keepends=True)
+        (folder / name).write_bytes(b"".join(lines if name.endswith(".json") else lines[:4]))
     if name == "tokenizer.model":
         (folder / "tokenizer.json").unlink()
         tokens = [bytes([b]) for b in range(256)] + [b"th", b"the"]
@@ -550,14 +560,14 @@ def feed(name: str, seeds: range, toy_dir, folder) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_refused(name, toy_dir, tmp_path):
-    """5 x 400."""
+    """7 x 400."""
     feed(name, range(400), toy_dir, tmp_path / "m")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_many_damaged_files_are_refused(name, toy_dir, tmp_path):
-    """5 x 10,000."""
+    """7 x 10,000."""
     feed(name, range(1000, 11_000), toy_dir, tmp_path / "m")
 
 

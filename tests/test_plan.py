@@ -1,7 +1,6 @@
 """--plan: bytes against what is alive in real steps and in a simulated 8B, FLOPs against torch's
 own counter, and what a run says that cannot fit."""
 
-import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -46,9 +45,12 @@ def llama3(tmp_path):
     return folder
 
 
-def planned(folder, *flags: str) -> tuple[LlamaConfig, argparse.Namespace]:
-    args = train.parse(["--model", str(folder), *flags])
-    return train.resolve(args), args
+def planned(folder, *flags: str, there=None) -> tuple:
+    """config, settings, options, machine (the one of --plan) and the flags that are given."""
+    given, options = train.parse(["--model", str(folder), *flags])
+    config = LlamaConfig.from_dir(folder)
+    there = there or machine.machine(options.plan or machine.HERE, "cpu", options.out)
+    return config, train.resolve(given, config, there), options, there, given
 
 
 # ---- bytes -------------------------------------------------------------------------------------
@@ -266,11 +268,9 @@ def test_the_plan_needs_config_json_only_and_stops(llama3, tmp_path, capsys):
 
 
 def made_plan(folder, *flags: str) -> dict:
-    config, args = planned(folder, *flags)
-    there = machine.machine(args.plan, "cuda", args.out)
-    full = fit.at_full_length(config, args, there)
-    fit.choose(config, args, there)
-    made = plan.make_plan(config, args, full, train.plan_stages(args), there)
+    config, settings, options, there, given = planned(folder, *flags)
+    stages = train.plan_stages(settings)
+    made = plan.make_plan(config, settings, options, stages, there, given)
     return json.loads(json.dumps(made))
 
 
@@ -304,11 +304,12 @@ def test_full_length_is_planned_as_its_own_run_would_be(flags, ours, of_full, ll
     assert tuple(full["levers"].values()) == of_full
     assert full == {k: alone[k] for k in full} == alone["full_length"]
     assert made["one_sample_s"][1] == alone["one_sample_s"][0]
-    config, args = planned(llama3, *flags, "--method", "full")
+    config, settings, *_ = planned(llama3, *flags, "--method", "full")
     needed = []
-    for args.optimizer, args.offload_inputs in itertools.product(NAMES, (True, False)):
-        for args.keep_attention in (True, False):
-            needed.append(sum(fit.needs(config, args, 131_072)[0].values()))
+    for name, keep, offload in itertools.product(NAMES, (True, False), (True, False)):
+        levers = {"optimizer": name, "keep_attention": keep, "offload_inputs": offload}
+        tried = dataclasses.replace(settings, **levers)
+        needed.append(sum(fit.needs(config, tried, 131_072, "cuda")[0].values()))
     least = sum(full["bytes"]["device"].values()) == min(needed)
     fits = sum(full["bytes"]["device"].values()) <= made["there"]["device"]
     assert least == (flags == ["--plan", "H100"]) and fits == (full["shortage"] is None)
@@ -356,22 +357,20 @@ def test_of_this_machine_host_and_disk_are_checked(toy_dir, prose_file, tmp_path
     ],
 )
 def test_the_fastest_combination_that_fits_is_chosen(device, host, expected, llama3, monkeypatch):
-    config, args = planned(llama3, "--dtype", "bfloat16", "--plan", "H100")
     monkeypatch.setattr(fit, "has_torchao", lambda: True)
     there = machine.Machine("a GPU", "cuda", device, host, None)
-    fit.choose(config, args, there)
-    assert (args.optimizer, args.keep_attention, args.offload_inputs) == expected
-    fit.check(config, args, there)
+    config, settings, options, *_ = planned(llama3, there=there)
+    chosen = (settings.optimizer, settings.keep_attention, settings.offload_inputs)
+    assert chosen == expected and settings.dtype == "bfloat16"
+    fit.check(config, settings, options, there)
 
 
 def test_what_is_given_is_not_chosen(llama3):
     flags = ("--plan", "H100", "--optimizer", "adamw", "--no-offload_inputs")
-    config, args = planned(llama3, *flags)
-    there = machine.machine("H100", "cuda", args.out)
-    fit.choose(config, args, there)
-    assert (args.optimizer, args.offload_inputs) == ("adamw", False)
+    config, settings, options, there, _ = planned(llama3, *flags)
+    assert (settings.optimizer, settings.offload_inputs) == ("adamw", False)
     with pytest.raises(ValueError, match="does not fit, with --optimizer adamw: GPU memory: 1"):
-        fit.check(config, args, there)
+        fit.check(config, settings, options, there)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +383,9 @@ def test_what_is_given_is_not_chosen(llama3):
     ],
 )
 def test_the_plan_counts_the_analysis_where_there_is_one(llama3, flags, analysed):
-    config, args = planned(llama3, "--plan", "H100", "--optimizer", "adamw-host", *flags)
-    args.keep_attention = args.offload_inputs = True
-    rows = plan.by_stage(config, args, train.plan_stages(args), rate=4e14, disk=1e9)
+    config, settings, options, *_ = planned(llama3, "--plan", "H100", *flags)
+    stages = train.plan_stages(settings)
+    rows = plan.by_stage(config, settings, options, stages, rate=4e14, disk=1e9)
     assert ("analysis" in rows) == analysed
 
 
@@ -394,11 +393,14 @@ def test_the_help_tells_what_no_saves_spares(llama3, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    low, high = re.search(r"state: (\d+)-(\d+) bytes a par", capsys.readouterr().out).groups()
-    config, args = planned(llama3)
+    low, high = re.search(
+        r"state .saves (\d+)-(\d+) bytes of disk per par", capsys.readouterr().out
+    ).groups()
+    config, settings, options, *_ = planned(llama3)
     sizes, N = [], sum(budget.parameters(config))
-    for args.optimizer, args.dtype in itertools.product(NAMES, ("bfloat16", "float32")):
-        state, beside, _ = fit.needs_on_disk(config, args).values()
+    for optimizer, dtype in itertools.product(NAMES, ("bfloat16", "float32")):
+        tried = dataclasses.replace(settings, optimizer=optimizer, dtype=dtype)
+        state, beside, _ = fit.needs_on_disk(config, tried, options).values()
         assert state <= beside  # twice
         sizes.append(state / N)
     assert [round(min(sizes)), round(max(sizes))] == [int(low), int(high)]
@@ -422,11 +424,11 @@ def test_a_run_that_cannot_fit_says_so_before_weights_are_loaded(
     argv = f"--model {toy_dir} --data {prose_file} --target_len 512".split()
     argv += ["--out", str(tmp_path / "out")]
     small = machine.Machine("the CPU", "cpu", 1e6, None, 1e12)
-    monkeypatch.setattr(plan, "machine", lambda *_: small)
+    monkeypatch.setattr(train, "machine", lambda *_: small)
     assert "memory: 1.1 GB needed, 1.0 MB there" in error_of(capsys, argv)
     assert "memory: 1.1 GB needed" in error_of(capsys, [*argv, "--plan"])
     full = machine.Machine("the CPU", "cpu", 1e12, None, 1e5)
-    monkeypatch.setattr(plan, "machine", lambda *_: full)
+    monkeypatch.setattr(train, "machine", lambda *_: full)
     assert "0.1 MB free" in (said := error_of(capsys, argv)) and "--no_saves needs less" in said
     assert "--no_saves needs" not in error_of(capsys, [*argv, "--no_saves"])
     monkeypatch.setattr(fit, "has_torchao", lambda: False)

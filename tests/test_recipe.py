@@ -463,7 +463,7 @@ def test_rpes_is_a_uniform_subset():
 
 
 def test_endprompt_puts_the_last_tokens_at_the_end():
-    """[E24]"""
+    """[E25]"""
     for L, T in ((600, 2000), (21, 21), (21, 500)):
         slow = [i if i < L - 20 else T - (L - i) for i in range(L)]
         assert sample_position_ids("endprompt", L, T).tolist() == slow

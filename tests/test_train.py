@@ -1,6 +1,7 @@
 """train.py: accumulation, master weights, schedules, the whole story on a toy, resume, bad
 input."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import train
 from model import Llama, LlamaConfig, load_pretrained, save_pretrained
 from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
-from support.runs.flags import base_of_run, check_same, settings_of
+from support.runs.flags import as_kept, base_of_run, check_same, settings_of
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 
@@ -250,46 +251,49 @@ def test_ctrl_c_before_the_first_step_says_so(toy_dir, prose_file, tmp_path, mon
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 130 and last.startswith("interrupted; nothing is saved yet")
     assert last.endswith(f"to begin again: python train.py --resume --out {tmp_path / 'out'}")
-    monkeypatch.setattr(train, "resolve", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train, "resolve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit):  # earlier still, there is no run
         train.main(command(toy_dir, prose_file, tmp_path / "other"))
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def resumed(out, *flags: str) -> dict:
+    """The settings of a run that is resumed with these flags, as they are kept."""
+    given, options = train.parse(["--resume", "--out", str(out), *flags])
+    there = train.machine(train.HERE, "cpu", options.out)
+    return as_kept(train.resolve(given, LlamaConfig.from_dir(given["model"]), there), options)
+
+
 def test_resume_takes_the_flags_that_are_not_given_from_the_run(finished):
     run = json.loads((finished / "run.json").read_text())["settings"]
-    args = vars(train.parse(["--resume", "--out", str(finished), "--lr", "0.25"]))
     assert run["keep_stages"] is True and run["target_len"] == 512 and run["lr"] == 5e-3
-    assert {k: args[k] for k in run} == run | {"lr": 0.25}
+    assert resumed(finished) == run and resumed(finished, "--lr", "0.25") == run | {"lr": 0.25}
 
 
-def edited_run(finished, out, **settings) -> list[str]:
-    """The flags that resume a run like `finished`, begun with other settings (None: without)."""
+def edited_run(finished, out, **settings) -> None:
+    """Make out a run like `finished`, begun with other settings (None: without)."""
     run = json.loads((finished / "run.json").read_text())
     changed = run["settings"] | settings
     run["settings"] = {k: v for k, v in changed.items() if k not in settings or v is not None}
     (out / "run.json").write_text(json.dumps(run))
-    return ["--resume", "--out", str(out)]
 
 
-def test_what_is_kept_can_be_turned_off_by_resume_too(finished, tmp_path):
-    def kept(*flags: str) -> tuple[bool, bool]:
-        args = train.parse([*resume, *flags])
-        check_same(settings_of(tmp_path), vars(args))
-        return args.keep_stages, args.no_saves
-
-    resume = edited_run(finished, tmp_path, keep_stages=True, no_saves=True)
-    assert kept() == (True, True) and kept("--no-keep_stages", "--saves") == (False, False)
-    resume = edited_run(finished, tmp_path, keep_stages=False, no_saves=False)
-    assert kept() == (False, False) and kept("--keep_stages", "--no_saves") == (True, True)
+def test_what_is_kept_may_change_with_resume(finished, tmp_path):
+    for kept in (True, False):
+        edited_run(finished, tmp_path, keep_stages=kept, no_saves=kept)
+        for flags, expected in (((), kept), (("--no-keep_stages",), False)):
+            now = resumed(tmp_path, *flags)
+            check_same(settings_of(tmp_path), now)
+            assert (now["keep_stages"], now["no_saves"]) == (expected, kept)
+    assert resumed(tmp_path, "--no_saves")["no_saves"] is True
 
 
 def test_a_flag_that_an_older_run_knew_nothing_of_is_refused(finished, tmp_path, bad):
-    resume = edited_run(finished, tmp_path, log_softmax=None, top=None)
+    edited_run(finished, tmp_path, log_softmax=None, top=None)
     before = settings_of(tmp_path)
     assert "log_softmax" not in before and "top" not in before
     for flags in ([], ["--top", "0.2", "--save_minutes", "1"]):  # its default is no change
-        check_same(before, vars(train.parse([*resume, *flags])))
+        check_same(before, resumed(tmp_path, *flags))
     for flags in (["--log_softmax"], ["--top", "0.3"]):
         match = f"--resume with {flags[0]}: the run was begun by a version without that flag"
         bad(match, "--resume", *flags, out=tmp_path)
@@ -470,26 +474,27 @@ def test_resume_from_a_folder_without_settings_is_one_line(tmp_path, capsys):
 
 
 def test_without_a_model_the_toy_numbers_hold_and_with_one_the_papers():
-    toy, real = train.parse([]), train.parse(["--model", "x"])
-    for name, value in train.TOY.items():
-        assert getattr(toy, name) == value != getattr(real, name), name
-    assert (real.steps, real.batch_sequences, real.lr, real.target_len) == (104, 96, 5e-5, 131_072)
-    assert toy.target_len == 131_072 and train.parse(["--steps", "3"]).steps == 3
-    same = train.parse(["--model", f"./{train.TINY}/"])  # its folder, written in another way
-    assert vars(same) == vars(toy)
+    (toy, _), (real, _) = train.parse([]), train.parse(["--model", "x"])
+    assert toy == {k: v for k, v in train.TOY.items() if k != "save_minutes"}
+    assert real == {"model": "x"} and train.parse(["--steps", "3"])[0] == toy | {"steps": 3}
+    assert train.parse([])[1].save_minutes == 2 < train.parse(["--model", "x"])[1].save_minutes
+    same, _ = train.parse(["--model", f"./{train.TINY}/"])  # its folder, written in another way
+    assert same == toy
+    paper = train.Settings()
+    assert (paper.steps, paper.batch_sequences, paper.lr) == (104, 96, 5e-5)
+    assert (paper.target_len, paper.train_len) == (131_072, 39_424)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        paper.steps = 1
 
 
 def test_the_toy_runs_through_all_stages(tmp_path, capsys):
-    """Same code path, everything smaller; the log counts the questions that can be answered."""
+    """Same code path, everything smaller."""
     train.main(
         "--target_len 9216 --train_len 2048 --steps 3 --probe_steps 1 --analysis_samples 1"
         f" --replay_steps 1 --replay_len 512 --out {tmp_path / 'out'}".split()
     )
     log = capsys.readouterr().err
     assert "toy model; for a real one: --model DIR" in log
-    shares = dict(re.findall(r"(\w+): the pair was kept for ([\d.]+)% of the [1-9]", log))
-    assert set(shares) == {"probe", "extend", "replay"}
-    assert shares["replay"] == "100.0"  # it drops nothing
     assert f"next: python eval_needle.py --model {tmp_path / 'out'}\n" in log
     assert (tmp_path / "out" / "needle.json").is_file()
     assert base_of_run(tmp_path / "out") == [train.TOY["model"]]

@@ -140,8 +140,14 @@ def changed(began: list[dict], now: list[dict]) -> str | None:
     return None
 
 
-def is_toy(args) -> bool:
-    return args.model == TINY and args.data is None and args.replay_data is None
+def is_toy_model(folder: str) -> bool:
+    """Is it the embedded model, however its path is written?"""
+    return os.path.realpath(folder) == os.path.realpath(TINY)
+
+
+def is_toy(settings) -> bool:
+    """The embedded model without a text of the user's: the toy's task is woven into its text."""
+    return is_toy_model(settings.model) and not settings.data and not settings.replay_data
 
 
 def content(path: str | None) -> dict:

@@ -315,10 +315,3 @@ class Corpus:
     def summary(self) -> str:
         """Where the documents are from, how many tokens are used and what was left out."""
         return f"{self.source}: {self.tokens:,} tokens, {self.too_short} documents too short"
-
-    def look_at(self, sample: torch.Tensor) -> None:
-        """Called with the ids of every sample made; the toy corpus counts its questions."""
-
-    def remark(self) -> str:
-        """What to log about the samples since the last call, or nothing."""
-        return ""

@@ -133,7 +133,6 @@ class ToyCorpus(Corpus):
     def __init__(self, tokens: Tokens, min_tokens: int, tokenizer):
         super().__init__(tokens, min_tokens)
         self.weaver = Weaver(tokenizer)
-        self.tokenizer, self.known, self.questions = tokenizer, 0, 0
         n = tokenizer.vocab_size
         count = sum(np.bincount(part, minlength=n) for part in self.parts)
         words = {
@@ -156,17 +155,6 @@ class ToyCorpus(Corpus):
             pick(self.keys, self.pairs, generator),
             generator,
         )
-
-    def look_at(self, sample: Tensor) -> None:
-        known, questions = answerable(self.tokenizer.decode(sample.tolist()))
-        self.known, self.questions = self.known + known, self.questions + questions
-
-    def remark(self) -> str:
-        known, questions = self.known, self.questions
-        self.known = self.questions = 0
-        if questions == 0:
-            return ""
-        return f"the pair was kept for {known / questions:.1%} of the {questions} questions kept"
 
 
 def answerable(text: str) -> tuple[int, int]:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
-from support.system.bad_input import BadInput
+from support.system.bad_input import BadInput, read_text
 
 
 def read_json(path: Path) -> dict:
     """The JSON object of a file. BadInput names the file and what it holds instead."""
     check_no_pointer(path)
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

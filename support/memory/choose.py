@@ -1,9 +1,9 @@
 """Which optimizer and which memory levers does a run take, and does it fit? Decided from
 config.json alone, before weights are loaded."""
 
-import copy
 import importlib.util
 import itertools
+from dataclasses import replace
 
 from support.memory import count as budget
 from support.memory.machine import Machine
@@ -20,18 +20,19 @@ def width(args) -> int:
     return 2 if args.dtype == "bfloat16" else 4
 
 
-def needs(config, args, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes by part on the device and on the host, for samples of so many tokens."""
+def needs(config, args, tokens: int, kind: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes by part on the device ("cuda" or "cpu") and on the host, for samples of so many
+    tokens."""
     levers = (args.optimizer, args.keep_attention, args.offload_inputs)
     device = budget.device_bytes(config, tokens, width(args), *levers)
     host = budget.host_bytes(config, tokens, width(args), args.optimizer, args.offload_inputs)
-    extra, kind = "libraries, workspaces", args.device
+    extra = "libraries, workspaces"
     return device | {extra: DEVICE_EXTRA[kind]}, host | {extra: HOST_EXTRA[kind]}
 
 
-def needs_on_disk(config, args) -> dict[str, int]:
-    saves = not args.no_saves
-    return budget.disk_bytes(config, width(args), args.optimizer, args.keep_stages, saves)
+def needs_on_disk(config, args, options) -> dict[str, int]:
+    saves = not options.no_saves
+    return budget.disk_bytes(config, width(args), args.optimizer, options.keep_stages, saves)
 
 
 def longest(args) -> int:
@@ -45,38 +46,45 @@ def has_torchao() -> bool:
 # ---- choosing and checking ---------------------------------------------------------------------
 
 
-def choose(config, args, there: Machine) -> None:
-    """Fill in args.optimizer, keep_attention and offload_inputs where they are not given: the first
-    combination that fits, or the one that needs least of the device. In order of speed: attention
-    computed again costs 10 % of the arithmetic, the optimizer on the host 2 %, offloaded inputs
-    nothing that can be planned for; 8-bit is another optimizer, and comes last."""
-    given = (args.optimizer, args.keep_attention, args.offload_inputs)
+def choose(config, settings, there: Machine, given: dict):
+    """The settings with optimizer, keep_attention and offload_inputs chosen where `given` (name ->
+    value) does not have them: the first combination that fits, or the one that needs least of the
+    device.
+
+    In order of speed: attention computed again costs 10 % of the arithmetic, the optimizer on the
+    host 2 %, offloaded inputs nothing that can be planned for; 8-bit is another optimizer, and
+    comes last."""
     optimizers = NAMES if has_torchao() or not there.here else NAMES[:2]
-    options = [optimizers, (True, False), (False, True)]
-    options = [o if g is None else (g,) for g, o in zip(given, options, strict=True)]
+    options = {"optimizer": optimizers, "keep_attention": (True, False)}
+    options["offload_inputs"] = (False, True)
+    options = [(given[name],) if name in given else all_of for name, all_of in options.items()]
     combinations = sorted(itertools.product(*options), key=lambda x: (x[0] == NAMES[2], not x[1]))
-    sizes = {}
-    for levers in combinations:
-        args.optimizer, args.keep_attention, args.offload_inputs = levers
-        if not shortage(config, args, there):
-            return
-        device, host = (sum(part.values()) for part in needs(config, args, longest(args)))
-        sizes[levers] = device + host * (there.kind == "cpu")
-    args.optimizer, args.keep_attention, args.offload_inputs = min(sizes, key=sizes.get)
+    tried = []
+    for optimizer, keep_attention, offload_inputs in combinations:
+        chosen = replace(
+            settings,
+            optimizer=optimizer,
+            keep_attention=keep_attention,
+            offload_inputs=offload_inputs,
+        )
+        if not shortage(config, chosen, there):
+            return chosen
+        parts = needs(config, chosen, longest(chosen), there.kind)
+        device, host = (sum(part.values()) for part in parts)
+        tried.append((device + host * (there.kind == "cpu"), chosen))
+    return min(tried, key=lambda one: one[0])[1]
 
 
-def at_full_length(config, args, there: Machine):
-    """args of the same run with --method full: the same steps, samples and replay, but levers of
-    its own. To be called before `choose` has filled in those of args."""
-    full = copy.copy(args)
-    full.method, full.train_len = "full", args.target_len
-    choose(config, full, there)
-    return full
+def at_full_length(config, settings, there: Machine, given: dict):
+    """The settings of the same run with --method full: the same steps, samples and replay, but with
+    levers of its own, except for those that are given."""
+    full = replace(settings, method="full", train_len=settings.target_len)
+    return choose(config, full, there, given)
 
 
 def shortage(config, args, there: Machine) -> str | None:
     """What memory does not suffice, in words; None if all does."""
-    device, host = (sum(part.values()) for part in needs(config, args, longest(args)))
+    device, host = (sum(part.values()) for part in needs(config, args, longest(args), there.kind))
     name = "GPU memory"
     if there.kind == "cpu":
         device, host, name = device + host, 0, "memory"
@@ -95,15 +103,17 @@ def size(n: float) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
-def check(config, args, there: Machine) -> None:
-    """ValueError where memory or disk does not suffice."""
+def check(config, args, options, there: Machine) -> None:
+    """BadInput where memory or disk does not suffice."""
     if args.optimizer == "adamw-8bit" and there.here and not has_torchao():
         raise BadInput(NEEDS_TORCHAO)
     short, advice = shortage(config, args, there), ADVICE
-    disk = sum(needs_on_disk(config, args).values())
+    disk = sum(needs_on_disk(config, args, options).values())
     if not short and there.here and disk > there.disk:
-        short = f"disk for --out {args.out}: {size(disk)} needed, {size(there.disk)} free"
-        advice = "another --out may have it" + ("" if args.no_saves else ", --no_saves needs less")
+        short = f"disk for --out {options.out}: {size(disk)} needed, {size(there.disk)} free"
+        advice = "another --out may have it" + (
+            "" if options.no_saves else ", --no_saves needs less"
+        )
     if short:
         raise BadInput(
             f"this run does not fit, with --optimizer {args.optimizer}: {short}; {advice};"

@@ -44,6 +44,12 @@ def attention_flops(config, tokens: int) -> float:
     return config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2
 
 
+def forward_flops(config, begin: int, end: int) -> float:
+    """Tokens begin..end after a cache of `begin`: all but the output head."""
+    products = 2.0 * layer_parameters(config) * (end - begin)
+    return products + 2.0 * (attention_flops(config, end) - attention_flops(config, begin))
+
+
 def training_flops(config, tokens: int) -> float:
     """FLOPs of one sequence, forward and backward, causal attention, nothing computed twice."""
     # [E23] 6 N T + 6 L H d T^2, N without the input embedding: 2 N T + 2 L H d T^2, three times

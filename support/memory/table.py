@@ -9,36 +9,20 @@ import torch
 
 from support.memory import choose as fit
 from support.memory import count as budget
-from support.memory.machine import HERE, Machine, disk_rate, machine, training_rate
-from support.system.console import log
+from support.memory.machine import HERE, Machine, disk_rate, training_rate
 
 LEVERS = ("optimizer", "keep_attention", "offload_inputs")
 # Assumed for adamw-host: bytes a second of host memory, and to or from the GPU
 HOST_BYTES_PER_S, LINK_BYTES_PER_S = 30e9, 20e9
 
 
-def settle(config, args, stages, finished: bool = False) -> bool:
-    """Choose what --optimizer and the levers leave open; ValueError if the run does not fit and is
-    not finished. With --plan: print the table first, and return True, for nothing else is to be
-    done."""
-    there, given = machine(args.plan or HERE, args.device, args.out), args.optimizer
-    full = fit.at_full_length(config, args, there)
-    fit.choose(config, args, there)
-    if args.optimizer == "adamw-8bit" and not given and not fit.shortage(config, args, there):
-        log("adamw-8bit chosen: memory is too short for fp32 AdamW, whose result it nears")
-    if args.plan:
-        print(table(make_plan(config, args, full, stages, there)), flush=True)
-    if not finished:
-        fit.check(config, args, there)
-    return bool(args.plan)
-
-
-def make_plan(config, args, full, stages, there: Machine) -> dict:
-    """All numbers of the plan, for the table and as JSON: bytes, FLOPs, seconds. full: see
-    fit.at_full_length."""
-    where = args.plan or HERE
-    rate, rate_from = training_rate(where, args.device, getattr(torch, args.dtype))
-    disk, disk_from = disk_rate(where, args.out)
+def make_plan(config, args, options, stages, there: Machine, given: dict) -> dict:
+    """All numbers of the plan, for the table and as JSON: bytes, FLOPs, seconds. given: the levers
+    that flags name, see fit.choose."""
+    full = fit.at_full_length(config, args, there, given)
+    where = options.plan or HERE
+    rate, rate_from = training_rate(where, there.kind, getattr(torch, args.dtype))
+    disk, disk_from = disk_rate(where, options.out)
     conventions = {
         "model FLOPs, causal attention, nothing twice": budget.training_flops,
         "FLOPs executed, attention computed twice": lambda c, t: budget.executed_flops(c, t, False),
@@ -53,8 +37,8 @@ def make_plan(config, args, full, stages, there: Machine) -> dict:
         "dtype": args.dtype,
         "machine": there.name,
         "there": {"device": there.device, "host": there.host, "disk": there.disk},
-        **of_run(config, args, stages, there, rate, disk),
-        "full_length": of_run(config, full, long, there, rate, disk),
+        **of_run(config, args, options, stages, there, rate, disk),
+        "full_length": of_run(config, full, options, long, there, rate, disk),
         "one_sample": {k: [float(f(config, n)) for n in lengths] for k, f in conventions.items()},
         "one_sample_s": [flops / rate for flops in each],
         "lengths": lengths,
@@ -63,10 +47,11 @@ def make_plan(config, args, full, stages, there: Machine) -> dict:
     }
 
 
-def of_run(config, args, stages, there: Machine, rate: float, disk: float) -> dict:
+def of_run(config, args, options, stages, there: Machine, rate: float, disk: float) -> dict:
     """Bytes, seconds and levers of a run; shortage: None if it fits."""
-    device, host = fit.needs(config, args, fit.longest(args))
-    on_disk, rows = fit.needs_on_disk(config, args), by_stage(config, args, stages, rate, disk)
+    device, host = fit.needs(config, args, fit.longest(args), there.kind)
+    on_disk = fit.needs_on_disk(config, args, options)
+    rows = by_stage(config, args, options, stages, rate, disk)
     return {
         "levers": {k: getattr(args, k) for k in LEVERS},
         "bytes": {"device": device, "host": host, "disk": on_disk},
@@ -77,7 +62,7 @@ def of_run(config, args, stages, there: Machine, rate: float, disk: float) -> di
     }
 
 
-def by_stage(config, args, stages, rate: float, disk: float) -> dict[str, dict]:
+def by_stage(config, args, options, stages, rate: float, disk: float) -> dict[str, dict]:
     """What each stage computes and how long it takes; rate: FLOP/s, disk: bytes a second."""
     N, w, B = sum(budget.parameters(config)), fit.width(args), args.batch_sequences
     step_s = 0.0
@@ -88,13 +73,13 @@ def by_stage(config, args, stages, rate: float, disk: float) -> dict[str, dict]:
         flops = budget.executed_flops(config, s.tokens, args.keep_attention)
         row = {"steps": s.steps, "sequences": s.steps * B, "tokens": s.tokens, "flops": flops}
         rows[s.name] = row | {"seconds": s.steps * (B * flops / rate + step_s)}
-        if s.name == "probe" and args.select == "impact" and not args.impactful:
+        if s.name == "probe" and args.analyses:
             # H' and H, forward only
             n, forward = args.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
             row = {"steps": 0, "sequences": n, "tokens": s.tokens, "flops": forward}
             rows["analysis"] = row | {"seconds": n * row["flops"] / rate}
-    state = fit.needs_on_disk(config, args)["training state"]
-    saves = sum(r["seconds"] for r in rows.values()) // (60 * max(args.save_minutes, 1e-3))
+    state = fit.needs_on_disk(config, args, options)["training state"]
+    saves = sum(r["seconds"] for r in rows.values()) // (60 * max(options.save_minutes, 1e-3))
     saves = min(saves, sum(s.steps for s in stages)) if state else 0
     nothing = {"steps": 0, "sequences": 0, "tokens": 0, "flops": 0}
     rows["merge"] = nothing | {"seconds": 4 * w * N / disk}

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from support.memory.count import forward_flops
 from support.system.console import log, progress
 
 DECODE = 16  # a generated token costs about as much time as so many of a prompt, on a CPU
@@ -18,28 +19,19 @@ def kv_cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
     return per_token * tokens * dtype.itemsize
 
 
-def forward_flops(config, begin: int, end: int) -> float:
-    """Forward pass over tokens begin..end after a cache of `begin`: matrix products and causal
-    attention, no output head."""
-    c = config
-    heads = c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    weights = c.hidden_size * (2 * heads + 3 * c.intermediate_size)
-    pairs = (end * end - begin * begin) / 2
-    attention = 4 * c.num_attention_heads * c.head_dim * pairs
-    return c.num_hidden_layers * (2 * weights * (end - begin) + attention)
-
-
 def prompt_flops(config, begin: int, end: int, answer_tokens: int) -> float:
     """A prompt of `end` tokens whose first `begin` are in the cache, and its answer."""
     answer = answer_tokens * forward_flops(config, end, end + 1) * DECODE
     return forward_flops(config, begin, end) + answer
 
 
-def announce(source: str, haystack, candidates: list, missing: list[dict], args) -> None:
+def announce(source: str, haystack, candidates: list, missing: list[dict], settings) -> None:
     """The haystack, the largest cache, and how much there is to do."""
-    longest, dtype = args.lengths[-1], args.torch_dtype
+    longest, dtype = settings.lengths[-1], getattr(torch, settings.dtype.removeprefix("torch."))
     n, sentences = len(haystack.ids), len(haystack.starts)
-    log(f"haystack: {source}, {n:,} tokens, {sentences:,} sentences")
+    log(f"haystack: {source}, {n:,} tokens, {sentences:,} {haystack.at}")
+    if haystack.at != "sentences":
+        log(f"warning: hardly any sentence ends in it, so needles go between {haystack.at}")
     if n < longest:
         log(f"warning: shorter than --lengths {longest}, so it repeats (--haystack)")
     cache = max(kv_cache_bytes(c.config, longest, dtype) for c in candidates) / 2**30
@@ -47,9 +39,7 @@ def announce(source: str, haystack, candidates: list, missing: list[dict], args)
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0] / 2**30
         log(f"free on the GPU: {free:.1f} GiB, for weights and cache")
-    if len({c.config.rope_theta for c in candidates}) > 1 and not args.controls:
-        log("the RoPE bases differ: --controls also judges the base's weights under the new one")
-    tokens = sum(row["length"] for row in missing)
+    tokens = sum(asked["length"] for asked in missing)
     log(f"to do: {len(missing):,} prompts of {tokens:,} tokens together")
 
 

@@ -3,15 +3,24 @@
 import textwrap
 from pathlib import Path
 
-from support.needles.results import wilson
+from support.needles.haystack import fold
+from support.needles.intervals import wilson
+from support.needles.summary import nats
 
 
 def draw_heatmap(
-    path: Path, rows: list[dict], task: str, windows: dict, names: dict, parts: int = 0
+    path: Path,
+    rows: list[dict],
+    task: str,
+    windows: dict,
+    names: dict,
+    parts: int = 0,
+    in_nats: bool = False,
 ) -> None:
     """One panel per model of windows (label -> trained window in tokens), in that order, from its
     rows of needle.jsonl. names: label -> title, where the label itself is none. parts: the needle
-    stands anywhere in its part of so many; 0: at the depth itself."""
+    is anywhere in its part of so many; 0: at the depth itself. in_nats: the log-probability of an
+    answer instead of the share found."""
     from matplotlib.figure import Figure
 
     rows = [r for r in rows if r["task"] == task]
@@ -19,19 +28,22 @@ def draw_heatmap(
     width = max(2.1, 0.8 * len(lengths))  # of a panel, inches: its title needs some room
     figure = Figure(figsize=(1.9 + width * len(windows), 3.9), layout="constrained")
     caption = "context length, tokens"
+    worst = min((nats(r) for r in rows if r["model"] in windows), default=-1) if in_nats else 0
     axes = figure.subplots(1, len(windows), squeeze=False, sharey=True)[0]
     for axis, (label, window) in zip(axes, windows.items(), strict=True):
         scores = {}
-        for r in rows:
-            if r["model"] == label:
-                scores.setdefault((r["length"], r["depth"]), []).append(r["score"])
+        for r in (r for r in rows if r["model"] == label):
+            value = nats(r) if in_nats else r["score"]
+            scores.setdefault((r["length"], r["depth"]), []).append(value)
         means = {cell: sum(found) / len(found) for cell, found in scores.items()}
         grid = [[means.get((n, d), float("nan")) for n in lengths] for d in depths]
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        scale = {"vmin": worst, "vmax": 0} if in_nats else {"vmin": 0, "vmax": 1}
+        image = axis.imshow(grid, cmap="RdYlGn", aspect="auto", **scale)
         for (n, d), mean in means.items():
             place = (lengths.index(n), depths.index(d))
-            color = text_color(image.cmap(mean))
-            axis.text(*place, f"{mean:.0%}", color=color, ha="center", va="center", fontsize=8)
+            color = text_color(image.cmap(image.norm(mean)))
+            number = f"{mean:.2f}" if in_nats else f"{mean:.0%}"
+            axis.text(*place, number, color=color, ha="center", va="center", fontsize=8)
         inside = sum(n <= window for n in lengths)
         if 0 < inside < len(lengths):
             axis.axvline(inside - 0.5, color="white", linewidth=3)  # seen on dark cells too
@@ -49,7 +61,8 @@ def draw_heatmap(
     figure.supxlabel(caption, fontsize=9)
     where = "part of the text with the needle asked for" if parts else "depth of the (first) needle"
     axes[0].set_ylabel(where)
-    figure.colorbar(image, ax=axes, label=f"{task}: share of answers found")
+    shown = "log-probability of an answer, nats" if in_nats else "share of answers found"
+    figure.colorbar(image, ax=axes, label=f"{task}: {shown}")
     figure.savefig(path, dpi=130)
 
 
@@ -66,7 +79,7 @@ def text_color(background: tuple) -> str:
 
 def draw_curves(path: Path, rows: list[dict], task: str) -> None:
     """In the longest texts, one line per model. Left: share found against the distance between
-    needle and question, each with Wilson's 95 % interval. Right, where --ppl measured it: loss
+    needle and question, each with Wilson's 95 % interval. Right, where --loss measured it: loss
     against position."""
     from matplotlib.figure import Figure
 
@@ -78,9 +91,10 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
         own = [r for r in rows if r["model"] == label and r["length"] == longest]
         found: dict[int, list[float]] = {}  # eighth of the length -> scores
         for r in (r for r in own if r["task"] == task):
-            depths = r["true_depths"] if len(r["expected"]) > 1 else [r["true_depth"]]
+            several = len(r["expected"]) > 1 and r["true_depths"]
+            depths = r["true_depths"] if several else [r["true_depth"]] * len(r["expected"])
             for depth, answer in zip(depths, r["expected"], strict=True):
-                hit = answer.lower() in r["output"].lower()
+                hit = fold(answer) in fold(r["output"])
                 found.setdefault(min(7, int(8 * (1 - depth))), []).append(hit)
         if found:
             x = [(k + 0.5) / 8 * longest / 1024 for k in sorted(found)]

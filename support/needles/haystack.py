@@ -1,11 +1,16 @@
-"""What the needle evaluation draws from: haystack text, words for keys and values."""
+"""What a text of the evaluation is made of: the haystack, words for keys and values."""
 
+import dataclasses
 import itertools
 import random
 import re
+import string
+import unicodedata
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from support.data.sources import standard_library_topics
 from support.data.text import SEPARATOR, find_files, log_folders, read_texts
@@ -47,47 +52,78 @@ def load_haystack(path: str | None) -> tuple[str, str]:
     return text, source
 
 
-def stands_in(key: str, text: str) -> bool:
-    """Is the key a word of the text, which is in lower case?
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """What a Task's `hide` returns: a haystack, sentences to be hidden in it, and what is asked."""
 
-    >>> stands_in("Pear", "a pear."), stands_in("Pear", "it appears")
+    hay: Tensor  # token ids, as many as the whole prompt has: what does not fit is cut off
+    needles: list[str]  # may be empty
+    questions: list[str]  # of each prompt after this text: question and beginning of the answer
+    expected: list[list[str]]  # the answers to each question
+
+
+def fold(text: str) -> str:
+    """Text as it is compared: in lower case, after NFC (e and a combining accent are one letter).
+
+    >>> fold("Cafe\\u0301") == fold("CAFÉ")
+    True
+    """
+    return unicodedata.normalize("NFC", text).lower()
+
+
+def listed(words: list[str]) -> str:
+    """
+    >>> listed(["Lima"]), listed(["Lima", "Oslo", "Rome"])
+    ('Lima', 'Lima, Oslo, and Rome')
+    """
+    return ", and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def is_word_of(key: str, text: str) -> bool:
+    """Is the key a word of the text (folded)?
+
+    >>> is_word_of("Pear", "a pear."), is_word_of("Pear", "it appears")
     (True, False)
     """
-    key = key.lower()
+    key = fold(key)
     if key not in text:
         return False
     return re.search(rf"(?<![a-z0-9]){re.escape(key)}(?![a-z0-9])", text) is not None
 
 
-def draw_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str = "") -> list[str]:
-    """n different ones of `words`, or n "numbers" (seven digits) or "uuids"; none stands in `text`,
-    which is in lower case, nor within another one (a score is a search: "cat" is in "catfish").
+MADE_UP = {  # kinds of words that are made, not picked from a list
+    "numbers": lambda rng: str(rng.randint(1_000_000, 9_999_999)),
+    "letters": lambda rng: "".join(rng.choices(string.ascii_uppercase, k=5)),
+    "uuids": lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+}
 
-    ValueError if the text leaves too few."""
+
+def pick_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str = "") -> list[str]:
+    """n different ones of `words` (a list, or a kind of MADE_UP); none is in `text` (folded), so
+    that a score, which is a search, finds none by accident.
+
+    BadInput if the text leaves too few."""
     if isinstance(words, str):
         found: dict[str, None] = {}  # a set that keeps its order
         while len(found) < n:
-            if words == "numbers":
-                word = str(rng.randint(1_000_000, 9_999_999))
-            else:
-                word = str(uuid.UUID(int=rng.getrandbits(128), version=4))
-            if word not in text:
+            word = MADE_UP[words](rng)
+            if fold(word) not in text:
                 found[word] = None
         return list(found)
-    free = [word for word in words if word.lower() not in text]
+    free = [word for word in words if fold(word) not in text]
     if len(free) < n:
         raise BadInput(f"the haystack holds all but {len(free)} of the needles' {n} words")
     return rng.sample(free, n)
 
 
-def draw_many(words: Sequence[str] | str, n: int, rng: random.Random) -> list[str]:
+def pick_many(words: Sequence[str] | str, n: int, rng: random.Random) -> list[str]:
     """n different keys for a haystack of needles; where `words` are too few, several joined.
 
-    >>> draw_many(["a", "b"], 3, random.Random(0))
+    >>> pick_many(["a", "b"], 3, random.Random(0))
     ['b-b-a', 'a-b-a', 'b-a-a']
     """
     if isinstance(words, str):
-        return draw_words(words, n, rng)
+        return pick_words(words, n, rng)
     k = next(k for k in itertools.count(1) if len(words) ** k >= 2 * n)
     found: dict[str, None] = {}
     while len(found) < n:
@@ -95,27 +131,27 @@ def draw_many(words: Sequence[str] | str, n: int, rng: random.Random) -> list[st
     return list(found)
 
 
-def lines_like(needle: str, keys: list[str], values: Sequence[str] | str, rng, answers) -> str:
+def other_needles(needle: str, keys: list[str], values: Sequence[str] | str, rng, answers) -> str:
     """A text of needles only, one a line, for `keys`; no line holds one of `answers`."""
     if isinstance(values, str):
-        drawn = draw_words(values, len(keys), rng)
+        drawn = pick_words(values, len(keys), rng)
     else:
         free = [value for value in values if value not in answers]
         if not free:
             raise BadInput("a haystack of needles takes more values than those of the needles")
         drawn = rng.choices(free, k=len(keys))
     lines = [needle.format(key=k, value=v) for k, v in zip(keys, drawn, strict=True)]
-    low = [answer.lower() for answer in answers]
-    return "".join(x + "\n" for x in lines if not any(answer in x.lower() for answer in low))
+    low = [fold(answer) for answer in answers]
+    return "".join(x + "\n" for x in lines if not any(answer in fold(x) for answer in low))
 
 
-def draw_needles(task, n_keys: int, tokens: int, tokenizer, rng) -> tuple[list, list, list[int]]:
+def pick_needles(task, n_keys: int, tokens: int, tokenizer, rng) -> tuple[list, list, list[int]]:
     """(keys, values, ids (tokens,) of a haystack that consists of needles with other ones)."""
-    values, lines = draw_words(task.values, task.needles, rng), 16
+    values, lines = pick_words(task.values, task.needles, rng), 16
     while True:
-        keys = draw_many(task.keys, n_keys + lines, rng)
+        keys = pick_many(task.keys, n_keys + lines, rng)
         others, answers = keys[n_keys:], keys[:n_keys] + values
-        ids = tokenizer.encode(lines_like(task.needle, others, task.values, rng, answers))
+        ids = tokenizer.encode(other_needles(task.needle, others, task.values, rng, answers))
         if len(ids) >= tokens:
             return keys[:n_keys], values, ids[:tokens]
         lines = 16 + int(1.2 * lines * tokens / max(1, len(ids)))

@@ -1,7 +1,6 @@
 """`python train.py --export DIR`: the samples of a run as files, for an engine of your own.
 
-    DIR/samples.json               settings (relative paths: from its started_in, itself relative
-                                   to DIR), what the data holds, and a row for every step
+    DIR/samples.json               settings, what the data holds, and a row for every step
     DIR/step_00000.safetensors     input_ids and position_ids, (samples, tokens) int32
     DIR/step_00001.safetensors     ...
 
@@ -40,7 +39,7 @@ from torch import Tensor
 from support.data import sources as corpora
 from support.data.text import Corpus
 from support.huggingface.config import read_json
-from support.runs.flags import MAY_DIFFER, NO_SETTINGS, same, settings_of, started_in
+from support.runs.flags import as_kept, settings_of
 from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance, telling
 from support.system.whole_files import LOCK, only_writer, replacing, write_atomically
@@ -48,10 +47,10 @@ from support.system.whole_files import LOCK, only_writer, replacing, write_atomi
 INDEX = "samples.json"
 # settings of train.py that change no sample and say nothing an engine should know
 OTHER = (
-    *NO_SETTINGS,
-    *MAY_DIFFER,
     "dtype",
     "optimizer",
+    "keep_attention",
+    "offload_inputs",
     "analysis_samples",
     "log_softmax",
     "rebased_analysis",
@@ -60,11 +59,11 @@ OTHER = (
 )
 
 
-def check_exportable(args) -> None:
-    """ValueError for flags of train.py, resolved, that leave open which samples it would see."""
-    if args.resume or args.plan:
+def check_exportable(settings, options) -> None:
+    """BadInput for flags of train.py that leave open which samples it would see."""
+    if options.resume or options.plan:
         raise BadInput("--export goes with neither --resume nor --plan")
-    if args.select == "impact" and not args.impactful:
+    if settings.analyses:
         raise BadInput(
             "--export with --select impact needs the impactful types beforehand: --impactful FILE,"
             " the impactful.json that train.py with the same flags leaves in its --out after the"
@@ -72,11 +71,11 @@ def check_exportable(args) -> None:
         )
 
 
-def sample_settings(args, impactful: Tensor | None, texts: tuple[Corpus, Corpus]) -> dict:
-    """What the samples hang on, and what an engine needs beside them."""
-    settings = {k: v for k, v in vars(args).items() if k not in OTHER}
+def sample_settings(settings, impactful: Tensor | None, texts: tuple[Corpus, Corpus]) -> dict:
+    """What the samples depend on, and what an engine needs beside them."""
+    kept = {k: v for k, v in as_kept(settings).items() if k not in OTHER}
     types = None if impactful is None else impactful.nonzero()[:, 0].tolist()
-    return settings | {"impactful_types": types, "data_tokens": [text.tokens for text in texts]}
+    return kept | {"impactful_types": types, "data_tokens": [text.tokens for text in texts]}
 
 
 def write_samples(
@@ -103,7 +102,7 @@ def write_samples(
         }
         for step, (stage, i) in enumerate(plan)
     ]
-    index = {"settings": settings, "started_in": started_in(folder), "data": data, "steps": steps}
+    index = {"settings": settings, "data": data, "steps": steps}
     check_folder(folder, index)
     with only_writer(folder), telling(lambda: whole(folder, steps)):
         check_folder(folder, index)  # once more: another one may have ended just now
@@ -137,7 +136,7 @@ def check_folder(folder: Path, index: dict) -> None:
     if (folder / INDEX).is_file():
         old, new = settings_of(folder, INDEX), json.loads(json.dumps(index["settings"]))
         for name in sorted(old.keys() | new.keys()):
-            if not same(name, old.get(name), new.get(name)):
+            if old.get(name) != new.get(name):
                 shown = [str(x.get(name))[:60] for x in (old, new)]
                 raise BadInput(
                     f"{folder} holds samples with another {name} ({shown[0]}, now {shown[1]}):"

@@ -1,21 +1,28 @@
-"""The settings of a run: flags from the command line, from out/run.json or both; and what later
-commands read from there."""
+"""Flags that are fields of a dataclass, from the command line, from out/run.json or both; and what
+later commands read from there."""
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 
 import torch
 
+from support.data.sources import is_toy_model
 from support.huggingface.config import read_json
 from support.system.bad_input import BadInput
 from support.system.console import log
 
-# flags that say where and how, not what is trained
-NO_SETTINGS = ("resume", "out", "device", "plan", "export")
+# flags that say where a run goes and what is done: no part of out/run.json
+NO_SETTINGS = ("out", "resume", "plan", "export")
 # settings that may be others after --resume: none of them changes a bit of the result
 MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves", "keep_attention", "offload_inputs")
 PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings that are paths
+KINDS = {  # type of a field -> what argparse has to know of it
+    int: {"type": int, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    bool: {"action": argparse.BooleanOptionalAction},
+}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -37,59 +44,100 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help)")
 
 
+# ---- a dataclass as a command line -------------------------------------------------------------
+
+
+def flag(default, meaning: str, group: str = "", derived: str = "", **options):
+    """A field of a dataclass that is a flag too.
+
+    meaning: its help text; group: the heading in --help, for this field and those after it;
+    derived: in words, what it is where it is not given, if the class's own default does not say so;
+    options: of argparse's add_argument."""
+    about = {"meaning": meaning, "group": group, "derived": derived, "options": options}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def add_flags(p: argparse.ArgumentParser, fields: list[dataclasses.Field], choices: dict) -> None:
+    """Every field becomes a flag, which is None where it is not given."""
+    group = p
+    for field in fields:
+        about = field.metadata
+        if about["group"]:
+            group = p.add_argument_group(about["group"])
+        default = about["derived"] or field.default
+        shown = "" if default is None or default is False else f" (default: {default})"
+        options = {"default": None, **KINDS.get(field.type, {}), **about["options"]}
+        if field.name in choices:
+            options["choices"] = choices[field.name]
+        group.add_argument(f"--{field.name}", help=about["meaning"] + shown, **options)
+
+
 def parse_or_resume(
-    p: argparse.ArgumentParser, argv: list[str] | None, toy: dict
-) -> argparse.Namespace:
-    """The flags. Those that the command line does not give are, with --resume, the run's own, and
-    for the toy model (no --model, or its folder however written) the toy's. ValueError for a flag
-    that a run of an older version, to be resumed, cannot have been begun with."""
+    prog: str,
+    doc: str,
+    argv: list[str] | None,
+    classes: tuple[type, ...],
+    toy: dict,
+    choices: dict[str, tuple[str, ...]],
+) -> dict:
+    """The flags that have a value: name -> value.
+
+    The flags are the fields of `classes`; choices: flag -> what it may be, where its field does not
+    say so. Those that the command line does not give are, with --resume, the run's own, and for the
+    toy model (no --model, or its folder however written) the toy's. BadInput for a flag that a run
+    of an older version, to be resumed, cannot have been begun with."""
+    fields = [field for cls in classes for field in dataclasses.fields(cls)]
+    defaults = {field.name: field.default for field in fields}
+    p = Parser(prog, doc)
+    add_flags(p, fields, choices)
     p.epilog = "Without --model, for the toy: " + " ".join(
         f"--{k}" if v is True else f"--{k} {v}" for k, v in toy.items() if k != "model"
     )
-    args = p.parse_args(argv)
-    if args.resume:
-        before = settings_to_resume(Path(args.out))
-        for name in sorted(vars(args).keys() - before.keys() - {*NO_SETTINGS, *MAY_DIFFER}):
-            if getattr(args, name) != p.get_default(name):
+    given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+    before = {}
+    if given.get("resume"):
+        before = settings_to_resume(Path(given.get("out", defaults["out"])))
+        for name in sorted(given.keys() - before.keys() - {*NO_SETTINGS, *MAY_DIFFER}):
+            if given[name] != defaults[name]:
                 raise BadInput(
                     f"--resume with --{name}: the run was begun by a version without that flag, and"
                     " goes on only without it"
                 )
-        p.set_defaults(**{k: v for k, v in before.items() if k in vars(args)})
-    elif is_toy(args.model, toy):
-        p.set_defaults(**toy)
-    args = p.parse_args(argv)
-    if is_toy(args.model, toy):
-        args.model = toy["model"]
-    return args
+    elif is_toy_model(given.get("model", toy["model"])):
+        before, given = toy, given | {"model": toy["model"]}
+    known = {k: v for k, v in before.items() if k in defaults and v is not None}
+    return known | given
 
 
-def is_toy(model: str | None, toy: dict) -> bool:
-    return model is None or Path(model).resolve() == Path(toy["model"]).resolve()
+def as_kept(*parts) -> dict:
+    """The fields of these dataclasses as a JSON file of the run keeps them, with absolute paths: a
+    run can be resumed from any folder."""
+    kept = {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
+    kept = {k: v for k, v in kept.items() if k not in NO_SETTINGS}
+    return with_absolute_paths(kept)
 
 
-def started_in(folder: str | Path) -> str:
-    """From where the relative paths of a run lead: this folder, itself relative to the run's."""
-    return os.path.relpath(Path.cwd(), os.path.realpath(folder))
+def with_absolute_paths(settings: dict) -> dict:
+    def absolute(value):
+        if isinstance(value, list):
+            return [absolute(v) for v in value]
+        return os.path.abspath(value) if isinstance(value, str) else value
+
+    return settings | {name: absolute(settings[name]) for name in PATHS if name in settings}
+
+
+# ---- what a run has left -----------------------------------------------------------------------
 
 
 def settings_of(folder: str | Path, file: str = "run.json") -> dict:
-    """The settings in a folder's run.json ({} where it holds none), relative paths as seen from
-    here, wherever the run was started."""
-    run = read_json(Path(folder) / file)
-    settings, start = run.get("settings"), run.get("started_in")
-    if not isinstance(settings, dict):
-        return {}
-    if isinstance(start, str):
-        there = os.path.normpath(os.path.join(os.path.realpath(folder), start))
-        if there != os.path.realpath(Path.cwd()):
-            paths = {name: settings[name] for name in PATHS if name in settings}
-            settings |= {name: map_paths(from_folder(there), p) for name, p in paths.items()}
-    return settings
+    """The settings in a folder's run.json, {} where it holds none. (The relative paths of recorded
+    runs lead from the current folder.)"""
+    settings = read_json(Path(folder) / file).get("settings")
+    return with_absolute_paths(settings) if isinstance(settings, dict) else {}
 
 
 def settings_to_resume(folder: Path) -> dict:
-    """ValueError if there is no run to go on with."""
+    """BadInput if there is no run to go on with."""
     if not (folder / "run.json").is_file():
         raise BadInput(f"nothing to resume: {folder / 'run.json'} does not exist (--out)")
     settings = settings_of(folder)
@@ -99,42 +147,27 @@ def settings_to_resume(folder: Path) -> dict:
 
 
 def check_same(before: dict, now: dict) -> None:
-    """ValueError that names a setting with another value, if it matters to the result."""
+    """BadInput that names a setting with another value, if it matters to the result. Both as they
+    are kept: see as_kept."""
     for name in sorted(before):  # a flag that came later than the run: see parse_or_resume
         old, new = before.get(name), now.get(name)
-        if name not in MAY_DIFFER and not same(name, old, new):
+        if name not in MAY_DIFFER and old != new:
             raise BadInput(
                 f"--resume with another --{name}: the run has {old!r}, now {new!r}; without the"
                 " flag the run's own is taken"
             )
 
 
-def same(name: str, old, new) -> bool:
-    """Paths are the same if they lead to the same place, however they are written."""
-    if name in PATHS:
-        old, new = (map_paths(os.path.realpath, value) for value in (old, new))
-    return old == new
-
-
-def map_paths(change, value):
-    """`change` on a path or on each of a list of them; anything else (None) as it is."""
-    if isinstance(value, list):
-        return [map_paths(change, v) for v in value]
-    return change(value) if isinstance(value, str) else value
-
-
-def from_folder(folder: str):
-    """A function that turns a path as seen from `folder` into the same path as seen from here."""
-    return lambda p: p if os.path.isabs(p) else os.path.relpath(os.path.join(folder, p))
-
-
 def base_of_run(folder: str | Path) -> list[str]:
     """The model that train.py extended into this folder, or nothing where that cannot be told."""
     base = settings_of(folder).get("model") if (Path(folder) / "run.json").is_file() else None
-    if isinstance(base, str) and not Path(base).is_dir():
+    if not isinstance(base, str):
+        return []
+    base = os.path.relpath(base) if Path(base).is_relative_to(Path.cwd()) else base
+    if not Path(base).is_dir():
         log(f"{base}, which the run began with, is no folder here; --compare DIR for another")
         return []
-    return [base] if isinstance(base, str) else []
+    return [base]
 
 
 def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
@@ -142,7 +175,7 @@ def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
     if not Path(path).is_file():
         raise BadInput(f"--impactful {path} does not exist (an impactful.json of a run)")
     names = list(read_json(Path(path)))
-    if not all(name.isdecimal() for name in names):
+    if not all(name.isdecimal() and len(name) < 10 for name in names):
         raise BadInput(f"{path} is no impactful.json of a run (--impactful)")
     types = torch.tensor([int(name) for name in names])
     if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:

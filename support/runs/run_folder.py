@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from support.data import sources as corpora
 from support.huggingface.checkpoint import not_finite
 from support.huggingface.config import read_json
-from support.runs.flags import check_same, settings_to_resume, started_in
+from support.runs.flags import check_same, settings_to_resume
 from support.system.bad_input import BadInput
 from support.system.console import telling
 from support.system.signals import unbroken
@@ -81,8 +81,7 @@ class RunFolder:
         return done or published
 
     def write_settings(self, settings: dict, **more) -> None:
-        start = started_in(self.path)
-        run = {"settings": settings, "started_in": start, "data": self.data, **more}
+        run = {"settings": settings, "data": self.data, **more}
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
 
     def write_impactful(self, types: dict[int, list]) -> None:

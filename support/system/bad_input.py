@@ -1,6 +1,16 @@
 """The error for what a user can mend."""
 
+from pathlib import Path
+
 
 class BadInput(ValueError):
     """A flag, file or text that our code refuses on purpose. A command prints it as one `error:`
     line; any other ValueError is a bug and keeps its traceback."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. BadInput names the file that is not."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: {error}") from error

@@ -1,0 +1,37 @@
+"""Which model is it? A hash over whole files, so that a change anywhere makes another model."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from support.system.whole_files import write_atomically
+
+
+class Hashes:
+    """SHA-256 of files. What was hashed before is remembered in `file` (a JSON file in a folder of
+    ours, never in the model's) by path, size and time of change, and hashed again when they
+    differ."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.known = json.loads(file.read_text()) if file.is_file() else {}
+
+    def of_model(self, folder: str | Path) -> str:
+        """Over config.json and all safetensors files of a folder; 12 hexadecimal digits."""
+        files = sorted(Path(folder).glob("**/*.safetensors")) + [Path(folder) / "config.json"]
+        names = [str(file.relative_to(folder)) for file in files]
+        parts = [f"{name} {self.of_file(f)}\n" for name, f in zip(names, files, strict=True)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+    def of_file(self, file: Path) -> str:
+        state = file.stat()
+        key, seen = os.path.realpath(file), [state.st_size, state.st_mtime_ns]
+        if self.known.get(key, [])[:2] != seen:
+            with open(file, "rb") as stream:
+                self.known[key] = [*seen, hashlib.file_digest(stream, "sha256").hexdigest()]
+        return self.known[key][2]
+
+    def save(self) -> None:
+        """Call it where something may be written."""
+        write_atomically(self.file, json.dumps(self.known, indent=1) + "\n")

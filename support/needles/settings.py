@@ -1,0 +1,236 @@
+"""What an evaluation is to do: settings resolved once from the flags, the run and a template, and
+who is judged. Nothing is written here."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from support.huggingface.hashes import Hashes
+from support.huggingface.hub import local_folder
+from support.huggingface.tokenizer import load_tokenizer
+from support.needles.tasks import TASKS, apply_template, read_template
+from support.runs.flags import Parser, base_of_run
+from support.system.bad_input import BadInput
+from support.system.console import check_ranges, log
+
+RESULT = "out"  # where train.py puts its result
+NO_NEEDLES = "no needles"  # a control: the prompt without its needles
+NEEDLE_ALONE = "needle alone"  # another: only what is asked for, in a short text
+SHORT_TEXT = 256  # tokens of haystack in it
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """An evaluation, fully resolved; nobody changes it afterwards."""
+
+    model: str  # folder of the model to judge
+    compare: tuple[str, ...]  # folders of others beside it
+    original: str | None  # the one of them that --model began with, where that is known
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]  # tokens, answer budget included; increasing
+    depths: tuple[float, ...]  # 0: start, 1: end; increasing
+    n: int  # texts per length
+    n_beyond: int  # the same beyond the window of a compared model
+    seed: int  # of texts and needles
+    loss: bool  # also the loss on n texts per length
+    controls: tuple[str, ...]  # NO_NEEDLES, NEEDLE_ALONE
+    haystack: str | None
+    template: str | None
+    out: str  # folder of the results
+    device: str
+    dtype: str  # "torch.float32" or "torch.bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Who is judged: weights of a folder, under a config that may have another rope_theta; or, as
+    a control, the result on prompts without some of their parts."""
+
+    label: str
+    folder: str
+    config: object  # LlamaConfig
+    trained_window: int  # of the weights, tokens
+    identity: str  # tells one model from another, whatever their folders are called
+    control: str | None = None
+
+    @property
+    def window(self) -> int:
+        """Up to where this candidate is meant to work, tokens."""
+        return self.config.max_position_embeddings
+
+
+def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    p = Parser("eval_needle.py", doc)
+    add = p.add_argument
+    add("--model", metavar="DIR", help="Hugging Face folder to judge (None: out)")
+    add("--compare", nargs="*", metavar="DIR", help="others beside it (None: the run's original)")
+    add("--no_needles", action="store_true", help="also without the needles: the gain in nats")
+    alone = f"also the needle alone in {SHORT_TEXT} tokens: the share of the gain that distance"
+    add("--needle_alone", action="store_true", help=f"{alone} leaves (with --no_needles)")
+    controls = "--no_needles, and untrained: the first of --compare under the result's RoPE base"
+    add("--controls", action="store_true", help=controls)
+    add("--tasks", nargs="*", choices=TASKS, help="(None: template's, or niah_single)")
+    add("--template", metavar="FILE", help="wording, JSON (None: --model's needle.json, if any)")
+    add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
+    depths = "of the needle, 0: start, 1: end (None: 0 0.25 0.5 0.75 1)"
+    add("--depths", nargs="+", type=float, help=depths)
+    add("--n", type=int, help="texts per length (None: 2, or what the template says)")
+    add("--n_beyond", type=int, help="beyond a compared model's window (None: template, --n)")
+    add("--loss", "--ppl", action="store_true", help="also the loss, nats per token, on n texts")
+    add("--haystack", metavar="PATH", help="text, folder (None: template, essays, Python docs)")
+    add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
+    add("--seed", type=int, default=0, help="of texts and needles")
+    add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
+    return p.parse_args(argv)
+
+
+def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
+    """(settings, task name -> Task, folder -> config); known: name -> Task. BadInput for what
+    cannot be meant and for models that cannot be compared."""
+    if flags.model is None and not Path(RESULT).exists():
+        raise BadInput(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
+    model = local_folder(flags.model or RESULT)
+    begun_with = base_of_run(model)
+    compare = begun_with if flags.compare is None else flags.compare
+    compare = tuple(dict.fromkeys(map(local_folder, compare)))
+    if model in compare:
+        raise BadInput(f"--compare {model} is --model itself")
+    starts = [os.path.realpath(folder) for folder in begun_with]
+    original = next((f for f in compare if os.path.realpath(f) in starts), None)
+    if flags.controls and original is None:
+        original = next(iter(compare), None)
+        if original is None:
+            log("--controls: without --compare DIR only the one without needles")
+    configs = {folder: read_config(folder) for folder in (*compare, model)}
+    path = Path(flags.template or Path(model) / "needle.json")
+    fields = read_template(path, known) if flags.template or path.is_file() else {}
+    names, tasks = apply_template(path, fields, flags.tasks, known)
+    windows = [config.max_position_embeddings for config in configs.values()]
+    n = fields.get("n", 2) if flags.n is None else flags.n
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = flags.dtype or ("bfloat16" if device == "cuda" else "float32")
+    asked_for = {
+        NO_NEEDLES: flags.no_needles or flags.controls or flags.needle_alone,
+        NEEDLE_ALONE: flags.needle_alone,
+    }
+    settings = Settings(
+        model=model,
+        compare=compare,
+        original=original,
+        tasks=tuple(names),
+        lengths=tuple(sorted(set(flags.lengths or default_lengths(windows)))),
+        depths=tuple(sorted(set(flags.depths or [0.0, 0.25, 0.5, 0.75, 1.0]))),
+        n=n,
+        n_beyond=fields.get("n_beyond", n) if flags.n_beyond is None else flags.n_beyond,
+        seed=flags.seed,
+        loss=flags.loss,
+        controls=tuple(name for name, wanted in asked_for.items() if wanted),
+        haystack=flags.haystack or haystack_of(path, fields),
+        template=str(path) if fields else None,
+        out=flags.out or model,
+        device=device,
+        dtype=f"torch.{dtype}",
+    )
+    check_settings(settings, tasks, flags.depths is not None)
+    check_models(configs, settings.lengths[-1])
+    return settings, tasks, configs
+
+
+def default_lengths(windows: list[int]) -> list[int]:
+    """From the shortest window to the longest.
+
+    >>> default_lengths([8192, 131072])
+    [8192, 32768, 65536, 131072]
+    """
+    new = max(windows)
+    return [min(windows), new // 4, new // 2, new]
+
+
+def haystack_of(template: Path, fields: dict) -> str | None:
+    """The text that a template names: a path beside it, or as it is."""
+    name = fields.get("haystack")
+    if name in (None, "noise", "needles"):
+        return None
+    beside = template.parent / name
+    return str(beside) if beside.exists() else name
+
+
+def check_settings(settings: Settings, tasks: dict, depths_given: bool) -> None:
+    each = [name for name in settings.tasks if tasks[name].ask == "each"]
+    if depths_given and each:
+        log(f"--depths is not for {', '.join(each)}: the needles divide the text among them")
+    check_ranges(settings, at_least_1=("n", "n_beyond"), seed=("seed",))
+    if not settings.tasks and not settings.loss:
+        raise BadInput("--tasks without a name takes --loss: else there is nothing to run")
+    if settings.lengths[0] < 2:
+        raise BadInput(f"--lengths {settings.lengths[0]} must be at least 2 tokens")
+    if outside := [d for d in settings.depths if not 0 <= d <= 1]:
+        raise BadInput(f"--depths {outside[0]:g} must be within 0..1")
+
+
+def check_models(configs: dict, longest: int) -> None:
+    """configs: folder -> config, the model to judge last. BadInput if one cannot take the longest
+    prompt, or the prompts (and so the answers) of the last one's tokenizer."""
+    own = load_tokenizer(list(configs)[-1])
+    for folder, config in configs.items():
+        if config.sliding_window is not None and config.sliding_window < longest:
+            raise BadInput(
+                f"{folder}: sliding_window {config.sliding_window} is shorter than"
+                f" --lengths {longest}"
+            )
+        if own.vocab_size > config.vocab_size or own != load_tokenizer(folder):
+            raise BadInput(
+                f"{folder}: its tokenizer or vocabulary is not that of --model {list(configs)[-1]}"
+            )
+
+
+def judged(settings: Settings, configs: dict, hashes: Hashes) -> list[Candidate]:
+    """Who is judged, in the order of every table and figure: original, untrained (where the result
+    has another rope_theta), others, result, controls."""
+    result = configs[settings.model]
+    theta, window = result.rope_theta, result.max_position_embeddings
+    identity = hashes.of_model(settings.model)
+    order = sorted(settings.compare, key=lambda folder: folder != settings.original)
+    labels = labels_of((*order, settings.model), settings.original)
+    candidates = []
+    for folder, config in ((f, configs[f]) for f in order):
+        trained, its_identity = config.max_position_embeddings, hashes.of_model(folder)
+        candidates.append(Candidate(labels[folder], folder, config, trained, its_identity))
+        if folder == settings.original and config.rope_theta != theta:
+            rebased, its_identity = config.with_rope(theta, window), f"{its_identity}/{theta:.6g}"
+            candidates.append(Candidate("untrained", folder, rebased, trained, its_identity))
+    own = Candidate(labels[settings.model], settings.model, result, window, identity)
+    more = [
+        dataclasses.replace(own, label=name, control=name, identity=f"{identity}/{name}")
+        for name in settings.controls
+    ]
+    return [*candidates, own, *more]
+
+
+def labels_of(folders: tuple[str, ...], original: str | None) -> dict[str, str]:
+    """Folder -> its label: "original", or the folder's name, or where two have the same the whole
+    path."""
+    names = {folder: Path(os.path.realpath(folder)).name for folder in folders}
+    taken = ["original", "untrained", NO_NEEDLES, NEEDLE_ALONE, *names.values()]
+    labels = {f: f if taken.count(name) > 1 else name for f, name in names.items()}
+    return labels | ({original: "original"} if original else {})
+
+
+def cells(candidate: Candidate, tasks: dict, settings: Settings) -> Iterator[tuple]:
+    """(task, length, repeat, depth) of each prompt of one candidate, deepest needle first."""
+    names = [*settings.tasks, *(["loss"] if settings.loss and candidate.control is None else [])]
+    for name in names:
+        depths = [0.0] if name == "loss" else tasks[name].depths(settings.depths)
+        if candidate.control is not None and tasks[name].needles == 0:
+            continue  # no needle that could be left out
+        if candidate.control == NO_NEEDLES and tasks[name].ask != "each":
+            depths = depths[:1]  # the same prompt at each of them
+        for length in settings.lengths:
+            beyond = candidate.folder != settings.model and length > candidate.window
+            for repeat in range(settings.n_beyond if beyond else settings.n):
+                for depth in sorted(depths, reverse=True):
+                    yield name, length, repeat, depth

@@ -1,0 +1,132 @@
+"""What train.py is told: what to train, and where and how to run it. Each field is a flag of the
+same name; what is said about it here is its help text."""
+
+from dataclasses import dataclass, fields
+
+from support.data.toy import TINY
+from support.memory import count as budget
+from support.memory.machine import HERE
+from support.memory.optimizer import NAMES as OPTIMIZERS
+from support.runs.flags import flag, parse_or_resume
+from support.system.console import check_ranges
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, down to the last number: made once by `resolve` from the flags of the same
+    names, or written by hand (every field has a default); nothing changes it afterwards."""
+
+    model: str = flag(
+        TINY, "folder of the original, or its name on the hub", "model", metavar="DIR"
+    )
+    target_len: int = flag(131_072, "window to reach, tokens")
+    base_len: int = flag(8_192, "window of the original, tokens", derived="its config's")
+    rope_base: float = flag(1.315e8, "new rope_theta", derived="the paper's NTK formula")
+
+    method: str = flag("longrecipe", "position ids of a sample", "recipe")
+    select: str = flag("impact", "which sentences of a text stay")
+    prefix: bool = flag(False, "keep a contiguous prefix, as the released code does")
+    train_len: int = flag(39_424, "sample, tokens", derived="30 %% of target_len")
+    probe_steps: int = flag(
+        10,
+        "steps on randomly chosen sentences before the analysis",
+        derived="a tenth of --steps, but at least 5, or a quarter of --steps if that is less",
+    )
+    extended: str | None = flag(None, "a trained H' to analyse, not the probe's", metavar="DIR")
+    impactful: str | None = flag(
+        None,
+        "impactful.json of an earlier run; skips the analysis, and the probe unless --probe_steps"
+        " is given",
+        metavar="FILE",
+    )
+    analysis_samples: int = flag(8, "samples that the analysis looks at")
+    log_softmax: bool = flag(False, "analyse log-probabilities, not raw logits")
+    rebased_analysis: bool = flag(False, "compare H' with the original under the new rope_theta")
+    top: float = flag(0.2, "share of occurrences that count as impactful")
+    min_count: int = flag(1, "token types seen less often in the analysis are not impactful")
+    merge_weight: float = flag(0.5, "share of the tuned model in the result")
+
+    steps: int = flag(104, "optimizer steps of the extension, probe included", "training")
+    replay_steps: int = flag(87, "steps of the replay", derived="as many as make 68M tokens")
+    replay_len: int = flag(8_192, "replay sample, tokens", derived="the old window, or train_len")
+    batch_sequences: int = flag(96, "samples per optimizer step")
+    lr: float = flag(5e-5, "learning rate of the extension")
+    replay_lr: float = flag(5e-6, "start of the replay's falling learning rate")
+    warmup_steps: int = flag(5, "steps until --lr is reached")
+    weight_decay: float = flag(0.1, "of AdamW, on matrices")
+    clip: float = flag(1.0, "largest global gradient norm")
+    seed: int = flag(0, "of the samples")
+
+    dtype: str = flag(
+        "bfloat16",
+        "of weights and activations",
+        "memory (the plan chooses what is not given)",
+        derived="bfloat16 on CUDA, float32 on a CPU",
+        choices=("bfloat16", "float32"),
+    )
+    optimizer: str = flag(
+        "adamw",
+        "where its state is kept, and in how many bits",
+        derived="the fastest that fits",
+        choices=OPTIMIZERS,
+    )
+    keep_attention: bool = flag(
+        False, "keep attention's outputs for the backward pass", derived="if they fit"
+    )
+    offload_inputs: bool = flag(
+        False, "keep each layer's input on the host", derived="if nothing fits without"
+    )
+
+    data: list[str] | None = flag(
+        None,
+        "text files or folders",
+        "data",
+        derived="the Python standard library",
+        nargs="+",
+        metavar="PATH",
+    )
+    replay_data: list[str] | None = flag(
+        None, "the same for the replay", derived="--data", nargs="+", metavar="PATH"
+    )
+    join: bool = flag(False, "join the documents of --data into one")
+
+    @property
+    def analyses(self) -> bool:
+        """Does the run find the impactful types itself?"""
+        return self.select == "impact" and self.impactful is None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the run goes and what is kept of it: changes no bit of the result."""
+
+    out: str = flag("out", "where the result goes; must be empty", "output", metavar="DIR")
+    keep_stages: bool = flag(False, "keep out/extended and out/replayed")
+    save_minutes: float = flag(30.0, "minutes between saves of the training state")
+    no_saves: bool = flag(
+        False,
+        "write no resumable state (saves 4-12 bytes of disk per parameter, twice)",
+        action="store_true",
+    )
+    resume: bool = flag(
+        False, "go on with the run in --out, with its settings", action="store_true"
+    )
+    export: str | None = flag(None, "only write the run's samples to this folder", metavar="DIR")
+    plan: str | None = flag(
+        None,
+        "only print memory, FLOPs and hours of the run, on this machine or on that GPU",
+        nargs="?",
+        const=HERE,
+        choices=(HERE, *budget.GPUS),
+    )
+
+
+def parse_settings(
+    prog: str, doc: str, argv: list[str] | None, toy: dict, choices: dict
+) -> tuple[dict, RunOptions]:
+    """(the fields of Settings that are given, name -> value; the options): see parse_or_resume."""
+    flags = parse_or_resume(prog, doc, argv, (Settings, RunOptions), toy, choices)
+    names = [field.name for field in fields(RunOptions) if field.name in flags]
+    options = RunOptions(**{name: flags.pop(name) for name in names})
+    check_ranges(options, not_negative=("save_minutes",))
+    return flags, options

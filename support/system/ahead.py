@@ -1,0 +1,28 @@
+"""Work done ahead on a thread, while the caller is busy with something else."""
+
+import collections
+import contextlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+
+
+@contextlib.contextmanager
+def made_ahead(thread: Executor, items: Iterable, n: int) -> Iterator[Iterator]:
+    """The same items in the same order, made by the executor's only thread, up to n before they are
+    asked for.
+
+    An error in the making is raised, with its own traceback, where its item is asked for. Left
+    early, by Ctrl-C say, the thread ends with the item that it is making."""
+    making, end = iter(items), object()
+    waiting = collections.deque(thread.submit(next, making, end) for _ in range(n))
+
+    def asked_for() -> Iterator:
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, making, end))
+            yield item
+
+    try:
+        yield asked_for()
+    finally:
+        for future in waiting:
+            future.cancel()
