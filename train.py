@@ -54,6 +54,7 @@ from support.data.sources import contents, is_toy_model, load_corpora
 from support.data.text import Corpus
 from support.data.toy import TINY
 from support.huggingface.config import check_extendable
+from support.huggingface.hashes import Hashes
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
 from support.memory import choose as fit
@@ -458,7 +459,9 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     if run.finished():
         log(f"{options.out} holds this run, finished: nothing to do")
         return
-    run.check_data(contents(settings), options.resume)
+    model_hash = Hashes(run.path / "hashes.json").of_model(settings.model)
+    original = {"path": settings.model, "sha256": model_hash}
+    run.check_data([*contents(settings), original], options.resume)
     corpus, replay_corpus = load_corpora(settings, tokenizer)
     impactful = None
     if settings.impactful:
