@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import WORDS, Table, in_words, lead, texts_of  # noqa: E402
-from tiny_study import SETTINGS  # noqa: E402
+from real_study import TABLE as REAL_STUDY  # noqa: E402
+from tiny_study import table_of  # noqa: E402
 
 from support.memory import table as plan  # noqa: E402
 from support.needles.figures import draw_curves, draw_heatmap  # noqa: E402
@@ -26,7 +27,7 @@ from support.needles.intervals import clustered, mean_of  # noqa: E402
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "assets" / "results"
 TOY, REAL = RESULTS / "tiny_128k", RESULTS / "smollm2_16k"
-STUDY = "tiny_study_32768.json"
+STUDY = table_of(32_768)
 
 
 def word(label: str) -> str:
@@ -99,15 +100,11 @@ def needle_table(found: dict, losses: dict | None = None) -> str:
     return table(header + [f"loss at {length:,}" for length in at], rows)
 
 
-def studied(name: str, length: int, seed: str | None = None) -> dict:
-    """A cell of the study: all texts of all seeds, or of one."""
-    seeds = read(STUDY)["runs"][name]
-    texts = texts_of({seed: seeds[seed]} if seed else seeds, length)
-    return {
-        "mean": mean_of(texts),
-        "interval_95": clustered(texts),
-        "n": sum(map(len, texts)),
-    }
+def cell(seeds: dict, length: int) -> dict:
+    """A cell of a study: all texts of all seeds."""
+    texts = texts_of(seeds, length)
+    n = sum(map(len, texts))
+    return {"mean": mean_of(texts), "interval_95": clustered(texts), "n": n}
 
 
 def main_table() -> str:
@@ -119,8 +116,9 @@ def main_table() -> str:
         "PoSE": ("trained, one jump (`--method pose`)", "pose"),
         "LongRecipe": ("trained, **LongRecipe**", "longrecipe"),
     }
+    runs = read(STUDY.file.name)["runs"]
     pairs = {
-        row: (studied(setting, 32_768), toy_entry(row, 131_072))
+        row: (cell(runs[setting], 32_768), toy_entry(row, 131_072))
         for row, (_, setting) in shown.items()
     }
     rows = [[shown[row][0], *map(share, pair)] for row, pair in pairs.items()]
@@ -145,13 +143,14 @@ def windows_table() -> str:
     return table(["window", "original", "untrained", "LongRecipe", "minutes of training"], rows)
 
 
-def leads(runs: dict) -> dict[str, dict]:
-    """setting -> by how much longrecipe under the same theta is above it."""
-    found = {}
-    for name in (name for name in SETTINGS if name in runs):
-        ours = runs.get(Table.reference(name), {})
-        if ours != runs[name] and ours.keys() & runs[name].keys():
-            found[name] = lead(ours, runs[name], 32_768)
+def leads(study: Table, field: str = "scores") -> dict[str, dict]:
+    """Row of a study -> by how much longrecipe under the same theta is above it at the target."""
+    runs, found = read(study.file.name)["runs"], {}
+    for name in (name for name in study.names if name in runs):
+        pair = runs.get(study.reference(name), {}), runs[name]
+        ours, other = ({s: row for s, row in seeds.items() if field in row} for seeds in pair)
+        if ours != other and ours.keys() & other.keys():
+            found[name] = lead(ours, other, study.lengths[1], field)
     return found
 
 
@@ -163,44 +162,55 @@ def verdict(e: dict) -> str:
     return "above" if low > 0 else "below" if high < 0 else "not told apart from"
 
 
-def study_table() -> str:
-    runs = read(STUDY)["runs"]
-    ahead, original, rows = leads(runs), runs["untrained, old base"], []
-    for name in (name for name in SETTINGS if name in runs):
-        seeds = runs[name]
-        one = next(iter(seeds.values()))
-        kept = [
-            statistics.mean(s[k] for s in seeds.values()) if k in one else None
-            for k in ("questions_kept", "their_pair_kept")
-        ]
-        loss = [
-            statistics.mean(row["losses"]) - statistics.mean(original[seed]["losses"])
-            for seed, row in seeds.items()
-            if "losses" in row and "losses" in original.get(seed, {})
-        ]
-        gain = ahead.get(name)
-        mean, *interval = (100 * x for x in (gain["mean"], *gain["interval_95"])) if gain else [0]
-        rows.append(
-            [
-                in_words(name),
-                str(one["recipe"]["steps"]) if "recipe" in one else "",
-                "" if kept[0] is None else f"{100 * kept[0]:.0f} %",
-                "" if not kept[0] else f"{100 * kept[1]:.0f} %",  # of no question: no pair
-                f"{statistics.mean(loss):+.3f}" if loss else "",
-                share(studied(name, 8192)),
-                share(studied(name, 32_768)),
-                ", ".join(f"{100 * studied(name, 32_768, s)['mean']:.0f}" for s in sorted(seeds)),
-                f"{mean:+.0f} ({interval[0]:+.0f} to {interval[1]:+.0f})" if gain else "",
-            ]
-        )
-    header = ["setting", "steps", "questions kept", "with their pair", "loss above the original's"]
-    header += ["at 8,192", "at 32,768", "by seed", "LongRecipe above it by"]
-    return table(header, rows)
+def gain(e: dict | None, scale: float, how: str) -> str:
+    if e is None:
+        return ""
+    mean, low, high = (format(scale * x, how) for x in (e["mean"], *e["interval_95"]))
+    return f"{mean} ({low} to {high})"
+
+
+def study_row(name: str, runs: dict, lengths: tuple[int, int], ahead: dict, nats: dict) -> dict:
+    """Column -> cell, empty where that was not measured."""
+    seeds, original = runs[name], runs.get("untrained, old base", {})
+
+    def mean(key: str, how: str) -> str:
+        values = [row[key] for row in seeds.values() if key in row]
+        return FORMATS[how](statistics.mean(values)) if values else ""
+
+    losses = [
+        statistics.mean(row["losses"]) - statistics.mean(original[seed]["losses"])
+        for seed, row in seeds.items()
+        if row.get("losses") and original.get(seed, {}).get("losses")
+    ]
+    row = {"setting": in_words(name)}
+    row["steps"] = str(next(iter(seeds.values())).get("recipe", {}).get("steps", ""))
+    row["questions kept, %"] = mean("questions_kept", "%")
+    asked = row["questions kept, %"] not in ("", "0")  # of no question none has its pair
+    row["with their pair, %"] = mean("their_pair_kept", "%") if asked else ""
+    row["loss above the original's"] = f"{statistics.mean(losses):+.3f}" if losses else ""
+    for length in lengths:
+        row[f"at {length:,}"] = share(cell(seeds, length))
+        found = texts_of(seeds, length, "nats")
+        row[f"nats at {length:,}"] = f"{mean_of(found):.2f}" if found else ""
+    means = [cell({s: seeds[s]}, lengths[1])["mean"] for s in sorted(seeds)]
+    row["by seed"] = ", ".join(map(FORMATS["%"], means))
+    row["LongRecipe above it by"] = gain(ahead.get(name), 100, "+.0f")
+    row["in nats"] = gain(nats.get(name), 1, "+.2f")
+    return row
+
+
+def study_table(study: Table) -> str:
+    if not (RESULTS / study.file.name).is_file():
+        return "Not run yet."
+    runs, both = read(study.file.name)["runs"], (leads(study), leads(study, "nats"))
+    rows = [study_row(name, runs, study.lengths, *both) for name in study.names if name in runs]
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
+    return table(columns, [[row[column] for column in columns] for row in rows])
 
 
 def study_verdicts() -> str:
     """One sentence for each theta: what longrecipe is above, below, or not told apart from."""
-    found, lines = leads(read(STUDY)["runs"]), []
+    found, lines = leads(STUDY), []
     for theta in dict.fromkeys(name.partition(", ")[2] for name in found):
         groups: dict[str, list[str]] = {}
         for name in (name for name in found if name.partition(", ")[2] == theta):
@@ -285,12 +295,10 @@ def fact(name: str) -> str:
 @functools.cache
 def facts() -> dict[str, str]:
     """The numbers that are worked out from more than one place of a result."""
-    known = {}
-    for name in (runs := read(STUDY)["runs"]):
-        known |= {
-            f"study {name} {n}": FORMATS["%"](studied(name, n)["mean"]) for n in (8192, 32_768)
-        }
-    known |= {f"study verdict {name}": verdict(e) for name, e in leads(runs).items()}
+    known = {f"study verdict {name}": verdict(e) for name, e in leads(STUDY).items()}
+    for name, seeds in read(STUDY.file.name)["runs"].items():
+        for n in STUDY.lengths:
+            known[f"study {name} {n}"] = FORMATS["%"](mean_of(texts_of(seeds, n)))
 
     lines = (RESULTS / "tiny_128k" / "needle.jsonl").read_text().splitlines()
     needles, judged = [r for r in map(json.loads, lines) if r["task"] == "multiquery"], 0.0
@@ -352,7 +360,8 @@ REGIONS = {
         read("tiny_128k/needle_results.json"), read("tiny_128k/loss_results.json")
     ),
     "windows": windows_table,
-    "study": study_table,
+    "study": lambda: study_table(STUDY),
+    "real study": lambda: study_table(REAL_STUDY),
     "verdicts": study_verdicts,
     "real": real_table,
     "plan": plan_table,

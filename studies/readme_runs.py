@@ -28,7 +28,7 @@ from tiny_study import ORIGINAL, selected
 from support.system.console import log, provenance, report_errors
 
 TO_32K = "train.py --target_len 32768 --rope_base 40000 --steps 40"
-TELL = "eval_needle.py --model out_32k --lengths 8192 32768 --n 8 --controls"
+TELL = "eval_needle.py --model out_32k --lengths 8192 32768 --n 8"
 SETS = {  # name -> the commands in their order, as README prints them after `python`
     "first": {
         "train": f"{TO_32K} --out out_32k",
@@ -113,14 +113,14 @@ def default_run(target: int, methods: list[str]) -> None:
         train_into(other, f"--target_len {target} --method {method} {same}")
     kept.mkdir(parents=True, exist_ok=True)
     compared = " ".join(map(str, (ORIGINAL, *others.values())))
-    run(f"eval_needle.py --model {out} --compare {compared} --controls")
+    run(f"eval_needle.py --model {out} --compare {compared}")
     for method, other in others.items():
         copy_record(other, kept / f"run_{method}.json")
     copy_record(out, kept / "run.json")
     for name in ("needle_results.json", "metrics.jsonl", "impactful.json"):
         shutil.copyfile(out / name, kept / name)
     (kept / "selection.json").write_text(json.dumps(selected(out), indent=1) + "\n")
-    run(f"eval_needle.py --model {out} --ppl --controls --n 1 --n_beyond 1 --lengths 8192 {target}")
+    run(f"eval_needle.py --model {out} --loss --n 1 --n_beyond 1 --lengths 8192 {target}")
     for name in ("needle.png", "curves.png", "needle.jsonl"):
         shutil.copyfile(out / name, kept / name)
     shutil.copyfile(out / "needle_results.json", kept / "loss_results.json")

@@ -168,7 +168,7 @@ def is_done(row: dict, name: str, seed: int, args) -> bool:
 def measure(name: str, seed: int, args) -> dict:
     out, record = folder(name, seed, args), make_model(name, seed, args)
     judge = f"eval_needle.py --model {out} --compare --n {args.n} --seed {seed} --lengths"
-    run(f"{judge} {WINDOW} --ppl")
+    run(f"{judge} {WINDOW} --loss")
     run(f"{judge} {args.target}")
     results = read_lines(out / "needle.jsonl")
     if SETTINGS[name] is not None:

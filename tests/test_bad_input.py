@@ -211,7 +211,7 @@ EVAL = [
     ("--n 0", "--n 0 must be at least 1"),
     ("--depths 2", "--depths 2 must be within 0..1"),
     ("--seed -5", "--seed -5 must be within"),
-    ("--tasks", "--tasks without a name wants --ppl"),
+    ("--tasks", "--tasks without a name takes --loss"),
     ("--out {tmp}/latin.txt", "latin.txt is a file; a folder for the results is needed"),
 ]
 

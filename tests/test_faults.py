@@ -414,6 +414,9 @@ def test_a_killed_evaluation_goes_on(place):
         [json.loads(x) | {"seconds": 0} for x in (place / e / "needle.jsonl").open()]
         for e in ("e1", "e2")
     ]
+    # a kill changes which part of a prompt is in the cache already, and so how sums are rounded
+    nats = [[row.pop("answer_logprob") for row in found] for found in rows]
+    assert nats[0] == pytest.approx(nats[1], abs=1e-4)
     assert rows[0] == rows[1] and len(rows[0]) == 6
 
 

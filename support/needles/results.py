@@ -58,8 +58,8 @@ class Results:
         kept."""
         before = list(self.known.values())
         with only_writer(self.path.parent), telling(self.what_is_saved):
-            self.hashes.save()
             yield
+            self.hashes.save()
         if list(self.known.values()) == before:
             log("every result was measured before: nothing was run")
 
