@@ -41,7 +41,6 @@ from torch import Tensor
 
 import recipe
 from model import (
-    CUDA_BACKENDS,
     Llama,
     LlamaConfig,
     linear_cross_entropy,
@@ -59,6 +58,7 @@ from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
 from support.memory import choose as fit
 from support.memory import count as budget
+from support.memory import kernels
 from support.memory.activations import LayerInputsOnHost
 from support.memory.machine import HERE, Machine, machine
 from support.memory.optimizer import make_optimizer
@@ -471,7 +471,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
-    log_device(device, CUDA_BACKENDS, is_toy_model(settings.model))
+    log_device(device, kernels.in_words(), is_toy_model(settings.model))
     checks.log_run(settings, stages, corpus)
     trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)
     trainer.impactful = impactful
