@@ -28,7 +28,7 @@ from model import BadInput, LlamaConfig, generate, load_pretrained, load_tokeniz
 from support.memory.count import forward_flops, training_flops
 from support.needles.cost import kv_cache_bytes
 from support.needles.figures import draw_curves, draw_heatmap
-from support.needles.haystack import CITIES, load_haystack
+from support.needles.haystack import CITIES, Hidden, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.results import KEY, Results
 from support.needles.summary import gain, gains, summarise, versus
@@ -180,6 +180,15 @@ def test_a_text_without_sentence_ends_has_places_for_needles(toy_dir, text, at):
         assert 0 <= depth - sample.true_depth < 0.02
     with pytest.raises(BadInput, match="hardly any sentence ends, line breaks or spaces"):
         Haystack("คำภาษาไทย" * 400, load_tokenizer(toy_dir))
+
+
+def test_a_task_whose_answer_is_empty_is_refused(haystack):
+    def hide_nothing(task, haystack, length, rng):
+        return Hidden(haystack.cut(length, rng), ["The code is."], ["What is the code?"], [[""]])
+
+    task = dataclasses.replace(TASKS["niah_single"], hide=hide_nothing)
+    with pytest.raises(BadInput, match="an expected answer is empty"):
+        make_sample(task, haystack, 900, 0.5, "0")
 
 
 def test_answers_are_compared_after_nfc(toy_dir):
@@ -710,7 +719,7 @@ def test_lengths_and_compare_come_from_the_run(toy_dir, prose_file, tmp_path):
 # ---- the figure --------------------------------------------------------------------------------
 
 
-def draw(monkeypatch, tmp_path, lengths, names):
+def draw(monkeypatch, tmp_path, lengths, names, **options):
     """The heat-map of three models: nothing, half, all found -> the matplotlib figure."""
     from matplotlib.figure import Figure
 
@@ -727,7 +736,9 @@ def draw(monkeypatch, tmp_path, lengths, names):
         for i, d in enumerate((0.0, 0.5, 1.0))
         for j in range(4)
     ]
-    draw_heatmap(tmp_path / "h.png", rows, "t", windows, names)
+    for i, row in enumerate(rows):
+        row |= {"answer_logprob": -float(i % 4), "expected": ["7"]}
+    draw_heatmap(tmp_path / "h.png", rows, "t", windows, names, **options)
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
     figures[0].draw_without_rendering()  # saved at another resolution: lay it out again
     return figures[0]
@@ -772,6 +783,13 @@ def test_the_heatmap_can_be_read(tmp_path, monkeypatch):
     assert {t.get_color() for a in axes for t in a.texts} == {"black", "white"}
     whole = draw(monkeypatch, tmp_path, (300, 400), {})
     assert "dashed" not in whole.get_supxlabel()
+
+
+def test_the_heatmap_can_show_nats(tmp_path, monkeypatch):
+    figure = draw(monkeypatch, tmp_path, (300, 600), {}, in_nats=True)
+    *axes, bar = figure.axes
+    assert {text.get_text() for a in axes for text in a.texts} == {"-1.50"}  # mean of 0 to -3
+    assert axes[0].images[0].get_clim() == (-3.0, 0.0) and "nats" in bar.get_ylabel()
 
 
 def luminance(color) -> float:

@@ -91,20 +91,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
 def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
     """(settings, task name -> Task, folder -> config); known: name -> Task. BadInput for what
     cannot be meant and for models that cannot be compared."""
-    if flags.model is None and not Path(RESULT).exists():
-        raise BadInput(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
-    model = local_folder(flags.model or RESULT)
-    begun_with = base_of_run(model)
-    compare = begun_with if flags.compare is None else flags.compare
-    compare = tuple(dict.fromkeys(map(local_folder, compare)))
-    if model in compare:
-        raise BadInput(f"--compare {model} is --model itself")
-    starts = [os.path.realpath(folder) for folder in begun_with]
-    original = next((f for f in compare if os.path.realpath(f) in starts), None)
-    if flags.controls and original is None:
-        original = next(iter(compare), None)
-        if original is None:
-            log("--controls: without --compare DIR only the one without needles")
+    model, compare, original = who_is_judged(flags)
     configs = {folder: read_config(folder) for folder in (*compare, model)}
     path = Path(flags.template or Path(model) / "needle.json")
     fields = read_template(path, known) if flags.template or path.is_file() else {}
@@ -138,6 +125,25 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
     check_settings(settings, tasks, flags.depths is not None)
     check_models(configs, settings.lengths[-1])
     return settings, tasks, configs
+
+
+def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
+    """(--model, --compare, the one of those that --model began with, where that is known)."""
+    if flags.model is None and not Path(RESULT).exists():
+        raise BadInput(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
+    model = local_folder(flags.model or RESULT)
+    begun_with = base_of_run(model)
+    compare = begun_with if flags.compare is None else flags.compare
+    compare = tuple(dict.fromkeys(map(local_folder, compare)))
+    if model in compare:
+        raise BadInput(f"--compare {model} is --model itself")
+    starts = [os.path.realpath(folder) for folder in begun_with]
+    original = next((f for f in compare if os.path.realpath(f) in starts), None)
+    if flags.controls and original is None:
+        original = compare[0] if compare else None
+        if original is None:
+            log("--controls: without --compare DIR only the one without needles")
+    return model, compare, original
 
 
 def default_lengths(windows: list[int]) -> list[int]:
