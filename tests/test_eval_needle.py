@@ -719,7 +719,7 @@ def test_lengths_and_compare_come_from_the_run(toy_dir, prose_file, tmp_path):
 # ---- the figure --------------------------------------------------------------------------------
 
 
-def draw(monkeypatch, tmp_path, lengths, names):
+def draw(monkeypatch, tmp_path, lengths, names, **options):
     """The heat-map of three models: nothing, half, all found -> the matplotlib figure."""
     from matplotlib.figure import Figure
 
@@ -736,7 +736,9 @@ def draw(monkeypatch, tmp_path, lengths, names):
         for i, d in enumerate((0.0, 0.5, 1.0))
         for j in range(4)
     ]
-    draw_heatmap(tmp_path / "h.png", rows, "t", windows, names)
+    for i, row in enumerate(rows):
+        row |= {"answer_logprob": -float(i % 4), "expected": ["7"]}
+    draw_heatmap(tmp_path / "h.png", rows, "t", windows, names, **options)
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
     figures[0].draw_without_rendering()  # saved at another resolution: lay it out again
     return figures[0]
@@ -781,6 +783,13 @@ def test_the_heatmap_can_be_read(tmp_path, monkeypatch):
     assert {t.get_color() for a in axes for t in a.texts} == {"black", "white"}
     whole = draw(monkeypatch, tmp_path, (300, 400), {})
     assert "dashed" not in whole.get_supxlabel()
+
+
+def test_the_heatmap_can_show_nats(tmp_path, monkeypatch):
+    figure = draw(monkeypatch, tmp_path, (300, 600), {}, in_nats=True)
+    *axes, bar = figure.axes
+    assert {text.get_text() for a in axes for text in a.texts} == {"-1.50"}  # mean of 0 to -3
+    assert axes[0].images[0].get_clim() == (-3.0, 0.0) and "nats" in bar.get_ylabel()
 
 
 def luminance(color) -> float:
