@@ -203,7 +203,7 @@ def study_table(study: Table) -> str:
     if not (RESULTS / study.file.name).is_file():
         return "Not run yet."
     runs, both = read(study.file.name)["runs"], (leads(study), leads(study, "nats"))
-    rows = [study_row(name, runs, study.lengths, *both) for name in study.names if name in runs]
+    rows = [study_row(name, runs, study.lengths, *both) for name in study.best_first(runs)]
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
     return table(columns, [[row[column] for column in columns] for row in rows])
 

@@ -97,7 +97,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("d * room", "d * length"),
     ),
     "E12": (
-        "model.py",
+        "support/memory/kernels.py",
         ("sigmoid(lse_a - lse_b)", "sigmoid(lse_b - lse_a)"),
         ("(1 - share) * b", "(1 + share) * b"),
         ("share * a + (1 - share)", "a + (1 - share)"),

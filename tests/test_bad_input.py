@@ -107,7 +107,7 @@ BAD_FOLDERS = {
 # ---- flags and files: {tmp} is an empty folder but for these -----------------------------------
 
 FILES = {
-    "one_segment.txt": "word " * 3000,
+    "one_segment.txt": "word" * 3000,
     "latin.txt": "é".encode("latin-1") * 100,
     "types.json": '{"99999": 1}',
     "settings.json": '{"settings": {}}',
