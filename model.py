@@ -1,9 +1,9 @@
-"""A Llama from scratch whose position ids are yours to choose.
+"""A Llama from scratch that takes any position ids.
 
 What it is: the decoder-only transformer of the Llama family in plain PyTorch, bottom-up, with a
 loss that never holds all logits and a cache for greedy generation. fp32 logits and gradients equal
-those of `transformers`. This file works alone, copied into a project of yours; only Hugging Face
-folders (chapter 9) and the levers of activation checkpointing take support/ beside it.
+those of `transformers`. You can copy this file into your own project. Only chapter 9 (Hugging Face
+folders) and the memory options of `Llama` need support/.
 
 Why it exists beside `transformers`: LongRecipe (Hu et al., ACL 2025, section 4.2) trains on
 samples whose position ids have gaps. Here a position id is a RoPE position and nothing else;
@@ -23,11 +23,18 @@ Glossary (one for all four files)
     D, V       width of the model (hidden_size); size of the vocabulary
     H, KV, d   query heads; key and value heads (H is a multiple of KV); width of one head
     pos        position ids (B, T) int64: what RoPE rotates by. NOT the token index
+    theta      RoPE's base frequency (rope_theta in config.json, --rope_base)
     window L0  longest context of the checkpoint (max_position_embeddings, --base_len)
     target T*  the window we extend to (--target_len); sample L: tokens trained on (--train_len)
-    segment    a sentence or line, N in a text, M of them kept; inside it positions step by 1
+    segment    a sentence or line: N in a window, M kept; positions may jump between two segments
+    fill       segments without an impactful token, kept because too few others were there
     prefix r   length of the contiguous start that the released code puts before the spread-out rest
-    H and H'   the base model; the same one after its first steps on long samples (the probe)
+    original   the model one starts from: H in equations; H': the same after its first steps
+    untrained  the original's weights under the new theta: no training, the control to beat
+    plain positions  0, 1, 2, ... (--method none): the control without spread-out positions
+    text       one haystack of the evaluation, with its needles
+    result     one line of needle.jsonl: one prompt and what the model answered
+    n          answers behind a percentage: a result that asks for 8 values counts 8 times
 """
 
 import dataclasses
@@ -40,23 +47,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend as Backend
-from torch.nn.attention import sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 try:
+    from support.memory import kernels
     from support.system.bad_input import BadInput  # a command prints it as one line
-except ModuleNotFoundError:
-    BadInput = ValueError  # this file alone
+except ModuleNotFoundError:  # this file alone: torch chooses its kernels itself
+    kernels, BadInput = None, ValueError
+# one kernel instead of several, in training on a GPU only
+compiled_in_training = kernels.compiled_in_training if kernels else lambda function: function
 
 
 def support(name: str):
-    """A module of support/, imported where it is needed: all else works without."""
+    """Import a module of support/ on first use, so that the rest of this file works without it."""
     try:
         return import_module(f"support.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("support", f"support.{name}"):  # a package that support/ wants
+        if error.name not in ("support", f"support.{name}"):  # some other package is missing
             raise
         raise ModuleNotFoundError(f"this takes support/ beside model.py: {error}") from None
 
@@ -95,11 +103,11 @@ class LlamaConfig:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
-        """Read `path`/config.json. ValueError names the field that we miss or cannot honour."""
+        """Read `path`/config.json. BadInput names the field that is missing or unsupported."""
         return cls(**support("huggingface.folders").read_config(path))
 
     def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
-        """The same shape with another RoPE base and window: all that extension changes here."""
+        """The same shape with another theta and window: all that extension changes here."""
         return dataclasses.replace(self, rope_theta=float(theta), max_position_embeddings=max_len)
 
 
@@ -107,15 +115,18 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich, 2019) by torch's kernel, in fp32 inside.
+
+    In bf16 the result is rounded once. transformers rounds twice, before and after the product
+    with the weight: there the two differ by at most the last bit."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x if x.dtype == torch.float64 else x.float()  # statistics in fp32 or better
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 # ---- 3. Rotary position embedding --------------------------------------------------------------
@@ -146,6 +157,7 @@ def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tenso
     return angle.cos(), angle.sin()
 
 
+@compiled_in_training
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[j], x[j + d/2]) of x (B, H, T, d) by its angle, in fp32."""
     a, b = x.chunk(2, dim=-1)  # (B, H, T, d/2) each; bf16 times fp32 is fp32
@@ -155,30 +167,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # ---- 4. Attention ------------------------------------------------------------------------------
 
-# The O(T^2) math path is left out: where no memory-linear kernel fits, torch says so at once
-# instead of running out of memory later.
-CUDA_BACKENDS = [Backend.CUDNN_ATTENTION, Backend.FLASH_ATTENTION, Backend.EFFICIENT_ATTENTION]
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention in token order: q (B, H, T, d), k and v (B, KV, S, d) -> (B, H, T, d).
 
-    The T queries are the LAST T of the S tokens. Grouped-query heads are handled by the kernel."""
+    The T queries are the LAST T of the S tokens; the kernels handle grouped-query heads. ValueError
+    unless 1 <= T <= S."""
     T, S = q.shape[2], k.shape[2]
-    # SDPA's (T, S) mask is twice as slow. subtle: torch gives lse no gradient: inference only
-    if 1 < T < S and q.device.type == "cpu" and not (q.requires_grad or k.requires_grad):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        a, lse_a = flash(q, k[:, :, : S - T], v[:, :, : S - T])  # the past, without a mask
-        b, lse_b = flash(q, k[:, :, S - T :], v[:, :, S - T :], is_causal=True)  # the T themselves
-        # [E12] out = share * past + (1 - share) * own,  share = e^lse_a / (e^lse_a + e^lse_b)
-        share = torch.sigmoid(lse_a - lse_b)[..., None]  # (B, H, T, 1) fp32
-        return (share * a + (1 - share) * b).to(q.dtype)
+    if not 1 <= T <= S:
+        raise ValueError(f"attention of {T} queries to {S} tokens: 1 <= T <= S must hold")
+    if kernels and (kernel := kernels.joining(q, k)):  # for T < S without gradients
+        return kernels.past_and_own(q, k, v, kernel)
     # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0, not
     # S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.
     mask = None if T in (1, S) else causal_lower_right(T, S)
-    if q.is_cuda and q.dtype == torch.float32:  # the only kernel for fp32 there knows no groups
+    if q.is_cuda and q.dtype == torch.float32:
+        # CUDA's only memory-linear fp32 kernel does not support grouped heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    with sdpa_kernel(CUDA_BACKENDS, set_priority=True) if q.is_cuda else nullcontext():
+    with kernels.chosen(q, k) if kernels else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=True)
 
 
@@ -194,10 +200,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None", layer: int
-    ) -> Tensor:
-        B, T, _ = x.shape  # cache: the tokens before these T, when text is generated (chapter 8)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache, layer: int) -> Tensor:
+        B, T, _ = x.shape  # cache: a KVCache of the tokens before these T, or None (chapter 8)
 
         def heads(y: Tensor) -> Tensor:  # (B, T, n*d) -> (B, n, T, d)
             return y.view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -213,15 +217,24 @@ class Attention(nn.Module):
 # ---- 5. Block ----------------------------------------------------------------------------------
 
 
+@compiled_in_training
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.split = False  # True: keep and recompute less at a time, see support/
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.split and torch.is_grad_enabled():
+            weights = (y.weight for y in (self.gate_proj, self.up_proj, self.down_proj))
+            return support("memory.activations").split_mlp(x, *weights, gated)
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -232,9 +245,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "KVCache | None", layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache, layer: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -245,15 +256,16 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The whole model. Parameters carry the names of Hugging Face's checkpoints: no renaming.
 
-    `activation_checkpointing`: keep each layer's input alone for the backward pass and compute the
-    layer again there: activation memory of one layer instead of all. Two levers are below."""
+    `activation_checkpointing`: store only each layer's input and recompute the layer in the
+    backward pass, so that only one layer's activations are alive at a time. Two options refine
+    this, MLP.split a third; none changes what is computed (support/memory/activations.py)."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.keep_attention = False  # compute it again; True: keep its output, by support/
-        self.layer_inputs = None  # they stay on the device; else support's LayerInputsOnHost
+        self.keep_attention = False  # False: recompute attention. True: store its output
+        self.layer_inputs = None  # None: on the device. A LayerInputsOnHost: on the host
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -272,23 +284,27 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
 
-    def hidden(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, cache: "KVCache | None" = None
-    ) -> Tensor:
+    def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, cache=None) -> Tensor:
         """Last hidden states after the final norm: input_ids (B, T) int64 -> (B, T, D).
 
         position_ids (B, T) int64 may have gaps and exceed the window; None means cache length ..
-        cache length + T - 1. With a cache, keys and values are appended to it."""
+        cache length + T - 1. With a KVCache, keys and values are appended to it. ValueError for
+        empty or misshaped input, and for a cache while gradients are on."""
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids {tuple(input_ids.shape)} are not (B, T), or hold no token")
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cache has no gradients: call the model under torch.no_grad()")
         B, T = input_ids.shape
-        start, c = cache.length if cache is not None else 0, self.config
+        c = self.config
+        start = 0 if cache is None else cache.length
         if c.sliding_window is not None and start + T > c.sliding_window:
             raise BadInput(f"{start + T} tokens exceed sliding_window {c.sliding_window}")
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=input_ids.device).expand(B, T)
         if position_ids.shape != (B, T):
             raise ValueError(f"position_ids {tuple(position_ids.shape)} must be shaped {(B, T)}")
-        # subtle: computed anew at each call and kept nowhere. As a buffer the frequencies would be
-        # cast by model.to(bfloat16), which holds integers exactly only up to 256.
+        # subtle: computed at each call and not stored. As a buffer the frequencies would be cast by
+        # model.to(bfloat16), which holds integers exactly only up to 256.
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
         x = self.model["embed_tokens"](input_ids)
@@ -298,7 +314,8 @@ class Llama(nn.Module):
         on_host = self.layer_inputs.forward_pass if training and self.layer_inputs else nullcontext
         with on_host():
             for i, block in enumerate(self.model["layers"]):
-                # subtle: bound here, cos and sin are kept once; as arguments, once a layer
+                # subtle: checkpoint() stores its tensor arguments for every layer. Bound with
+                # partial, cos and sin are stored once.
                 run = partial(block, cos=cos, sin=sin, cache=cache, layer=i)
                 x = checkpoint(run, x, use_reentrant=False, **options) if training else run(x)
         if cache is not None:
@@ -320,9 +337,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, ignore_index, chunk_tokens):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        training = any(ctx.needs_input_grad)
-        grad_hidden = torch.empty_like(hidden) if training else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if training else None
+        of_hidden, of_weight = ctx.needs_input_grad[:2]  # a frozen weight needs none
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if of_weight else None
         for i in range(0, len(hidden), chunk_tokens):
             h, y = hidden[i : i + chunk_tokens], targets[i : i + chunk_tokens]
             valid = y != ignore_index
@@ -331,44 +348,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
             lse = logits.logsumexp(-1, keepdim=True)
             # [E9] loss = sum over valid t of  log sum_v exp(z[t, v]) - z[t, y_t]
             loss += ((lse - logits.gather(-1, index))[:, 0] * valid).sum()
-            if training:
+            if of_hidden or of_weight:
                 # d loss / d z[t, v] = softmax(z)[t, v] - [v == y_t]
                 grad = logits.sub_(lse).exp_()
                 grad.scatter_add_(-1, index, -torch.ones_like(lse))
                 grad = grad.mul_(valid[:, None]).to(hidden.dtype)
-                grad_hidden[i : i + chunk_tokens] = grad @ weight
-                grad_weight += grad.T @ h
+                if of_hidden:
+                    grad_hidden[i : i + chunk_tokens] = grad @ weight
+                if of_weight:
+                    grad_weight += grad.T @ h
             logits = grad = None  # before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden = (grad_hidden * grad_loss).to(grad_hidden.dtype)
-        return grad_hidden, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None, None
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grads = [None if g is None else (g * grad_loss).to(dtype) for g, dtype in grads]
+        return *grads, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index=-100, chunk_tokens: int = 512
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index=-100, chunk_tokens: int = 2048
 ) -> tuple[Tensor, int]:
     """Cross-entropy of `hidden @ weight.T` against targets without ever holding the (T, V) logits.
 
     hidden (..., D), weight (V, D), targets (...) int64 -> (loss_sum, n_valid): the SUM of the
     losses in nats, fp32 (float64 for float64 input), and the number of targets that are not
     ignore_index. The caller divides by the valid tokens of the whole optimizer step, so that
-    accumulation over sequences of unequal length weighs every token alike. ValueError if shapes
-    do not fit or chunk_tokens * V reaches 2^31 elements."""
-    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != weight.shape[-1]:
+    accumulation over sequences of unequal length gives every token the same weight. ValueError if
+    there are no tokens, shapes do not fit or chunk_tokens * V reaches 2^31 elements."""
+    V, D = weight.shape
+    if hidden.shape != (*targets.shape, D) or targets.numel() == 0:
         sizes = (tuple(x.shape) for x in (hidden, targets, weight))
-        raise ValueError("hidden {} does not fit targets {} or weight {}".format(*sizes))
-    V = weight.shape[0]
+        raise ValueError("hidden {}, targets {}, weight {}: empty or do not fit".format(*sizes))
     if chunk_tokens < 1 or chunk_tokens * V >= 2**31:
         raise ValueError(f"chunk_tokens {chunk_tokens} x vocabulary {V} must be below 2^31")
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    weight = weight if torch.is_grad_enabled() else weight.detach()  # then no gradient is made
+    if not torch.is_grad_enabled():  # autograd.Function would still be told that they need one
+        flat_hidden, weight = flat_hidden.detach(), weight.detach()
     loss = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, ignore_index, chunk_tokens)
     return loss, int((targets != ignore_index).sum())
 
@@ -377,15 +397,16 @@ def linear_cross_entropy(
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of (B, KV, capacity, d) tensors a layer.
+    """Keys and values of the tokens seen so far: a (2, B, KV, room, d) tensor for each layer.
 
     `truncate(n)` forgets all but the first n of the `length` tokens, so that prompts share the
-    prefill of a common beginning. `reserve(n)` makes room, so that long ones are not copied."""
+    prefill of a common beginning. `reserve(n)` makes room for n tokens at once; without it the
+    room doubles whenever it is full."""
 
     def __init__(self):
         self.length = 0
         self._capacity = 0
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._layers: list[Tensor] = []
 
     def reserve(self, tokens: int) -> None:
         self._capacity = max(self._capacity, tokens)
@@ -397,32 +418,32 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, KV, T, d) of one layer; returns views (B, KV, length + T, d)."""
-        end = self.length + k.shape[2]
+        new = torch.stack((k, v))
         if layer == len(self._layers):
-            self._layers.append((k[:, :, :0], v[:, :, :0]))
-        pair = []
-        for old, new in zip(self._layers[layer], (k, v), strict=True):
-            if old.shape[2] < end:
-                B, KV, _, d = new.shape
-                grown = new.new_empty(B, KV, max(end, self._capacity), d)
-                grown[:, :, : self.length] = old[:, :, : self.length]
-                old = grown
-            old[:, :, self.length : end] = new
-            pair.append(old)
-        self._layers[layer] = (pair[0], pair[1])
-        return pair[0][:, :, :end], pair[1][:, :, :end]
+            self._layers.append(new[:, :, :, :0])
+        kept, end = self._layers[layer], self.length + k.shape[2]
+        if kept.shape[3] < end:
+            room = max(end, self._capacity, 2 * kept.shape[3])
+            grown = new.new_empty(*new.shape[:3], room, new.shape[4])
+            grown[:, :, :, : self.length] = kept[:, :, :, : self.length]
+            kept = self._layers[layer] = grown
+        kept[:, :, :, self.length : end] = new
+        return kept[0, :, :, :end], kept[1, :, :, :end]
 
 
 @torch.no_grad()
 def prefill(
-    model: Llama, ids: Tensor, cache: KVCache | None = None, chunk_tokens: int = 2048
+    model: Llama, ids: Tensor, cache: KVCache | None = None, chunk_tokens: int | None = None
 ) -> tuple[Tensor, KVCache]:
-    """Run ids (T,) int64, T >= 1, after what the cache holds -> (last logits (V,), cache)."""
+    """Run ids (T,) int64, T >= 1, after what the cache holds -> (last logits (V,), cache).
+
+    To save memory, chunk_tokens at a time (None: 16,384 on a GPU, 2,048 on a CPU)."""
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"ids must be (T,) with at least one token, got {tuple(ids.shape)}")
     cache = KVCache() if cache is None else cache
     cache.reserve(cache.length + len(ids))
     ids = ids.to(model.lm_head.weight.device)
+    chunk_tokens = chunk_tokens or (16_384 if ids.is_cuda else 2048)
     for i in range(0, len(ids), chunk_tokens):
         h = model.hidden(ids[None, i : i + chunk_tokens], cache=cache)
     return model.lm_head(h[0, -1]), cache  # logits of the last token only
@@ -460,7 +481,7 @@ def load_pretrained(
     """Read a Hugging Face folder (config.json + safetensors, single or sharded), tensor by tensor.
 
     dtype None: bf16 on CUDA, fp32 on CPU (where bf16 can be 50 times slower than fp32).
-    ValueError names tensors that are missing, superfluous or of the wrong shape."""
+    BadInput names tensors that are missing, superfluous or of the wrong shape."""
     config = LlamaConfig.from_dir(path)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
@@ -468,6 +489,6 @@ def load_pretrained(
 
 
 def save_pretrained(model: Llama, path: str | Path, tokenizer_from: str | Path | None = None):
-    """Write a folder that transformers opens unedited: config.json, safetensors, and the tokenizer
-    files of `tokenizer_from`. Written beside `path`, then renamed."""
+    """Write a folder that transformers can load as it is: config.json, safetensors, and the
+    tokenizer files of `tokenizer_from`. Written beside `path`, then renamed."""
     support("huggingface.folders").save(model, path, tokenizer_from)

@@ -41,7 +41,6 @@ from torch import Tensor
 
 import recipe
 from model import (
-    CUDA_BACKENDS,
     Llama,
     LlamaConfig,
     linear_cross_entropy,
@@ -54,10 +53,12 @@ from support.data.sources import contents, is_toy_model, load_corpora
 from support.data.text import Corpus
 from support.data.toy import TINY
 from support.huggingface.config import check_extendable
+from support.huggingface.hashes import Hashes
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
 from support.memory import choose as fit
 from support.memory import count as budget
+from support.memory import kernels
 from support.memory.activations import LayerInputsOnHost
 from support.memory.machine import HERE, Machine, machine
 from support.memory.optimizer import make_optimizer
@@ -367,7 +368,7 @@ def analyse(
         ids, positions = analysis_sample(i, stage, corpus, tokenizer, settings)
         _, s, c = recipe.logit_shift(original, extended, ids, positions, **options)
         total, count = total + s, count + c
-    impactful = recipe.impactful_types(total, count, settings.top)
+    impactful = recipe.impactful_types(total, count, settings.top, settings.min_count)
     mean = (total / count.clamp(min=1)).masked_fill(~impactful, -torch.inf)
     ranked = mean.argsort(descending=True)[: int(impactful.sum())].tolist()
     run.write_impactful({v: [tokenizer.decode([v]), round(float(mean[v]), 4)] for v in ranked})
@@ -458,7 +459,9 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     if run.finished():
         log(f"{options.out} holds this run, finished: nothing to do")
         return
-    run.check_data(contents(settings), options.resume)
+    model_hash = Hashes(run.path / "hashes.json").of_model(settings.model)
+    original = {"path": settings.model, "sha256": model_hash}
+    run.check_data([*contents(settings), original], options.resume)
     corpus, replay_corpus = load_corpora(settings, tokenizer)
     impactful = None
     if settings.impactful:
@@ -468,7 +471,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
-    log_device(device, CUDA_BACKENDS, is_toy_model(settings.model))
+    log_device(device, kernels.in_words(), is_toy_model(settings.model))
     checks.log_run(settings, stages, corpus)
     trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)
     trainer.impactful = impactful

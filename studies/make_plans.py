@@ -11,23 +11,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from model import LlamaConfig  # noqa: E402
-from support.memory import machine  # noqa: E402
+from support.memory import count, machine  # noqa: E402
 from support.memory import table as plan  # noqa: E402
 from support.system.console import provenance  # noqa: E402
 
 OUT = ROOT / "assets" / "results" / "plan_8b.json"
 LLAMA3_8B = {  # config.json of Meta-Llama-3-8B
     "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
+    **{k: v for k, v in count.LLAMA3_8B.items() if k not in ("qkv_bias", "qk_norm")},
 }
 MODES = (
     "--optimizer adamw --keep_attention --no-offload_inputs",

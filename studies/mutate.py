@@ -51,6 +51,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("mean.argsort(descending=True", "mean.argsort(descending=False"),
         ("covered_before < top", "covered_before <= top"),
         ("cumsum(0) - count[order]", "cumsum(0)"),
+        ("count >= max(1, min_count)", "count > max(1, min_count)"),
     ),
     "E5": (
         "recipe.py",
@@ -97,7 +98,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("d * room", "d * length"),
     ),
     "E12": (
-        "model.py",
+        "support/memory/kernels.py",
         ("sigmoid(lse_a - lse_b)", "sigmoid(lse_b - lse_a)"),
         ("(1 - share) * b", "(1 + share) * b"),
         ("share * a + (1 - share)", "a + (1 - share)"),
@@ -168,6 +169,12 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         "support/needles/summary.py",
         ('["answer_logprob"] - control', '["answer_logprob"] + control'),
         ('control["answer_logprob"]) / len', 'control["answer_logprob"]) * len'),
+    ),
+    "E25": (
+        "recipe.py",
+        ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T"),
+        ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),
+        ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T - L - 1"),
     ),
 }
 

@@ -7,8 +7,9 @@ system/        console: errors as one line, progress, provenance; signals: Ctrl-
 huggingface/   config, checkpoint: config.json and safetensors; folders, hub: a model by its folder
                or name; hashes: which model it is; tokenizer
 data/          text: files as documents of tokens; toy: the toy task; sources: what a run reads
-memory/        activations, optimizer: the levers; count: bytes and FLOPs; machine: what is there;
-               choose: levers that fit; table: `--plan`
+memory/        activations, optimizer: the levers; kernels: attention on a GPU, what is compiled;
+               count: bytes and FLOPs; machine: what is there; choose: levers that fit;
+               table: `--plan`
 runs/          settings, flags, checks: what train.py is told; run_folder: out/; export: samples as
                files
 needles/       tasks: what is hidden, in which words; haystack; settings: what to do, who is judged;

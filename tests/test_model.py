@@ -229,6 +229,21 @@ def test_angles_stay_fp32_when_the_model_is_cast():
     assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
 
 
+def test_the_norm_is_computed_in_fp32_and_rounded_once():
+    torch.manual_seed(0)
+    norm, x = model_py.RMSNorm(64, 1e-6), torch.randn(5, 64) * 100
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(64) + 0.5)
+    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+    exact = exact * norm.weight.double()
+    for dtype, precision in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        y = norm.to(dtype)(x.to(dtype))
+        assert y.dtype == dtype and (y / exact - 1).abs().max() < precision
+    norm, x = norm.bfloat16(), x.bfloat16()  # half a step of its 8 bits: rounded twice is more
+    rounded = norm.double()(x.double()).bfloat16()
+    assert torch.equal(norm.bfloat16()(x), rounded)
+
+
 class CountAttention(TorchDispatchMode):
     """Counts attention kernels in a forward and backward pass."""
 
@@ -347,14 +362,27 @@ def test_chunked_prefill_and_generation_equal_the_uncached_forward(tmp_path):
     assert generate(model, ids, 8, stop_ids={slow[104]}) == slow[101:104]
 
 
-def test_cache_and_prefill_refuse_nonsense():
+def test_nonsense_is_one_value_error():
     model = Llama(LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64))
-    with pytest.raises(ValueError, match="at least one token"):
-        prefill(model, torch.empty(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match="cannot truncate a cache of 0 tokens to 5"):
-        KVCache().truncate(5)
-    with pytest.raises(ValueError, match="position_ids"):
-        model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
+    nothing, head = torch.empty(0, dtype=torch.int64), model.lm_head.weight
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    empty, heads = torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 5, 8)
+    for match, call in {
+        "at least one token": lambda: prefill(model, nothing),
+        r"ids must be .* got \(1, 4\)": lambda: generate(model, ids, 3),
+        r"got \(0,\)": lambda: generate(model, nothing, 3),
+        r"input_ids \(1, 0\)": lambda: model(ids[:, :0]),
+        r"input_ids \(0, 4\)": lambda: model.hidden(ids[:0]),
+        r"input_ids \(4,\)": lambda: model(ids[0]),
+        "cannot truncate a cache of 0 tokens to 5": lambda: KVCache().truncate(5),
+        "position_ids": lambda: model(ids, ids[:, :3]),
+        "a cache has no gradients": lambda: model.hidden(ids, cache=KVCache()),
+        "attention of 0 queries": lambda: attention(empty, heads, heads),
+        "attention of 5 queries to 0": lambda: attention(heads, empty, empty),
+        "empty": lambda: linear_cross_entropy(torch.zeros(0, 16), head, nothing),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
 
 
 # ---- loss --------------------------------------------------------------------------------------
@@ -414,16 +442,25 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_where_no_gradient_is_wanted_the_loss_makes_none():
-    """A parameter asks for its gradient even under no_grad: of three products two were for it."""
-    hidden, weight = torch.randn(1, 6, 8), torch.randn(50, 8, requires_grad=True)
+@pytest.mark.parametrize("of_hidden", [False, True])
+@pytest.mark.parametrize("of_weight", [False, True])
+def test_the_loss_makes_only_the_gradients_that_are_needed(of_hidden, of_weight):
+    """A frozen head needs none. A parameter asks for its gradient even under no_grad."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 6, 8), torch.randn(50, 8)
     targets = torch.randint(50, (1, 6))
+    expected = F.cross_entropy(hidden[0] @ weight.T, targets[0], reduction="sum")
+    inputs = (hidden.requires_grad_(of_hidden), weight.requires_grad_(of_weight))
     with Products() as training:
-        expected, _ = linear_cross_entropy(hidden, weight, targets, chunk_tokens=2)
+        loss, _ = linear_cross_entropy(*inputs, targets, chunk_tokens=2)
+    assert training.count == 3 * (1 + of_hidden + of_weight)
     with torch.no_grad(), Products() as judging:
-        loss, _ = linear_cross_entropy(hidden, weight, targets, chunk_tokens=2)
-    assert (training.count, judging.count) == (9, 3)
-    assert torch.equal(loss, expected.detach())
+        judged, _ = linear_cross_entropy(*inputs, targets, chunk_tokens=2)
+    assert judging.count == 3
+    assert abs(loss - expected) < 1e-4 and torch.equal(judged, loss.detach())
+    if of_hidden or of_weight:
+        loss.backward()
+    assert [x.grad is not None for x in inputs] == [of_hidden, of_weight]
 
 
 def test_any_ignore_index_is_ignored_and_nonsense_targets_are_not():
@@ -450,7 +487,7 @@ def test_loss_refuses_what_would_overflow_or_not_fit():
     hidden, weight = torch.zeros(3, 4), torch.zeros(5, 4)
     with pytest.raises(ValueError, match="2\\^31"):
         linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64), chunk_tokens=2**30)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="do not fit"):
         linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64))
 
 

@@ -2,7 +2,7 @@
 
 The plain way keeps every intermediate result: for Llama-3-8B at 39,424 tokens some 10 GB a layer.
 Activation checkpointing keeps each layer's input and computes the rest of the layer again in the
-backward pass: 0.32 GB a layer, a third more arithmetic. Two levers on top of it:
+backward pass: 0.32 GB a layer, a third more arithmetic. Three levers on top of it:
 
 --keep_attention: attention's output and logsumexp are kept too. They are small (D + H numbers a
 token and layer), and attention is the part of a layer that grows with the square of the length, so
@@ -10,14 +10,24 @@ it is not computed a second time: 10 % less arithmetic for 10 GB.
 
 --offload_inputs: the layer inputs wait on the host. Each is needed twice, when its layer runs and
 when that layer's backward pass begins, half a sequence apart on average. A layer computes for some
-40 ms forward and 80 ms backward on an H100 (estimated), its copy takes some 10 ms at 30 GB/s, so
-the copies hide behind the arithmetic, on a stream of their own: 10 GB of the device for no time.
+200 ms of the 7.2 s that a sequence takes on an H200, and its copy of 0.32 GB takes 6 ms at 55 GB/s
+(assets/results/gpu.json), so the copies hide behind the arithmetic, on a stream of their own.
 
-Neither changes a bit of the gradients."""
+--split_mlp: the MLP runs in pieces of tokens and keeps its input alone, so that three tensors of
+its width are alive in the backward pass instead of six. It is computed once more for that.
 
+None changes a bit of the gradients (tested on a CPU)."""
+
+import mmap
+import weakref
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+PIECE_TOKENS = 4096  # of the MLP at a time, with --split_mlp
 
 
 def keep_attention():
@@ -28,43 +38,82 @@ def keep_attention():
     return create_selective_checkpoint_contexts(kernels)
 
 
+# ---- the MLP in pieces -------------------------------------------------------------------------
+
+
+def split_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, gated) -> Tensor:
+    """down @ gated(gate @ x, up @ x) for x (..., D), PIECE_TOKENS tokens at a time."""
+    return _SplitMLP.apply(x.flatten(0, -2), gate, up, down, gated).view_as(x)
+
+
+class _SplitMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate, up, down, gated):
+        ctx.save_for_backward(x, gate, up, down)
+        ctx.gated = gated
+        out = torch.empty_like(x)
+        for piece, piece_out in zip(x.split(PIECE_TOKENS), out.split(PIECE_TOKENS), strict=True):
+            piece_out.copy_(F.linear(gated(F.linear(piece, gate), F.linear(piece, up)), down))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        """The weights' gradients are products over all tokens at once, as without pieces: a sum of
+        the pieces' gradients would be rounded to bf16 after each."""
+        x, gate, up, down = ctx.saved_tensors
+        inner, grad_gate, grad_up = (x.new_empty(len(x), len(gate)) for _ in range(3))
+        for i in range(0, len(x), PIECE_TOKENS):
+            piece = slice(i, i + PIECE_TOKENS)
+            with torch.enable_grad():
+                a, b = (F.linear(x[piece], w).detach().requires_grad_() for w in (gate, up))
+                product = ctx.gated(a, b)
+            inner[piece] = product.detach()
+            grads = torch.autograd.grad(product, (a, b), grad_out[piece] @ down)
+            grad_gate[piece], grad_up[piece] = grads
+        grad_down = grad_out.T @ inner
+        del inner
+        return grad_gate @ gate + grad_up @ up, grad_gate.T @ x, grad_up.T @ x, grad_down, None
+
+
+# ---- layer inputs on the host ------------------------------------------------------------------
+
+
 class LayerInputsOnHost:
     """`with self.forward_pass():` around the loop over checkpointed layers; whatever autograd saves
     inside (the layer inputs and nothing else, see model.hidden) goes to the host and comes back
     when the backward pass asks for it, layer by layer from the last.
 
     One host buffer a layer, made once and used again for every sequence. So one forward pass must
-    be followed by its backward pass before the next begins: RuntimeError otherwise."""
+    be followed by its backward pass before the next begins: RuntimeError otherwise. On a GPU two
+    layer inputs are there at a time: the one in use, and one on its way."""
 
     def __init__(self):
         self.buffers: list[Tensor] = []
         self.stream: torch.cuda.Stream | None = None
         self.saved = self.passes = 0
+        self.leaving: tuple[Tensor, torch.cuda.Event] | None = None  # on its way to the host
         self.ahead: dict[int, tuple[Tensor, torch.cuda.Event]] = {}  # on their way back
 
     def forward_pass(self) -> torch.autograd.graph.saved_tensors_hooks:
         self.saved, self.passes = 0, self.passes + 1
+        self.let_go()
         self.ahead.clear()
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def close(self) -> None:
         """Give the host memory back (a run ends with its process and need not)."""
-        for buffer in self.buffers:
-            if buffer.is_pinned():
-                unlock(buffer)
+        self.let_go()
+        self.ahead.clear()
         self.buffers.clear()
 
     def buffer(self, i: int, like: Tensor) -> Tensor:
-        """The host memory of layer i, shaped as `like`; page-locked where the device is CUDA."""
+        """The host memory of layer i, shaped as `like`; page-locked where the device is a GPU."""
         size = like.numel() * like.element_size()
         if i == len(self.buffers):
             self.buffers.append(torch.empty(0, dtype=torch.uint8))
         if self.buffers[i].numel() < size:
-            if self.buffers[i].is_pinned():
-                unlock(self.buffers[i])
-            self.buffers[i] = torch.empty(size, dtype=torch.uint8)
-            if like.is_cuda:
-                lock(self.buffers[i])
+            self.buffers[i] = host_memory(size, locked=on_gpu(like.device))
         return self.buffers[i][:size].view(like.dtype).view(like.shape)
 
     def pack(self, x: Tensor):
@@ -72,15 +121,23 @@ class LayerInputsOnHost:
             return x
         i, self.saved = self.saved, self.saved + 1
         host = self.buffer(i, x)
-        if x.is_cuda:
+        if on_gpu(x.device):
+            self.let_go()
             self.stream = self.stream or torch.cuda.Stream(x.device)
             self.stream.wait_stream(torch.cuda.current_stream())  # x must be there
             with torch.cuda.stream(self.stream):
                 host.copy_(x, non_blocking=True)
-            x.record_stream(self.stream)  # nobody gets this memory before the copy has read it
+            self.leaving = x, self.stream.record_event()
         else:
             host.copy_(x)
         return self.passes, i, host, x.device
+
+    def let_go(self) -> None:
+        """Release the input that was last sent to the host. Its memory may be used again as soon as
+        the copy has read it: for that the computing stream waits."""
+        if self.leaving:
+            torch.cuda.current_stream().wait_event(self.leaving[1])
+        self.leaving = None
 
     def unpack(self, packed) -> Tensor:
         if isinstance(packed, Tensor):
@@ -88,8 +145,9 @@ class LayerInputsOnHost:
         passes, i, host, device = packed
         if passes != self.passes:
             raise RuntimeError("a second forward pass has overwritten the layer inputs of this one")
-        if device.type != "cuda":
+        if not on_gpu(device):
             return host.clone()
+        self.let_go()
         x, arrived = self.ahead.pop(i, None) or self.fetch(i, host, device)
         torch.cuda.current_stream().wait_event(arrived)
         if i > 0:  # the layer that is next in the backward pass, while this one computes
@@ -108,12 +166,30 @@ class LayerInputsOnHost:
         return x, self.stream.record_event()
 
 
-def lock(buffer: Tensor) -> None:
-    """Page-lock memory where it is. pin_memory() would round each buffer up to a power of two: 17
-    GB instead of 10 for Llama-3-8B."""
-    code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def host_memory(size: int, locked: bool) -> Tensor:
+    """uint8 (size,) in whole pages of its own, page-locked on request until the last tensor on it
+    goes.
+
+    subtle: pages that are freed while CUDA still has them registered make the next registration at
+    that address fail, and CUDA reports this error from then on. So the finalizer unregisters them
+    and only then lets go of them. (pin_memory() would round each size up to a power of two: 17 GB
+    instead of 10 for Llama-3-8B.)"""
+    pages = mmap.mmap(-1, size)
+    array = np.frombuffer(pages, dtype=np.uint8)
+    memory = torch.from_numpy(array)  # holds `array`, which holds `pages`
+    if locked:
+        check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+        weakref.finalize(array, unlock, memory.data_ptr(), pages).atexit = False
+    return memory
+
+
+def unlock(address: int, pages: mmap.mmap) -> None:
+    check(torch.cuda.cudart().cudaHostUnregister(address))
+
+
+def check(code) -> None:
     torch.cuda.check_error(int(code))
-
-
-def unlock(buffer: Tensor) -> None:
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))

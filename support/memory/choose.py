@@ -24,7 +24,7 @@ def needs(config, args, tokens: int, kind: str) -> tuple[dict[str, float], dict[
     """Bytes by part on the device ("cuda" or "cpu") and on the host, for samples of so many
     tokens."""
     levers = (args.optimizer, args.keep_attention, args.offload_inputs)
-    device = budget.device_bytes(config, tokens, width(args), *levers)
+    device = budget.device_bytes(config, tokens, width(args), *levers, kind=kind)
     host = budget.host_bytes(config, tokens, width(args), args.optimizer, args.offload_inputs)
     extra = "libraries, workspaces"
     return device | {extra: DEVICE_EXTRA[kind]}, host | {extra: HOST_EXTRA[kind]}

@@ -13,7 +13,19 @@ GPUS = {  # dense bf16 FLOP/s, bytes to plan with
     "A100": (312e12, 80e9),
     "A800": (312e12, 80e9),
 }
-CHUNK = 512  # tokens of the loss at a time, see model.linear_cross_entropy
+LLAMA3_8B = {  # the shape that was measured
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+    "qkv_bias": False,
+    "qk_norm": False,
+}
+CHUNK = 2048  # tokens of the loss at a time, see model.linear_cross_entropy
 
 # ---- parameters and FLOPs ----------------------------------------------------------------------
 
@@ -94,13 +106,16 @@ def speed(config, tokens: int, sequences: int, seconds: float, device: str) -> d
 # ---- bytes -------------------------------------------------------------------------------------
 
 
-def layer_bytes(config, T: int, w: int, keep_attention: bool) -> int:
+def layer_bytes(config, T: int, w: int, keep_attention: bool, split_mlp: bool, kind: str) -> int:
     """Peak of one layer's backward pass, in its MLP: what the recomputation has left, and the
     gradients of the widest product. Attention's output is counted elsewhere where it is kept."""
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     H, KV = config.num_attention_heads, config.num_key_value_heads
-    mlp = 6 * F * w  # gate, up, silu(gate), their product, and two gradients
-    norms = 5 * D * w + 4 * D * (2 if w == 2 else 1)  # bf16: the inputs of both norms in fp32
+    # gate, up, silu(gate), their product, and two gradients; in pieces: the product, two gradients
+    mlp = (3 if split_mlp else 6) * F * w
+    norms = 5 * D * w
+    if kind == "cpu":  # there the norm is several operations, whose results are kept in fp32
+        norms += 4 * D * (3 if w == 2 else 1)
     attention = (2 * H + 2 * KV) * d * w  # q, k, v, and the output in token order
     again = 0 if keep_attention else H * d * w + 4 * H
     # subtle: autograd adds the two gradients of a tied embedding up before it hands them over, so
@@ -119,10 +134,17 @@ def loss_bytes(config, T: int, w: int) -> int:
 
 
 def device_bytes(
-    config, T: int, w: int, optimizer: str, keep_attention: bool, offload_inputs: bool
+    config,
+    T: int,
+    w: int,
+    optimizer: str,
+    keep_attention: bool,
+    offload_inputs: bool,
+    split_mlp: bool = False,
+    kind: str = "cpu",
 ) -> dict[str, int]:
-    """Of the training step at its peak, in the backward pass of the last layer. On a CPU this is
-    host memory too."""
+    """Of the training step at its peak, in the backward pass of the last layer. kind: "cuda" or
+    "cpu"; on a CPU this is host memory too."""
     matrices, vectors = parameters(config)
     N, L = matrices + vectors, config.num_hidden_layers
     attention = T * config.num_attention_heads * (config.head_dim * w + 4)
@@ -138,7 +160,9 @@ def device_bytes(
         }[optimizer],
         "layer inputs": T * config.hidden_size * w * (min(2, L) if offload_inputs else L),
         "attention outputs": L * attention if keep_attention else 0,
-        "working set": max(layer_bytes(config, T, w, keep_attention), loss_bytes(config, T, w)),
+        "working set": max(
+            layer_bytes(config, T, w, keep_attention, split_mlp, kind), loss_bytes(config, T, w)
+        ),
     }
 
 

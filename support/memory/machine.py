@@ -1,10 +1,12 @@
 """What a machine has: memory and disk that are free, and how fast it computes and writes."""
 
+import json
 import os
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -12,8 +14,12 @@ from support.memory import count as budget
 
 OF_A_RUN = ("state.pt*", "*extended*/*", "*replayed*/*", "*merged*/*")  # in --out, part of its need
 HERE = "here"  # the machine that this runs on, as against a GPU of budget.GPUS
+# A training step of an 8B on an H200 (studies/bench_gpu.py). An H100 has the same peak.
+MEASURED = Path(__file__).resolve().parents[2] / "assets" / "results" / "gpu.json"
+MEASURED_STEP, MEASURED_ON = "step adamw-host keep offload", ("H100", "H200")
 # Assumed, not measured; whoever has measured better may change them here.
-GPU_SHARE = 0.42  # FLOPs executed over the peak; of an 8B at 39,424 tokens 35 % causal MFU
+GPU_SHARE = 0.42  # FLOPs executed over the peak
+HOST_BYTES_PER_S, LINK_BYTES_PER_S = 30e9, 20e9  # of host memory; to or from the GPU
 CPU_SHARE = 0.75  # FLOPs executed in training over those of a large matrix product
 DISK_BYTES_PER_S = 1e9  # of a machine that is not this one
 
@@ -68,9 +74,39 @@ def free_memory() -> float:
     return free
 
 
+def measured_step(gpu: str) -> dict | None:
+    """Seconds of a sequence and of an optimizer step of MEASURED_STEP, if that holds for this GPU;
+    None if not, or where the file is not there (support/ in a project of its own)."""
+    if not MEASURED.is_file() or not any(name in gpu for name in MEASURED_ON):
+        return None
+    return json.loads(MEASURED.read_text())["parts"][MEASURED_STEP]
+
+
+def gpu_name(name: str) -> str:
+    """The GPU of this machine where name is HERE; empty where there is none."""
+    if name != HERE:
+        return name
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def host_step_s(name: str, parameters: int, w: int) -> float:
+    """Seconds of an optimizer step of adamw-host: measured for an 8B and in proportion to the
+    parameters, or else from the bytes that move. w: bytes of a weight."""
+    if step := measured_step(gpu_name(name)):
+        of_8b = sum(budget.parameters(SimpleNamespace(**budget.LLAMA3_8B)))
+        return step["optimizer_step_s"] * parameters / of_8b
+    # weights, m, v, gradient read, three written; gradient and weight over the link
+    return parameters * (28 / HOST_BYTES_PER_S + (4 + w) / LINK_BYTES_PER_S)
+
+
 def training_rate(name: str, device: str, dtype: torch.dtype) -> tuple[float, str]:
-    """(executed FLOP/s in training, where the number comes from). A GPU of the table: assumed; else
-    a matrix product is timed."""
+    """(executed FLOP/s in training, where the number comes from). An H100 or H200: measured, for an
+    8B; another GPU of the table: assumed; else a matrix product is timed."""
+    if device == "cuda" and (step := measured_step(gpu_name(name))):
+        shape, tokens = SimpleNamespace(**budget.LLAMA3_8B), step["tokens"]
+        flops = budget.executed_flops(shape, tokens, keep_attention=True)
+        source = f"measured: Llama-3-8B, {tokens:,} tokens, {step['about']['hardware']}"
+        return flops / step["seconds_per_sequence"], source
     peak = budget.GPUS[name][0] if name != HERE else budget.peak_flops(device)
     if peak:
         return GPU_SHARE * peak, f"assumed: {GPU_SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s"

@@ -9,11 +9,9 @@ import torch
 
 from support.memory import choose as fit
 from support.memory import count as budget
-from support.memory.machine import HERE, Machine, disk_rate, training_rate
+from support.memory.machine import HERE, Machine, disk_rate, host_step_s, training_rate
 
 LEVERS = ("optimizer", "keep_attention", "offload_inputs")
-# Assumed for adamw-host: bytes a second of host memory, and to or from the GPU
-HOST_BYTES_PER_S, LINK_BYTES_PER_S = 30e9, 20e9
 
 
 def make_plan(config, args, options, stages, there: Machine, given: dict) -> dict:
@@ -65,9 +63,8 @@ def of_run(config, args, options, stages, there: Machine, rate: float, disk: flo
 def by_stage(config, args, options, stages, rate: float, disk: float) -> dict[str, dict]:
     """What each stage computes and how long it takes; rate: FLOP/s, disk: bytes a second."""
     N, w, B = sum(budget.parameters(config)), fit.width(args), args.batch_sequences
-    step_s = 0.0
-    if args.optimizer == "adamw-host":  # weights, m, v, gradient read, three written; over the link
-        step_s = N * 28 / HOST_BYTES_PER_S + (N * (4 + w) / LINK_BYTES_PER_S)
+    on_host = args.optimizer == "adamw-host"
+    step_s = host_step_s(options.plan or HERE, N, w) if on_host else 0.0
     rows = {}
     for s in stages:
         flops = budget.executed_flops(config, s.tokens, args.keep_attention)
