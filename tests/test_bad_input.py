@@ -122,6 +122,7 @@ FILES = {
     "beyond.bin": b"\xff\xff" * 9000,
     "empty.npy": b"",
     "half.npy": b"\x93NUMPY",
+    "zip.npy": b"PK\x03\x04 a .npz",
     "old/run.json": "{}",
     "busy/note.txt": "mine",
 }
@@ -161,6 +162,7 @@ TRAIN = [
     ("--data {tmp}/float.npy", "float.npy holds float64"),
     ("--data {tmp}/objects.npy", "Python objects in dtype"),
     ("--data {tmp}/empty.npy", "empty.npy is empty"),
+    ("--data {tmp}/zip.npy", "zip.npy is no array of token ids"),
     ("--data {tmp}/half.npy", "."),
     ("--data {tmp}/empty", "holds no file of .txt"),
     ("--impactful {tmp}/types.json", "names no token types"),
