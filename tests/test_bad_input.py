@@ -181,7 +181,7 @@ RECIPE = [
     ("--target_len -9", "--target_len -9 must be above 1"),
     ("--train_len 1", "--train_len 1 must be between 2 and --target_len 512"),
     ("--train_len 0", "--train_len 0 must be between"),
-    ("--train_len 2", "at least two segments in a sample .*--train_len"),
+    ("--train_len 2", "endprompt needs more than --train_len 2"),
     ("--target_len 100 --train_len 101", "--train_len 101 must be .* --target_len 100"),
     ("--seed -1", "--seed -1 must be within"),
     ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),
