@@ -1,6 +1,6 @@
 """Exercise 3, what is wrong with these samples: `python examples/exercises/pose_defect.py`
 
-`black_box` draws position ids as the released code's PoSE does, and you may not look inside. PoSE as
+`black_box` draws position ids as the released code's PoSE does; you may not look inside. PoSE as
 published [E7] puts one jump of u ~ U{0..T-L} at r ~ U{1..(L+1)//2}. What a set of samples tells:
   1. How many are plain, 0..L-1? As published, u = 0: one in T - L + 1. Here: more than half.
   2. Where the others jump. As published, in the first half; here anywhere in the sample, every
