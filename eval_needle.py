@@ -145,7 +145,7 @@ class Haystack:
 
     def __init__(self, text: str, tokenizer):
         self.text, self.tokenizer = fold(text), tokenizer
-        self.ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+        self.ids = torch.tensor(tokenizer.encode(text, continued=True), dtype=torch.int64)
         if len(self.ids) == 0:
             raise BadInput("the haystack holds no tokens (--haystack)")
         repeated = self.ids.repeat(1 + 1024 // len(self.ids))
@@ -200,10 +200,11 @@ class Prompts:
 
 @functools.lru_cache(maxsize=128)
 def make_prompts(task: Task, haystack: Haystack, length: int, row_seed: str) -> Prompts:
-    tokenizer, rng, encode = haystack.tokenizer, random.Random(row_seed), haystack.tokenizer.encode
+    tokenizer, rng = haystack.tokenizer, random.Random(row_seed)
+    encode = functools.partial(tokenizer.encode, continued=True)  # behind the intro
     haystack = noise_haystack(tokenizer) if task.haystack == "noise" else haystack
     hidden = task.hide(task, haystack, length, rng)
-    head = ([tokenizer.bos_id] if tokenizer.adds_bos else []) + encode(task.intro)
+    head = ([tokenizer.bos_id] if tokenizer.adds_bos else []) + tokenizer.encode(task.intro)
     # in running text " needle", at the beginning of a line "needle\n"
     needles = [(encode(" " + text), encode(text + "\n")) for text in hidden.needles]
     questions = [encode(text) for text in hidden.questions]

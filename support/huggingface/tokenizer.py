@@ -327,10 +327,11 @@ def steps_of(section: dict | None) -> list[dict]:
     return [step for part in section[names[0]] for step in steps_of(part)]
 
 
-# What `regex` and Oniguruma, on which `tokenizers` splits, read differently: sets in sets, anchors,
-# possessive or lazy bounds, groups that capture, letters other than these after a backslash.
+# What `regex` and Oniguruma, by which `tokenizers` splits, may read differently: sets in sets,
+# anchors, possessive or lazy bounds, groups that capture or set flags, rarer escapes.
 DIFFERENT = regex.compile(
-    r"&&|--|\[[^\]\\]*\[|(?<!\[)\^|\$|\}[+?]|(?<!\\)\((?!\?(?:i?:|=|!|<[=!]))|\\(?![pPsSrnt]|\W)"
+    r"&&|--|\[[^\]\\]*\[|(?<!\[)\^|\$|\{\d+,?\d*\}[+?]"
+    r"|(?<!\\)\((?!\?(?:i?:|=|!|<[=!]))|\\(?![pPsSrnt]|\W)"
 )
 
 

@@ -151,7 +151,8 @@ def pick_needles(task, n_keys: int, tokens: int, tokenizer, rng) -> tuple[list, 
     while True:
         keys = pick_many(task.keys, n_keys + lines, rng)
         others, answers = keys[n_keys:], keys[:n_keys] + values
-        ids = tokenizer.encode(other_needles(task.needle, others, task.values, rng, answers))
+        lines_text = other_needles(task.needle, others, task.values, rng, answers)
+        ids = tokenizer.encode(lines_text, continued=True)
         if len(ids) >= tokens:
             return keys[:n_keys], values, ids[:tokens]
         lines = 16 + int(1.2 * lines * tokens / max(1, len(ids)))

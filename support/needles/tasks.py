@@ -90,7 +90,7 @@ def hide_common_words(task, haystack, length: int, rng) -> Hidden:
         listing = 3 * (times * words[:10] + words[10 : entries // 3 - 10 * times + 10])
         rng.shuffle(listing)
         text = " ".join(f"{i}. {word}" for i, word in enumerate(listing, 1))
-        ids = haystack.tokenizer.encode(text)
+        ids = haystack.tokenizer.encode(text, continued=True)
     question = (task.question + task.answer).format(key="", value="")
     return Hidden(torch.tensor(ids[:length]), [], [question], [words[:10]])
 

@@ -56,6 +56,7 @@ OTHER = (
     "log_softmax",
     "rebased_analysis",
     "top",
+    "min_count",
 )
 
 
