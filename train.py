@@ -368,7 +368,7 @@ def analyse(
         ids, positions = analysis_sample(i, stage, corpus, tokenizer, settings)
         _, s, c = recipe.logit_shift(original, extended, ids, positions, **options)
         total, count = total + s, count + c
-    impactful = recipe.impactful_types(total, count, settings.top)
+    impactful = recipe.impactful_types(total, count, settings.top, settings.min_count)
     mean = (total / count.clamp(min=1)).masked_fill(~impactful, -torch.inf)
     ranked = mean.argsort(descending=True)[: int(impactful.sum())].tolist()
     run.write_impactful({v: [tokenizer.decode([v]), round(float(mean[v]), 4)] for v in ranked})

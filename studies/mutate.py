@@ -51,6 +51,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("mean.argsort(descending=True", "mean.argsort(descending=False"),
         ("covered_before < top", "covered_before <= top"),
         ("cumsum(0) - count[order]", "cumsum(0)"),
+        ("count >= max(1, min_count)", "count > max(1, min_count)"),
     ),
     "E5": (
         "recipe.py",
@@ -168,6 +169,12 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         "support/needles/summary.py",
         ('["answer_logprob"] - control', '["answer_logprob"] + control'),
         ('control["answer_logprob"]) / len', 'control["answer_logprob"]) * len'),
+    ),
+    "E25": (
+        "recipe.py",
+        ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T"),
+        ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),
+        ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T - L - 1"),
     ),
 }
 

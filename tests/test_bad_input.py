@@ -131,6 +131,7 @@ TRAIN = [
     ("--train_len 40000 --target_len 50000", "no document reaches 40000 tokens"),
     ("--data nowhere.txt", "nowhere.txt does not exist"),
     ("--method full", "--method full needs --train_len 512"),
+    ("--min_count 0", "--min_count 0 must be at least 1"),
     ("--method pose --prefix", "--prefix belongs to --method longrecipe"),
     ("--steps 0", "--steps 0 must be at least 1"),
     ("--probe_steps 9", "--probe_steps 9 must be between"),

@@ -465,6 +465,16 @@ def test_the_analysis_of_log_probabilities(finished, toy_dir, prose_file, tmp_pa
     assert all(abs(shift[k] - raw[k]) > 1e-3 for k in raw)
 
 
+def test_types_that_are_seen_too_rarely_are_not_impactful(finished, toy_dir, prose_file, tmp_path):
+    """--min_count: the same probe, so the same means; only types are left out."""
+    stop = ["--steps", "2", "--replay_steps", "0", "--top", "1", "--min_count"]
+    found = []
+    for floor in ("1", "4"):
+        train.main(command(toy_dir, prose_file, tmp_path / floor, *stop, floor))
+        found.append(json.loads((tmp_path / floor / "impactful.json").read_text()))
+    assert found[1].items() < found[0].items() and len(found[1]) > 10
+
+
 def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, prose_file, tmp_path):
     """H' = the base's own weights under the new RoPE base: the shift is zero everywhere against the
     re-based base, also where this run's own RoPE base is another one; against the base as it is,
@@ -493,7 +503,7 @@ def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, pr
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
     """A long run without a sentence end would leave longrecipe without a gap."""
     text = tmp_path / "mixed.txt"
-    text.write_text(PROSE[:6000] + "word " * 4000 + PROSE[:6000])
+    text.write_text(PROSE[:6000] + "word" * 4000 + PROSE[:6000])
     train.main(command(toy_dir, text, tmp_path / "out", "--steps", "12", "--select", "first"))
     assert len(read_metrics(tmp_path / "out")) == 15
 

@@ -55,6 +55,7 @@ OTHER = (
     "log_softmax",
     "rebased_analysis",
     "top",
+    "min_count",
 )
 
 

@@ -43,6 +43,7 @@ class Settings:
     log_softmax: bool = flag(False, "analyse log-probabilities, not raw logits")
     rebased_analysis: bool = flag(False, "compare H' with the original under the new rope_theta")
     top: float = flag(0.2, "share of occurrences that count as impactful")
+    min_count: int = flag(1, "token types seen less often in the analysis are not impactful")
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
     steps: int = flag(104, "optimizer steps of the extension, probe included", "training")
