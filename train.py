@@ -69,7 +69,6 @@ from support.runs.flags import as_kept, read_impactful
 from support.runs.run_folder import RunFolder
 from support.runs.settings import RunOptions, Settings, parse_settings
 from support.system.ahead import made_ahead
-from support.system.bad_input import BadInput
 from support.system.console import (
     log,
     log_device,
@@ -231,7 +230,7 @@ def accumulate(
     equal to 1 x 4."""
     valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
     if valid == 0:
-        raise BadInput("a step without a single target token")
+        raise ValueError("a step without a single target token")
     # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
     total = 0.0
     for input_ids, position_ids, targets in micro_batches:
