@@ -446,6 +446,8 @@ def prepare(model: Llama, config: LlamaConfig, settings: Settings) -> Llama:
     model.activation_checkpointing = True
     model.keep_attention = settings.keep_attention
     model.layer_inputs = LayerInputsOnHost() if settings.offload_inputs else None
+    for block in model.model["layers"]:
+        block.mlp.split = settings.split_mlp
     return model
 
 
@@ -470,6 +472,8 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
+    if options.attention == "flash":
+        kernels.use_flash_package()
     log_device(device, kernels.in_words(), is_toy_model(settings.model))
     checks.log_run(settings, stages, corpus)
     trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)
