@@ -87,12 +87,16 @@ def logit_shift(
     return delta, per_type_sum, torch.bincount(ids[counted], minlength=V)
 
 
-def impactful_types(per_type_sum: Tensor, count: Tensor, top: float = 0.2) -> Tensor:
+def impactful_types(
+    per_type_sum: Tensor, count: Tensor, top: float = 0.2, min_count: int = 1
+) -> Tensor:
     """Token types with the largest mean shift that cover `top` of all occurrences, bool (V,).
 
     per_type_sum, count (V,): those of `logit_shift`, added up over samples. The sums themselves
     would favour frequent types, and a type never seen would have 0, more than every negative one.
-    Raises BadInput if top is outside (0, 1] or nothing was counted.
+    The mean of a type seen once or twice is mostly noise: types seen less than min_count times are
+    left out (default 1: none, as in the paper). Raises BadInput if top is outside (0, 1] or no
+    type is left.
 
     >>> shift, count = torch.tensor([9.0, 2.0, -4.0, 0.0]), torch.tensor([9, 1, 10, 0])
     >>> impactful_types(shift, count, top=0.2).tolist()
@@ -102,11 +106,15 @@ def impactful_types(per_type_sum: Tensor, count: Tensor, top: float = 0.2) -> Te
         raise BadInput(f"top must be in (0, 1], got {top}")
     if int(count.sum()) == 0:
         raise BadInput("no token was counted: the analysis saw nothing past the old window")
-    mean = torch.where(count > 0, per_type_sum / count.clamp(min=1), -torch.inf)
+    often = count >= max(1, min_count)
+    if not often.any():
+        raise BadInput(f"no token type was seen {min_count} times in the analysis (--min_count)")
+    mean = torch.where(often, per_type_sum / count.clamp(min=1), -torch.inf)
     order = mean.argsort(descending=True, stable=True)
-    # [E4] take types v by Delta(v) / count(v), largest first, while sum of count < top * total
+    # [E4] take types v by Delta(v) / count(v), largest first, while sum of count < top * total;
+    #      none with count(v) < min_count
     covered_before = count[order].cumsum(0) - count[order]
-    chosen = (covered_before < top * count.sum()) & (count[order] > 0)
+    chosen = (covered_before < top * count.sum()) & often[order]
     return torch.zeros(len(count), dtype=torch.bool).index_fill_(0, order[chosen], True)
 
 
@@ -117,12 +125,10 @@ STOPS = ".!?…"  # end a sentence if white space follows: 3.14 and os.path stay
 # (Hindi, Bengali and other scripts of India); Arabic and Urdu; Armenian; Ethiopic; Khmer; Burmese.
 WIDE_STOPS = "。！？．｡" + "।॥" + "؟۔" + "։" + "።፧፨" + "។៕" + "။"
 CLOSERS = "\"')]}”’»」』）】》｣"
+RARE = 2000  # characters for each end of a segment: with fewer ends, spaces part segments too
 SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
-
-
-RARE = 2000  # characters for each end of a segment: with fewer ends, spaces part segments too
 
 
 @functools.cache
@@ -253,10 +259,8 @@ def select_segments(
 
 
 # ---- 4. Position index transformation (paper 4.2, algorithm 1) ---------------------------------
-
-
 # A function for each method: sample length L, target T*, starts (N,) of the sample's segments,
-# generator -> position ids (L,). METHODS below lists them.
+# generator -> position ids (L,). METHODS lists them. A method of your own: a function and a row.
 
 
 def uniform(low: int, high: int, generator: torch.Generator | None) -> int:
@@ -287,6 +291,19 @@ def one_jump(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     return torch.cat((plain[:r], plain[r:] + u))
 
 
+END_TOKENS = 20  # m of endprompt
+
+
+def end_at_target(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
+    """endprompt (2605.14589): plain positions, but the last m tokens end at the target."""
+    if L <= END_TOKENS:
+        raise BadInput(f"method endprompt needs more than --train_len {L} (its end: {END_TOKENS})")
+    # [E25] pos(i) = i for i < L - m, i + T* - L for i >= L - m;   m = 20: the end is at T*-m..T*-1
+    positions = torch.arange(L)
+    positions[-END_TOKENS:] += T - L
+    return positions
+
+
 def random_subset(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     """rpes (Ruoss et al., 2305.16843): random positions in order, a jump at nearly every token."""
     # [E15] pos(0) < pos(1) < ... : every subset of L of the T* positions is equally likely
@@ -301,6 +318,7 @@ def plain_positions(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
 METHODS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "none": ("plain positions", plain_positions),
     "pose": ("one jump", one_jump),
+    "endprompt": (f"the last {END_TOKENS} tokens jump", end_at_target),
     "rpes": ("random positions", random_subset),
     "longrecipe": ("jumps between sentences", spread_segments),
     "full": ("the full length", plain_positions),
@@ -420,22 +438,19 @@ def ntk_rope_base(
 
 
 def average(original: Tensor, tuned: Tensor, weight: float) -> Tensor:
-    """One tensor of the merged model, computed in fp32, in the dtype of the tuned one."""
-    # [E10] theta = (1 - w) * theta_original + w * theta_tuned
-    return ((1 - weight) * original.float() + weight * tuned.float()).to(tuned.dtype)
-
-
-def check_weight(weight: float) -> None:
+    """One tensor of the merged model, computed in fp32, in the dtype of the tuned one. Raises
+    BadInput if weight is outside 0..1."""
     if not 0 <= weight <= 1:
         raise BadInput(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
+    # [E10] theta = (1 - w) * theta_original + w * theta_tuned
+    return ((1 - weight) * original.float() + weight * tuned.float()).to(tuned.dtype)
 
 
 def merge_weights(
     original: dict[str, Tensor], tuned: dict[str, Tensor], weight: float = 0.5
 ) -> dict[str, Tensor]:
     """State dict with weight * tuned + (1 - weight) * original, for models in memory. Raises
-    BadInput if names or shapes differ, or weight is outside 0..1."""
-    check_weight(weight)
+    BadInput if names or shapes differ."""
     shapes = [{name: x.shape for name, x in weights.items()} for weights in (original, tuned)]
     if odd := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
         raise BadInput(f"cannot merge: {odd[0]} is not in both models, or has another shape")
@@ -449,9 +464,8 @@ def merge(
 
     The config (rope_theta, window) and the dtype are the tuned model's. Raises BadInput if the two
     differ in shape or vocabulary, or weight is outside 0..1."""
-    check_weight(weight)
-    folders = support("huggingface.folders")
-    folders.merge(original_dir, tuned_dir, out_dir, lambda a, b: average(a, b, weight))
+    merge_folders = support("huggingface.folders").merge
+    merge_folders(original_dir, tuned_dir, out_dir, lambda a, b: average(a, b, weight))
 
 
 # ---- `python recipe.py` ------------------------------------------------------------------------

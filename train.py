@@ -53,6 +53,7 @@ from support.data.sources import contents, is_toy_model, load_corpora
 from support.data.text import Corpus
 from support.data.toy import TINY
 from support.huggingface.config import check_extendable
+from support.huggingface.hashes import Hashes
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
 from support.memory import choose as fit
@@ -68,7 +69,6 @@ from support.runs.flags import as_kept, read_impactful
 from support.runs.run_folder import RunFolder
 from support.runs.settings import RunOptions, Settings, parse_settings
 from support.system.ahead import made_ahead
-from support.system.bad_input import BadInput
 from support.system.console import (
     log,
     log_device,
@@ -230,7 +230,7 @@ def accumulate(
     equal to 1 x 4."""
     valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
     if valid == 0:
-        raise BadInput("a step without a single target token")
+        raise ValueError("a step without a single target token")
     # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
     total = 0.0
     for input_ids, position_ids, targets in micro_batches:
@@ -367,7 +367,7 @@ def analyse(
         ids, positions = analysis_sample(i, stage, corpus, tokenizer, settings)
         _, s, c = recipe.logit_shift(original, extended, ids, positions, **options)
         total, count = total + s, count + c
-    impactful = recipe.impactful_types(total, count, settings.top)
+    impactful = recipe.impactful_types(total, count, settings.top, settings.min_count)
     mean = (total / count.clamp(min=1)).masked_fill(~impactful, -torch.inf)
     ranked = mean.argsort(descending=True)[: int(impactful.sum())].tolist()
     run.write_impactful({v: [tokenizer.decode([v]), round(float(mean[v]), 4)] for v in ranked})
@@ -446,6 +446,8 @@ def prepare(model: Llama, config: LlamaConfig, settings: Settings) -> Llama:
     model.activation_checkpointing = True
     model.keep_attention = settings.keep_attention
     model.layer_inputs = LayerInputsOnHost() if settings.offload_inputs else None
+    for block in model.model["layers"]:
+        block.mlp.split = settings.split_mlp
     return model
 
 
@@ -458,7 +460,9 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     if run.finished():
         log(f"{options.out} holds this run, finished: nothing to do")
         return
-    run.check_data(contents(settings), options.resume)
+    model_hash = Hashes(run.path / "hashes.json").of_model(settings.model)
+    original = {"path": settings.model, "sha256": model_hash}
+    run.check_data([*contents(settings), original], options.resume)
     corpus, replay_corpus = load_corpora(settings, tokenizer)
     impactful = None
     if settings.impactful:
@@ -468,6 +472,8 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
+    if options.attention == "flash":
+        kernels.use_flash_package()
     log_device(device, kernels.in_words(), is_toy_model(settings.model))
     checks.log_run(settings, stages, corpus)
     trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)

@@ -88,11 +88,12 @@ def copy_record(run: Path, to: Path) -> None:
 
 
 def recipe_in(settings: dict) -> dict:
-    """Of all settings those that a result depends on, wherever it was made."""
+    """Of all settings those that a result depends on, wherever it was made; paths as seen from the
+    repository, so that what is kept names no machine."""
     own = ("impactful", "model", "out", "plan", "resume", "device", "save_minutes", "no_saves")
-    own += ("optimizer", "keep_attention", "offload_inputs")  # the plan's, by the machine
-    own += ("keep_stages",)
-    return {k: v for k, v in settings.items() if k not in own}
+    own += ("keep_stages", "optimizer", "keep_attention", "offload_inputs")  # change no result
+    kept = {k: v for k, v in settings.items() if k not in own}
+    return json.loads(json.dumps(kept).replace(f"{ROOT}/", ""))
 
 
 def same_recipe(recorded: dict, flags: str) -> bool:
@@ -197,11 +198,16 @@ class Table:
         runs = self.read()["runs"]
         return [name for name in self.names if name in runs]
 
-    def sorted_by_target(self) -> list[str]:
-        """The rows, the best at the target first."""
-        runs, length = self.read()["runs"], str(self.lengths[1])
-        means = {name: mean_of(texts_of(runs[name], length)) for name in self.shown()}
-        return sorted(means, key=means.get, reverse=True)
+    def best_first(self, runs: dict) -> list[str]:
+        """Names of rows that are there, for each theta those first that find most at the target."""
+        names = [name for name in self.names if name in runs]
+        thetas = list(dict.fromkeys(name.partition(",")[2] for name in names))
+
+        def place(name: str) -> tuple[int, float]:
+            found = mean_of(texts_of(runs[name], self.lengths[1]))
+            return thetas.index(name.partition(",")[2]), -found
+
+        return sorted(names, key=place)
 
     def report(self, names: list[str] | None = None) -> None:
         """A line a row: means over the seeds; intervals draw whole texts again (clustered). The

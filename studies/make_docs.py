@@ -203,7 +203,7 @@ def study_table(study: Table) -> str:
     if not (RESULTS / study.file.name).is_file():
         return "Not run yet."
     runs, both = read(study.file.name)["runs"], (leads(study), leads(study, "nats"))
-    rows = [study_row(name, runs, study.lengths, *both) for name in study.names if name in runs]
+    rows = [study_row(name, runs, study.lengths, *both) for name in study.best_first(runs)]
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
     return table(columns, [[row[column] for column in columns] for row in rows])
 
@@ -325,13 +325,10 @@ def facts() -> dict[str, str]:
     saved = [100 * (1 - a / b) for a, b in chosen["one_sample"].values()]
     step = read("gpu.json")["parts"]["step adamw-host keep offload"]
     known |= {
-        "8b chosen": plans["chosen"].split()[0],
         "8b state": f"{device / 1e9:.0f}",
         "8b state ratio": f"{device / state['there']['device']:.1f}",
         "8b disk without saves": FORMATS["GB"](sum(plans["disk_without_saves"].values())),
-        "8b hours": FORMATS["hours"](chosen["seconds"]),
         "8b replay hours": FORMATS["hours"](chosen["stages"]["replay"]["seconds"]),
-        "8b merge minutes": FORMATS["minutes"](chosen["stages"]["merge"]["seconds"]),
         "8b TFLOP/s": f"{chosen['rate']['flops_per_s'] / 1e12:.0f}",
         "8b full GB": FORMATS["GB"](sum(full["bytes"]["device"].values())),
         "8b full extend hours": f"{whole / 3600:.0f}",

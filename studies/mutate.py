@@ -51,6 +51,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("mean.argsort(descending=True", "mean.argsort(descending=False"),
         ("covered_before < top", "covered_before <= top"),
         ("cumsum(0) - count[order]", "cumsum(0)"),
+        ("count >= max(1, min_count)", "count > max(1, min_count)"),
     ),
     "E5": (
         "recipe.py",
@@ -169,7 +170,49 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ('["answer_logprob"] - control', '["answer_logprob"] + control'),
         ('control["answer_logprob"]) / len', 'control["answer_logprob"]) * len'),
     ),
+    "E25": (
+        "recipe.py",
+        ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T"),
+        ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),
+        ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T - L - 1"),
+    ),
 }
+
+
+# Lines of train.py that hold no formula: each wrong text has to fail one of TRAIN_TESTS.
+TRAIN_TESTS = [
+    "tests/test_train.py::test_a_sample_is_drawn_from_seed_step_and_number_alone",
+    "tests/test_train.py::test_every_setting_reaches_its_place",
+]
+TRAIN_MUTANTS = (
+    ("settings.seed * 1_000_003 + step +", "settings.seed * 1_000_003 +"),
+    ("analyse(original, extended, probe", "analyse(extended, original, probe"),
+    ('"first_position": settings.base_len', '"first_position": 0'),
+    ("settings.lr, settings.weight_decay", "settings.lr, 0.0"),
+    ("self.optimizer.step(lr, settings.clip,", "self.optimizer.step(lr, 1e9,"),
+    ("step - first, settings.warmup_steps, first)", "step - first, 0, first)"),
+    ("model.activation_checkpointing = True", "model.activation_checkpointing = False"),
+    ("model.keep_attention = settings.keep_attention", "model.keep_attention = False"),
+    ("LayerInputsOnHost() if settings.offload_inputs else None", "None"),
+    ("return stage.lr * (1 - step / stage.steps)", "return stage.lr"),
+    ("trainer.train(replay, replay_corpus)", "trainer.train(replay, corpus)"),
+    ('run.path / "merged", settings.merge_weight)', 'run.path / "merged", 0.5)'),
+)
+
+
+def mutate_train() -> None:
+    """Break each line of TRAIN_MUTANTS. SystemExit if a wrong text is not noticed."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = fresh_copy(Path(folder) / "copy", models=True)
+        if fails(copy, TRAIN_TESTS):
+            raise SystemExit("error: the tests fail before anything is broken")
+        survivors = 0
+        for right, wrong in TRAIN_MUTANTS:
+            line_of("train.py", right)
+            who = killer(copy, "train.py", right, wrong, TRAIN_TESTS)
+            survivors += who is None
+            print(f"train.py: {right!r} -> {wrong!r}: {who or 'SURVIVES'}", flush=True)
+    raise SystemExit(1 if survivors else 0)
 
 
 def named_tests() -> dict[str, list[str]]:
@@ -218,7 +261,10 @@ def killer(folder: Path, file: str, right: str, wrong: str, tests: list[str]) ->
 def main() -> None:
     p = argparse.ArgumentParser(description="Break each tagged line; do the tests notice?")
     p.add_argument("--tags", nargs="+", choices=MUTANTS, default=list(MUTANTS), metavar="E1")
+    p.add_argument("--train", action="store_true", help="the lines of TRAIN_MUTANTS instead")
     args, started, tests = p.parse_args(), time.time(), named_tests()
+    if args.train:
+        mutate_train()
     known = read_json(TABLE).get("mutants", [])
     rows = [row for row in known if row["tag"] in MUTANTS and row["tag"] not in args.tags]
     work = [(t, MUTANTS[t][0], *pair) for t in args.tags for pair in MUTANTS[t][1:]]

@@ -231,7 +231,7 @@ def main(argv=None) -> None:
                     continue
                 about = {"target": args.target, "steps": args.steps, "haystacks": args.n}
                 table.keep(name, seed, measure(name, seed, args), **about)
-        table.report(table.sorted_by_target() if args.score else None)
+        table.report(table.best_first(table.read()["runs"]) if args.score else None)
         table.draw(f"tokens of {args.steps} steps")
 
 

@@ -107,7 +107,7 @@ BAD_FOLDERS = {
 # ---- flags and files: {tmp} is an empty folder but for these -----------------------------------
 
 FILES = {
-    "one_segment.txt": "word " * 3000,
+    "one_segment.txt": "word" * 3000,
     "latin.txt": "é".encode("latin-1") * 100,
     "types.json": '{"99999": 1}',
     "settings.json": '{"settings": {}}',
@@ -122,6 +122,7 @@ FILES = {
     "beyond.bin": b"\xff\xff" * 9000,
     "empty.npy": b"",
     "half.npy": b"\x93NUMPY",
+    "zip.npy": b"PK\x03\x04 a .npz",
     "old/run.json": "{}",
     "busy/note.txt": "mine",
 }
@@ -131,6 +132,7 @@ TRAIN = [
     ("--train_len 40000 --target_len 50000", "no document reaches 40000 tokens"),
     ("--data nowhere.txt", "nowhere.txt does not exist"),
     ("--method full", "--method full needs --train_len 512"),
+    ("--min_count 0", "--min_count 0 must be at least 1"),
     ("--method pose --prefix", "--prefix belongs to --method longrecipe"),
     ("--steps 0", "--steps 0 must be at least 1"),
     ("--probe_steps 9", "--probe_steps 9 must be between"),
@@ -161,6 +163,7 @@ TRAIN = [
     ("--data {tmp}/float.npy", "float.npy holds float64"),
     ("--data {tmp}/objects.npy", "Python objects in dtype"),
     ("--data {tmp}/empty.npy", "empty.npy is empty"),
+    ("--data {tmp}/zip.npy", "zip.npy is no array of token ids"),
     ("--data {tmp}/half.npy", "."),
     ("--data {tmp}/empty", "holds no file of .txt"),
     ("--impactful {tmp}/types.json", "names no token types"),
@@ -178,7 +181,7 @@ RECIPE = [
     ("--target_len -9", "--target_len -9 must be above 1"),
     ("--train_len 1", "--train_len 1 must be between 2 and --target_len 512"),
     ("--train_len 0", "--train_len 0 must be between"),
-    ("--train_len 2", "at least two segments in a sample .*--train_len"),
+    ("--train_len 2", "endprompt needs more than --train_len 2"),
     ("--target_len 100 --train_len 101", "--train_len 101 must be .* --target_len 100"),
     ("--seed -1", "--seed -1 must be within"),
     ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),

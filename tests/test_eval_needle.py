@@ -862,6 +862,7 @@ def test_controls_measure_the_gain_on_the_same_texts(toy_dir, prose_file, tmp_pa
     assert alone["mean"] == pytest.approx(mean("needle alone") - mean("no needles"), abs=1e-6)
     assert whole["share_of_short_text"] == whole["mean"] / alone["mean"]
     assert "with its needles" in capsys.readouterr().out
+    assert (tmp_path / "nats.png").is_file() and not list(tmp_path.glob("*common_words.png"))
     run("--controls", "--lengths", "300", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
     assert "without --compare DIR only the one without needles" in capsys.readouterr().err
 

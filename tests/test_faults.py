@@ -283,10 +283,11 @@ def test_data_that_vanished_and_resume_from_another_folder(place, uninterrupted)
     assert_same(place / "moved", uninterrupted[0])
 
 
-def test_data_that_changed_is_named_by_resume(toy_dir, tmp_path, monkeypatch, capsys):
+def test_data_or_weights_that_changed_are_named_by_resume(toy_dir, tmp_path, monkeypatch, capsys):
     """Refused before anything is written; put back, the run goes on, as one does that was begun by
     a version that wrote no data down."""
-    texts, out = tmp_path / "texts", tmp_path / "out"
+    model, texts, out = tmp_path / "model", tmp_path / "texts", tmp_path / "out"
+    shutil.copytree(toy_dir, model)
     texts.mkdir()
     for i in range(3):
         (texts / f"{i}.txt").write_text(PROSE)
@@ -294,18 +295,24 @@ def test_data_that_changed_is_named_by_resume(toy_dir, tmp_path, monkeypatch, ca
     other.write_text(PROSE)
     monkeypatch.setattr(train, "accumulate", with_ctrl_c(train.accumulate, call=2))
     with pytest.raises(SystemExit):
-        train.main(in_process(toy_dir, texts, out, "--replay_data", str(other)))
+        train.main(in_process(model, texts, out, "--replay_data", str(other)))
     began, resume = json.loads((out / "run.json").read_text()), ["--resume", "--out", str(out)]
-    for path, changed in ((texts, texts / "2.txt"), (other, other)):
-        changed.write_text(PROSE + "More.")
+    weights = model / "model.safetensors"
+    for path, changed, what in (
+        (texts, texts / "2.txt", "bytes"),
+        (other, other, "bytes"),
+        (model, weights, "sha256"),
+    ):
+        whole = changed.read_bytes()
+        changed.write_bytes(whole[:-1] + b"@" if path == model else whole + b"More.")
         before = {p: p.read_bytes() for p in out.iterdir()}
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             train.main(resume)
         error = one_error(stop.value.code, capsys.readouterr().err)
-        assert f"{path} has changed since the start (bytes: " in error, error
+        assert f"{path} has changed since the start ({what}: " in error, error
         assert {p: p.read_bytes() for p in out.iterdir()} == before
-        changed.write_text(PROSE)
+        changed.write_bytes(whole)
     (out / "run.json").write_text(json.dumps({k: v for k, v in began.items() if k != "data"}))
     train.main(resume)
     assert json.loads((out / "run.json").read_text())["data"] == began["data"] != []

@@ -99,6 +99,12 @@ def test_impactful_types_by_hand():
     assert impactful_types(total, count, 0.01).tolist() == [False, True, False, False]
     assert impactful_types(total, count, 0.2).tolist() == [True, True, False, False]
     assert impactful_types(total, count, 1.0).tolist() == [True, True, True, False]
+    # with a floor the rare one is out, and what it covered is not made up for beyond `top`
+    assert impactful_types(total, count, 0.01, min_count=3).tolist() == [True, False, False, False]
+    assert impactful_types(total, count, 1.0, min_count=3).tolist() == [True, False, True, False]
+    assert impactful_types(total, count, 0.2, min_count=2).tolist() == [True, True, False, False]
+    with pytest.raises(BadInput, match="no token type was seen 101 times .*--min_count"):
+        impactful_types(total, count, 0.2, min_count=101)
     with pytest.raises(ValueError, match="top"):
         impactful_types(total, count, 0.0)
     with pytest.raises(ValueError, match="no token was counted"):
@@ -456,6 +462,15 @@ def test_rpes_is_a_uniform_subset():
     assert (hits - 600).abs().max() < 6.5 * 20.5
 
 
+def test_endprompt_puts_the_last_tokens_at_the_end():
+    """[E25]"""
+    for L, T in ((600, 2000), (21, 21), (21, 500)):
+        slow = [i if i < L - 20 else T - (L - i) for i in range(L)]
+        assert sample_position_ids("endprompt", L, T).tolist() == slow
+    with pytest.raises(BadInput, match="endprompt needs more than --train_len 20"):
+        sample_position_ids("endprompt", 20, 500)
+
+
 def test_positions_refuse():
     g = generator()
     with pytest.raises(ValueError, match="at least two segments"):
@@ -492,7 +507,8 @@ def test_all_methods_get_the_same_tokens(tokenizer):
     ids = torch.tensor(tokenizer.encode(PROSE))
     samples = [
         make_example(ids, tokenizer, 600, 2000, method=m, select="random", generator=generator(5))
-        for m in ("longrecipe", "pose", "rpes", "none")
+        for m in recipe.METHODS
+        if m != "full"
     ]
     assert all(torch.equal(samples[0][0], tokens) for tokens, _ in samples)
 

@@ -12,7 +12,9 @@ from conftest import PROSE, make_hf_llama, write_tokenizer
 
 import recipe
 import train
-from model import Llama, LlamaConfig, load_pretrained, save_pretrained
+from model import Llama, LlamaConfig, load_pretrained, load_tokenizer, save_pretrained
+from support.data.sources import load_tokens
+from support.data.text import Corpus
 from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
 from support.runs.flags import as_kept, base_of_run, check_same, settings_of
@@ -169,6 +171,97 @@ def test_the_whole_story_on_a_toy(finished, toy_dir):
     for name, p in result.items():
         assert torch.allclose(p, (original[name] + replayed[name]) / 2, atol=1e-7)
     assert any(not torch.equal(extended[n], replayed[n]) for n in extended)
+
+
+def test_a_sample_is_drawn_from_seed_step_and_number_alone(toy_dir, prose_file):
+    """The numbering that recorded runs rest on."""
+    tokenizer = load_tokenizer(toy_dir)
+    settings = train.Settings(target_len=512, train_len=128, batch_sequences=2, seed=3)
+    corpus = Corpus(load_tokens([str(prose_file)], tokenizer), 128)
+    probe = train.plan_stages(settings)[0]
+    drawn = [
+        one
+        for step in (0, 1, 7)
+        for one in train.draw(probe, step, corpus, tokenizer, settings, None)
+    ]
+    seeds = [3 * 1_000_003 + step + 100_000_000 * b for step in (0, 1, 7) for b in (0, 1)]
+    for (ids, positions), seed in zip(drawn, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        again = train.sample(probe, corpus, tokenizer, None, generator)
+        assert torch.equal(ids, again[0]) and torch.equal(positions, again[1])
+    assert len({tuple(ids.tolist()) for ids, _ in drawn}) == 6
+
+
+def test_every_setting_reaches_its_place(toy_dir, tmp_path, prose_file, monkeypatch):
+    """Optimizer, schedule, memory options, analysis, replay's text and merge weight of one run."""
+    other = tmp_path / "other.txt"
+    other.write_text("Zoe sings. " * 400)
+    seen = {"analysis": [], "batches": [], "steps": []}
+    make, shift, accumulate = train.make_optimizer, recipe.logit_shift, train.accumulate
+
+    def made(name, model, lr, weight_decay):
+        seen["optimizer"] = (name, lr, weight_decay)
+        optimizer = make(name, model, lr, weight_decay)
+        step = optimizer.step
+        optimizer.step = lambda lr, clip, **kw: seen["steps"].append(clip) or step(lr, clip, **kw)
+        return optimizer
+
+    def compared(original, extended, *rest, first_position, **options):
+        seen["analysis"].append((original, extended, first_position))
+        return shift(original, extended, *rest, first_position=first_position, **options)
+
+    def recorded(model, batch, *rest):
+        seen["model"] = model
+        seen["options"] = (model.activation_checkpointing, model.keep_attention)
+        seen["batches"].append(torch.cat([ids for ids, _, _ in batch]))
+        assert model.layer_inputs is not None
+        return accumulate(model, batch, *rest)
+
+    monkeypatch.setattr(train, "make_optimizer", made)
+    monkeypatch.setattr(recipe, "logit_shift", compared)
+    monkeypatch.setattr(train, "accumulate", recorded)
+    more = f"--replay_data {other} --merge_weight 0.25 --weight_decay 0.3 --clip 0.7 --keep_stages"
+    more += " --optimizer adamw --keep_attention --offload_inputs"
+    train.main(command(toy_dir, prose_file, tmp_path / "out", *more.split()))
+
+    assert seen["optimizer"] == ("adamw", 5e-3, 0.3) and seen["steps"] == [0.7] * 9
+    assert seen["options"] == (True, True)
+    rates = [row["lr"] for row in read_metrics(tmp_path / "out")]
+    expected = [2.5e-3, *[5e-3] * 5, 1e-3, 2e-3 / 3, 1e-3 / 3]
+    assert rates == pytest.approx(expected)
+    original = load_pretrained(toy_dir)
+    assert len(seen["analysis"]) == 2
+    for compared_with, extended, first_position in seen["analysis"]:
+        pairs = zip(compared_with.parameters(), original.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert extended is seen["model"] and first_position == 64
+    tokenizer = load_tokenizer(toy_dir)
+    texts = ["".join(tokenizer.decode(row.tolist()) for row in ids) for ids in seen["batches"]]
+    assert ["Zoe sings" in text for text in texts] == [False] * 6 + [True] * 3
+    a, b, result = (
+        dict(load_pretrained(folder).named_parameters())
+        for folder in (toy_dir, tmp_path / "out" / "replayed", tmp_path / "out")
+    )
+    assert all(torch.allclose(p, 0.75 * a[k] + 0.25 * b[k], atol=1e-7) for k, p in result.items())
+
+
+def test_a_bos_token_comes_first_where_the_tokenizer_adds_one(toy_dir, prose_file, tmp_path):
+    """At position 0, and the sample is as long as without; the text takes the positions after."""
+    folder = tmp_path / "bos"
+    shutil.copytree(toy_dir, folder)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
+    )
+    tokenizer = load_tokenizer(folder)
+    corpus = Corpus(load_tokens([str(prose_file)], tokenizer), 128)
+    for method in ("longrecipe", "full", "rpes"):
+        stage = train.Stage("extend", 1, 128, 512, method, "first", 1.0)
+        if method == "full":
+            stage = dataclasses.replace(stage, target_len=128)
+        ids, positions = train.sample(stage, corpus, tokenizer, None, torch.Generator())
+        assert len(ids) == len(positions) == 128 and ids[0] == tokenizer.bos_id
+        assert positions[0] == 0 and (positions.diff() > 0).all()
+        assert positions[-1] < stage.target_len and (ids[1:] != tokenizer.bos_id).all()
 
 
 def test_transformers_opens_the_result(finished):
@@ -372,6 +465,16 @@ def test_the_analysis_of_log_probabilities(finished, toy_dir, prose_file, tmp_pa
     assert all(abs(shift[k] - raw[k]) > 1e-3 for k in raw)
 
 
+def test_types_that_are_seen_too_rarely_are_not_impactful(finished, toy_dir, prose_file, tmp_path):
+    """--min_count: the same probe, so the same means; only types are left out."""
+    stop = ["--steps", "2", "--replay_steps", "0", "--top", "1", "--min_count"]
+    found = []
+    for floor in ("1", "4"):
+        train.main(command(toy_dir, prose_file, tmp_path / floor, *stop, floor))
+        found.append(json.loads((tmp_path / floor / "impactful.json").read_text()))
+    assert found[1].items() < found[0].items() and len(found[1]) > 10
+
+
 def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, prose_file, tmp_path):
     """H' = the base's own weights under the new RoPE base: the shift is zero everywhere against the
     re-based base, also where this run's own RoPE base is another one; against the base as it is,
@@ -400,7 +503,7 @@ def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, pr
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
     """A long run without a sentence end would leave longrecipe without a gap."""
     text = tmp_path / "mixed.txt"
-    text.write_text(PROSE[:6000] + "word " * 4000 + PROSE[:6000])
+    text.write_text(PROSE[:6000] + "word" * 4000 + PROSE[:6000])
     train.main(command(toy_dir, text, tmp_path / "out", "--steps", "12", "--select", "first"))
     assert len(read_metrics(tmp_path / "out")) == 15
 

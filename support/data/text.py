@@ -238,7 +238,7 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
             )
     else:
         try:
-            ids = np.load(file, mmap_mode="r", allow_pickle=False)
+            ids = np.lib.format.open_memmap(file, mode="r")
         except ValueError as error:  # numpy has no class of its own for a damaged file
             raise BadInput(f"{file} is no array of token ids: {error}") from None
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:

@@ -53,7 +53,8 @@ def draw_sample(axis, positions: Tensor, target_len: int, color: str) -> None:
     axis.plot((0, end), (0, end), color="0.8", linestyle=":", linewidth=1.5)
     jumps = np.flatnonzero(np.diff(p) > end / 20) + 1
     for piece in np.split(np.arange(len(p)), jumps):  # no line across a large jump
-        axis.plot(piece / 1000, p[piece], color=color, linewidth=3)
+        style = {"color": color, "linewidth": 4, "solid_capstyle": "round", "clip_on": False}
+        axis.plot(piece / 1000, p[piece], **style)
     axis.annotate(f"{len(p):,} tokens", (0.98, 0.27), xycoords="axes fraction", ha="right")
     axis.set_xlabel("token (thousands)")
 

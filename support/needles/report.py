@@ -143,7 +143,11 @@ def write_report(
     }
     write_atomically(out / "needle_results.json", json.dumps(summary, indent=2) + "\n")
     trained = {c.label: c.trained_window for c in models}
-    drawn = [task for task in tasks if any(r["task"] == task for r in shown)]
+    drawn = [  # without a needle there is no depth to draw
+        name
+        for name, task in tasks.items()
+        if task.needles and any(r["task"] == name for r in shown)
+    ]
     for task in drawn:
         name = "needle.png" if len(drawn) == 1 else f"needle_{task}.png"
         parts = tasks[task].needles if tasks[task].ask == "each" else 0

@@ -15,7 +15,7 @@ def check_numbers(settings) -> None:
     """Each number alone: can it be meant?"""
     check_ranges(
         settings,
-        at_least_1=("base_len", "steps", "batch_sequences", "analysis_samples"),
+        at_least_1=("base_len", "steps", "batch_sequences", "analysis_samples", "min_count"),
         above_1=("rope_base",),
         positive=("lr", "clip", "top"),
         not_negative=("replay_steps", "replay_lr", "weight_decay", "warmup_steps"),

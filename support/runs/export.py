@@ -51,10 +51,12 @@ OTHER = (
     "optimizer",
     "keep_attention",
     "offload_inputs",
+    "split_mlp",
     "analysis_samples",
     "log_softmax",
     "rebased_analysis",
     "top",
+    "min_count",
 )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from support.data import sources as corpora
 from support.huggingface.checkpoint import not_finite
@@ -107,7 +107,8 @@ class RunFolder:
         """ValueError that says where the last skipped batch is: input_ids, position_ids (B, T)."""
         tensors = [torch.cat(parts) for parts in zip(*batch, strict=True)]
         names = ("input_ids", "position_ids", "targets")
-        save_file(dict(zip(names, tensors, strict=True)), self.path / BATCH)
+        with replacing(self.path / BATCH) as file:
+            file.write(save(dict(zip(names, tensors, strict=True))))
         raise BadInput(
             f"steps {step - SKIPS + 1} to {step} had no finite loss and gradient and changed no"
             f" weight; the last batch is in {self.path / BATCH}: lower --lr in another --out, or"

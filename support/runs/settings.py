@@ -43,6 +43,7 @@ class Settings:
     log_softmax: bool = flag(False, "analyse log-probabilities, not raw logits")
     rebased_analysis: bool = flag(False, "compare H' with the original under the new rope_theta")
     top: float = flag(0.2, "share of occurrences that count as impactful")
+    min_count: int = flag(1, "token types seen less often in the analysis are not impactful")
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
     steps: int = flag(104, "optimizer steps of the extension, probe included", "training")
@@ -75,6 +76,7 @@ class Settings:
     offload_inputs: bool = flag(
         False, "keep each layer's input on the host", derived="if nothing fits without"
     )
+    split_mlp: bool = flag(False, "run the MLP in pieces of tokens", derived="if nothing else fits")
 
     data: list[str] | None = flag(
         None,
@@ -109,6 +111,11 @@ class RunOptions:
     )
     resume: bool = flag(
         False, "go on with the run in --out, with its settings", action="store_true"
+    )
+    attention: str = flag(
+        "torch",
+        "flash: an installed flash-attn-4, or FlashAttention 3, in place of torch's kernels",
+        choices=("torch", "flash"),
     )
     export: str | None = flag(None, "only write the run's samples to this folder", metavar="DIR")
     plan: str | None = flag(
