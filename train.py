@@ -294,7 +294,7 @@ class Trainer:
 
     def train(self, stage: Stage, corpus: Corpus) -> None:
         """The steps of one stage that are still to be done. While a GPU computes one step, a thread
-        draws the samples of the next. On a CPU the thread would only slow the step down (LOG.md)."""
+        draws the samples of the next. On a CPU the thread would slow the step down (LOG.md)."""
         settings, batch_sequences = self.settings, self.settings.batch_sequences
         first = sum(s.steps for s in self.stages[: self.stages.index(stage)])
         steps = range(max(first, self.step), first + stage.steps)
@@ -447,6 +447,8 @@ def prepare(model: Llama, config: LlamaConfig, settings: Settings) -> Llama:
     model.activation_checkpointing = True
     model.keep_attention = settings.keep_attention
     model.layer_inputs = LayerInputsOnHost() if settings.offload_inputs else None
+    for block in model.model["layers"]:
+        block.mlp.split = settings.split_mlp
     return model
 
 
@@ -471,6 +473,8 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
+    if options.attention == "flash":
+        kernels.use_flash_package()
     log_device(device, kernels.in_words(), is_toy_model(settings.model))
     checks.log_run(settings, stages, corpus)
     trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)

@@ -46,7 +46,7 @@ def main() -> None:
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA3_8B))
-        rows = dict(one(folder, flags) for flags in MODES)
+        rows = dict(one(folder, f"{flags} --no-split_mlp") for flags in MODES)
         chosen, made = one(folder, "")
         rows[chosen] = made  # no lever given: those of full length are free as well
         without = one(folder, "--no_saves")[1]["bytes"]["disk"]

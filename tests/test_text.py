@@ -1,7 +1,11 @@
 """support/data/text.py: every kind of --data, and memory that does not grow with it."""
 
+import bz2
+import gzip
+import io
 import itertools
 import json
+import lzma
 import re
 import subprocess
 import sys
@@ -15,7 +19,7 @@ import recipe
 import train
 from model import load_tokenizer
 from support.data.sources import load_tokens
-from support.data.text import Corpus, read_pieces
+from support.data.text import TAIL, Corpus, cut_pieces, read_pieces
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def documents(tokens) -> list[list[int]]:
     return [tokens.parts[p][b : b + n].tolist() for p, b, n in tokens.documents.tolist()]
 
 
-def test_every_kind_of_file_in_one_folder(tokenizer, tmp_path):
+def test_every_kind_of_file_in_one_folder(tokenizer, tmp_path, capsys):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_text("Ada had 7 apples.\n")
     (tmp_path / "sub" / "b.md").write_text("Bob é.")
@@ -36,12 +40,54 @@ def test_every_kind_of_file_in_one_folder(tokenizer, tmp_path):
     np.save(tmp_path / "d.npy", np.arange(12, dtype=np.uint16).reshape(2, 6))
     np.save(tmp_path / "e.npy", np.arange(5))
     np.arange(9, dtype=np.uint16).tofile(tmp_path / "f.bin")
-    (tmp_path / "ignored.pdf").write_bytes(b"\xff")
+    for name in ("g.parquet", "h.PARQUET", "i.tar.gz", "LICENSE", ".hidden.txt"):
+        (tmp_path / name).write_bytes(b"\xff")
     found = documents(load_tokens([str(tmp_path)], tokenizer))
+    said = "1 .bin, 1 .jsonl, 1 .md, 2 .npy, 1 .txt"
+    said += "; left out: 1 without a suffix, 2 .parquet, 1 .tar.gz"
+    assert f"folder {tmp_path}: {said}\n" in capsys.readouterr().err
     texts = ["Ada had 7 apples.\n", "One.", "", "Two\nlines.", "Bob é."]
     expected = [tokenizer.encode(t) for t in texts]
     expected += [list(range(6)), list(range(6, 12)), list(range(5)), list(range(9))]
     assert found == expected
+
+
+RECORDS = [{"text": "Ada had 7 apples.\n"}, {"meta": [1], "text": "\u00e9 {}"}]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.JSONL", LINES),
+        ("a.ndjson", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n") + b"  \n\n"),
+        ("a.json", LINES),
+        ("a.json", json.dumps(RECORDS, indent=1).encode()),
+        ("a.json", b"\xef\xbb\xbf" + json.dumps(RECORDS).encode()),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.json.xz", lzma.compress(json.dumps(RECORDS).encode())),
+        ("a.ndjson.BZ2", bz2.compress(LINES)),
+    ],
+)
+def test_records_are_read_in_every_form(name, content, tokenizer, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    found = documents(load_tokens([str(tmp_path / name)], tokenizer))
+    assert [tokenizer.decode(d) for d in found] == [record["text"] for record in RECORDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("essay", b"Ada.\n"),
+        ("a.TXT", b"\xef\xbb\xbfAda.\n"),
+        ("a.md.gz", gzip.compress(b"Ada.\n")),
+        ("a.xz", lzma.compress(b"Ada.\n")),
+        ("a.json", b'{\n"text": "Ada.\\n"}'),
+    ],
+)
+def test_plain_text_is_read_in_every_form(name, content, tokenizer, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert documents(load_tokens([str(tmp_path / name)], tokenizer)) == [tokenizer.encode("Ada.\n")]
 
 
 def test_documents_are_joined_only_on_request(tokenizer, tmp_path):
@@ -61,6 +107,22 @@ def test_pieces_of_a_large_file_give_the_ids_of_the_whole(tokenizer, tmp_path, s
     for tok in (tokenizer, load_tokenizer(smollm2_dir)):
         assert [i for p in pieces for i in tok.encode(p)] == tok.encode(text)
     assert all(re.search(r"\w$", a) and re.match(r" \w", b) for a, b in itertools.pairwise(pieces))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["我能吞下玻璃而不伤身体，因为我练习过很多年。" * 400, "1,22,333;" * 1000, "é\n" * 4000],
+)
+def test_pieces_of_a_text_without_spaces_give_the_ids_of_the_whole(text, tokenizer):
+    pieces = list(cut_pieces(io.StringIO(text), characters=500))
+    assert "".join(pieces) == text and len(pieces) > 5
+    assert [i for p in pieces for i in tokenizer.encode(p)] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("text", ["我" * 50_000, " " * 50_000, "-" * 50_000, "a" * 50_000])
+def test_pieces_are_bounded_where_nothing_says_where_to_cut(text):
+    pieces = list(cut_pieces(io.StringIO(text), characters=5000))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * 5000 + TAIL
 
 
 def test_windows_are_uniform_over_the_tokens(tokenizer, tmp_path):
@@ -109,7 +171,30 @@ def test_too_short_texts_name_the_flags_that_the_caller_has(toy_dir, tmp_path, c
         ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "a.jsonl, line 2"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1"),
         ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.jsonl", LINES + b'{"text": null}\n', 'a.jsonl, line 3: .* a "text" that is null'),
+        ("a.jsonl", LINES + b'{"text": "\xe9"}\n', "a.jsonl, line 3: not UTF-8 .*iconv"),
+        ("a.jsonl", LINES.decode().encode("utf-16"), "a.jsonl, line 1: not UTF-8"),
+        ("a.jsonl", LINES + b'{"text": ' + b"[" * 200_000, "a.jsonl, line 3: not JSON"),
+        ("a.json", b'[{"text": "x"}, {"content": 1}]', "a.json, record 2: .* the keys 'content'"),
+        ("a.json", b"7", "a.json, record 1: .* int"),
+        ("a.json", b"", "a.json: not JSON"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "a.jsonl.gz is damaged"),
+        ("a.txt.xz", lzma.compress(LINES)[:-9], "a.txt.xz is damaged"),
+        ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 .*iconv"),
+        ("a.txt", b"text\0text", "a.txt holds zero bytes"),
+        ("a.csv", b"text\nAda\n", "a.csv: .csv files are not read; write its texts to a .jsonl"),
+        ("a.tsv", b"x", "pandas"),
+        ("a.parquet", b"PAR1", "pandas"),
+        ("a.arrow", b"x", "pandas"),
+        ("a.html", b"<p>", "a.html: .html files are not read; save its text as .* a.txt"),
+        ("a.pdf", b"%PDF", "a.txt"),
+        ("a.DOCX", b"PK", "a.txt"),
+        ("a.txt.zst", b"x", "a.txt.zst: .zst files are not read; unpack it first"),
+        ("a.zip", b"PK", "unpack it first"),
+        ("a.tar.gz", b"x", "unpack it first"),
+        ("a.npy.gz", b"x", "unpack it first"),
+        ("a.bin", np.arange(9, dtype=np.uint32).tobytes(), "every second id is 0"),
+        ("a.bin", np.arange(9, dtype=np.int64).tobytes(), "every second id is 0"),
         ("a.bin", b"\x01", "whole uint16"),
         ("a.bin", b"", "is empty"),
         ("a.bin", b"\xff\xff", "ids 65535 to 65535, the tokenizer has"),
@@ -158,19 +243,34 @@ def peak_mib(toy_dir, file) -> float:
     return float(out.split()[0])
 
 
+MEMORY_UNITS = {
+    ".txt": PROSE[:2000],
+    ".jsonl": json.dumps({"text": PROSE[:2000]}) + "\n",
+    "-chinese.txt": "我能吞下玻璃而不伤身体，因为我练习过很多年。" * 30,
+    "-csv.txt": ",".join(str(i) for i in range(500)) + ",",  # one line
+    "-thai.txt": "ฉันกินกระจกได้" * 50,
+}
+
+
 def grow(folder, suffix: str, megabytes: int):
-    file = folder / f"{megabytes}{suffix}"
-    line = PROSE[:2000] if suffix == ".txt" else json.dumps({"text": PROSE[:2000]}) + "\n"
-    with open(file, "w") as stream:
-        for _ in range(megabytes * 1_000_000 // len(line)):
-            stream.write(line)
+    file, unit = folder / f"{megabytes}{suffix}", MEMORY_UNITS[suffix]
+    with open(file, "w", encoding="utf-8") as stream:
+        for _ in range(megabytes * 1_000_000 // len(unit.encode())):
+            stream.write(unit)
     return file
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", "-thai.txt"])
 def test_memory_does_not_grow_with_the_data(suffix, toy_dir, tmp_path):
-    """5 MB against 15 MB of text: less than 15 MiB more, where a list of ids would take 100."""
-    small, large = (peak_mib(toy_dir, grow(tmp_path, suffix, n)) for n in (5, 15))
+    """7 MB against 14 MB of text: less than 15 MiB more, where a list of ids would take 70."""
+    small, large = (peak_mib(toy_dir, grow(tmp_path, suffix, n)) for n in (7, 14))
+    assert large - small < 15, (small, large)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["-chinese.txt", "-csv.txt"])
+def test_memory_does_not_grow_with_text_without_spaces(suffix, toy_dir, tmp_path):
+    small, large = (peak_mib(toy_dir, grow(tmp_path, suffix, n)) for n in (10, 20))
     assert large - small < 15, (small, large)
 
 

@@ -1,14 +1,15 @@
 """Exercise 3, what is wrong with these samples: `python examples/exercises/pose_defect.py`
 
-`black_box` stands for the released code's PoSE: position ids, and you may not look inside. PoSE as
+`black_box` draws position ids as the released code's PoSE does; you may not look inside. PoSE as
 published [E7] puts one jump of u ~ U{0..T-L} at r ~ U{1..(L+1)//2}. What a set of samples tells:
   1. How many are plain, 0..L-1? As published, u = 0: one in T - L + 1. Here: more than half.
-  2. Where the others jump. As published in the first half; here anywhere in the sample, all places
-     alike. So the split is drawn from a range that the sample does not cover, and falls behind its
-     end in the other cases. If the range holds R places, L of them within: plain = 1 - L / R, so
-     R = L / (1 - plain), which comes out as T - L + 1: the range of the SKIP, taken for the split.
-  3. How far they jump. As published, no matter where; here the skip is never below the split: it
-     is drawn from {r..T-L}. So short jumps are missing as well.
+  2. Where the others jump. As published, in the first half; here anywhere in the sample, every
+     place equally likely. So the split is drawn from a range that the sample does not cover, and is
+     beyond its end in the other cases. If the range holds R places, L of them within the sample,
+     then plain = 1 - L / R, so R = L / (1 - plain). That comes out as T - L + 1: the range of the
+     SKIP, taken for the split.
+  3. How far they jump. As published, independent of the place; here the skip is never below the
+     split: it is drawn from {r..T-L}. So short jumps are missing as well.
 A baseline trained on these sees plain samples more than half of the time.
 """
 

@@ -15,7 +15,7 @@ from support.runs.flags import settings_of
 EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
 OF_THE_TOY = Path(TINY).parent / "results" / "tiny_128k" / "impactful.json"
 NO_ANALYSIS = f"""\
-no --impactful FILE: tokens with a digit stand in for the impactful ones here, as in the released
+no --impactful FILE: tokens with a digit count as impactful here, as in the released
 code; train.py finds them by its analysis. What it found for SmolLM2:
     --model models/smollm2 --impactful {EXAMPLE}
 """

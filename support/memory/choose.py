@@ -23,8 +23,8 @@ def width(args) -> int:
 def needs(config, args, tokens: int, kind: str) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes by part on the device ("cuda" or "cpu") and on the host, for samples of so many
     tokens."""
-    levers = (args.optimizer, args.keep_attention, args.offload_inputs)
-    device = budget.device_bytes(config, tokens, width(args), *levers, kind=kind)
+    levers = (args.optimizer, args.keep_attention, args.offload_inputs, args.split_mlp)
+    device = budget.device_bytes(config, tokens, width(args), *levers, kind)
     host = budget.host_bytes(config, tokens, width(args), args.optimizer, args.offload_inputs)
     extra = "libraries, workspaces"
     return device | {extra: DEVICE_EXTRA[kind]}, host | {extra: HOST_EXTRA[kind]}
@@ -47,26 +47,25 @@ def has_torchao() -> bool:
 
 
 def choose(config, settings, there: Machine, given: dict):
-    """The settings with optimizer, keep_attention and offload_inputs chosen where `given` (name ->
-    value) does not have them: the first combination that fits, or the one that needs least of the
-    device.
+    """The settings with the levers chosen where `given` (name -> value) does not have them: the
+    first combination that fits, or the one that needs least of the device.
 
     In order of speed: attention computed again costs 10 % of the arithmetic, the optimizer on the
-    host 2 %, offloaded inputs nothing that can be planned for; 8-bit is another optimizer, and
-    comes last."""
+    host 2 %, offloaded inputs nothing that can be planned for. Then comes 8-bit, which is another
+    optimizer, and last the MLP in pieces."""
     optimizers = NAMES if has_torchao() or not there.here else NAMES[:2]
     options = {"optimizer": optimizers, "keep_attention": (True, False)}
-    options["offload_inputs"] = (False, True)
-    options = [(given[name],) if name in given else all_of for name, all_of in options.items()]
-    combinations = sorted(itertools.product(*options), key=lambda x: (x[0] == NAMES[2], not x[1]))
+    options |= {"offload_inputs": (False, True), "split_mlp": (False, True)}
+    options |= {name: (given[name],) for name in options if name in given}
+    combinations = [
+        dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())
+    ]
+    combinations.sort(
+        key=lambda x: (x["split_mlp"], x["optimizer"] == NAMES[2], not x["keep_attention"])
+    )
     tried = []
-    for optimizer, keep_attention, offload_inputs in combinations:
-        chosen = replace(
-            settings,
-            optimizer=optimizer,
-            keep_attention=keep_attention,
-            offload_inputs=offload_inputs,
-        )
+    for levers in combinations:
+        chosen = replace(settings, **levers)
         if not shortage(config, chosen, there):
             return chosen
         parts = needs(config, chosen, longest(chosen), there.kind)

@@ -68,12 +68,14 @@ def training_flops(config, tokens: int) -> float:
     return 6.0 * matmul_parameters(config) * tokens + 6.0 * attention_flops(config, tokens)
 
 
-def executed_flops(config, tokens: int, keep_attention: bool) -> float:
+def executed_flops(config, tokens: int, keep_attention: bool, split_mlp: bool = False) -> float:
     """What the machine really does: layers run forward twice (activation checkpointing; the second
     time without their last product, which nothing needs), attention once or twice, and its backward
-    pass computes the scores again (5 products instead of 4)."""
+    pass computes the scores again (5 products instead of 4). With split_mlp the three products of
+    the MLP run once more."""
     last = config.num_hidden_layers * config.hidden_size * config.intermediate_size
-    linear = 6.0 * matmul_parameters(config) + 2.0 * (layer_parameters(config) - last)
+    again = layer_parameters(config) - last + 3 * last * split_mlp
+    linear = 6.0 * matmul_parameters(config) + 2.0 * again
     products = 7.0 if keep_attention else 9.0
     return linear * tokens + products * attention_flops(config, tokens)
 

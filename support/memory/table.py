@@ -11,7 +11,7 @@ from support.memory import choose as fit
 from support.memory import count as budget
 from support.memory.machine import HERE, Machine, disk_rate, host_step_s, training_rate
 
-LEVERS = ("optimizer", "keep_attention", "offload_inputs")
+LEVERS = ("optimizer", "keep_attention", "offload_inputs", "split_mlp")
 
 
 def make_plan(config, args, options, stages, there: Machine, given: dict) -> dict:
@@ -28,7 +28,10 @@ def make_plan(config, args, options, stages, there: Machine, given: dict) -> dic
         "model FLOPs, attention without its causal half": budget.noncausal_flops,
     }
     lengths = (args.train_len, args.target_len)
-    each = [budget.executed_flops(config, a.train_len, a.keep_attention) for a in (args, full)]
+    each = [
+        budget.executed_flops(config, a.train_len, a.keep_attention, a.split_mlp)
+        for a in (args, full)
+    ]
     long = [s if s.name == "replay" else replace(s, tokens=full.train_len) for s in stages]
     return {
         "parameters": sum(budget.parameters(config)),
@@ -67,7 +70,7 @@ def by_stage(config, args, options, stages, rate: float, disk: float) -> dict[st
     step_s = host_step_s(options.plan or HERE, N, w) if on_host else 0.0
     rows = {}
     for s in stages:
-        flops = budget.executed_flops(config, s.tokens, args.keep_attention)
+        flops = budget.executed_flops(config, s.tokens, args.keep_attention, args.split_mlp)
         row = {"steps": s.steps, "sequences": s.steps * B, "tokens": s.tokens, "flops": flops}
         rows[s.name] = row | {"seconds": s.steps * (B * flops / rate + step_s)}
         if s.name == "probe" and args.analyses:
@@ -155,7 +158,8 @@ def extension_s(stages: dict) -> float:
 
 def as_flags(levers: dict) -> str:
     """
-    >>> as_flags({"optimizer": "adamw", "keep_attention": False, "offload_inputs": True})
+    >>> as_flags({"optimizer": "adamw", "keep_attention": False, "offload_inputs": True,
+    ...     "split_mlp": False})
     'adamw --offload_inputs'
     """
     on = [f"--{name}" for name in LEVERS[1:] if levers[name]]

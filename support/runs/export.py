@@ -51,6 +51,7 @@ OTHER = (
     "optimizer",
     "keep_attention",
     "offload_inputs",
+    "split_mlp",
     "analysis_samples",
     "log_softmax",
     "rebased_analysis",

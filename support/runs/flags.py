@@ -14,9 +14,10 @@ from support.system.bad_input import BadInput
 from support.system.console import log
 
 # flags that say where a run goes and what is done: no part of out/run.json
-NO_SETTINGS = ("out", "resume", "plan", "export")
+NO_SETTINGS = ("out", "resume", "plan", "export", "attention")
 # settings that may be others after --resume: none of them changes a bit of the result
 MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves", "keep_attention", "offload_inputs")
+MAY_DIFFER += ("split_mlp",)
 PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings that are paths
 KINDS = {  # type of a field -> what argparse has to know of it
     int: {"type": int, "metavar": "N"},

@@ -76,6 +76,7 @@ class Settings:
     offload_inputs: bool = flag(
         False, "keep each layer's input on the host", derived="if nothing fits without"
     )
+    split_mlp: bool = flag(False, "run the MLP in pieces of tokens", derived="if nothing else fits")
 
     data: list[str] | None = flag(
         None,
@@ -110,6 +111,11 @@ class RunOptions:
     )
     resume: bool = flag(
         False, "go on with the run in --out, with its settings", action="store_true"
+    )
+    attention: str = flag(
+        "torch",
+        "flash: an installed flash-attn-4, or FlashAttention 3, in place of torch's kernels",
+        choices=("torch", "flash"),
     )
     export: str | None = flag(None, "only write the run's samples to this folder", metavar="DIR")
     plan: str | None = flag(
