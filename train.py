@@ -293,8 +293,8 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def train(self, stage: Stage, corpus: Corpus) -> None:
-        """The steps of one stage that are still to be done. While one step is computed, a thread
-        draws the samples of the next."""
+        """The steps of one stage that are still to be done. While a GPU computes one step, a thread
+        draws the samples of the next. On a CPU the thread would slow the step down (LOG.md)."""
         settings, batch_sequences = self.settings, self.settings.batch_sequences
         first = sum(s.steps for s in self.stages[: self.stages.index(stage)])
         steps = range(max(first, self.step), first + stage.steps)
@@ -302,7 +302,8 @@ class Trainer:
         drawn = itertools.chain.from_iterable(
             draw(stage, step, corpus, self.tokenizer, settings, self.impactful) for step in steps
         )
-        with made_ahead(self.thread, drawn, batch_sequences) as samples:
+        on_gpu = self.model.lm_head.weight.is_cuda
+        with made_ahead(self.thread, drawn, batch_sequences if on_gpu else 0) as samples:
             for step in steps:
                 started = time.monotonic()
                 batch = [

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from support.data.text import Corpus
 from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
 from support.runs.flags import as_kept, base_of_run, check_same, settings_of
+from support.system.ahead import made_ahead
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 
@@ -190,6 +192,20 @@ def test_a_sample_is_drawn_from_seed_step_and_number_alone(toy_dir, prose_file):
         again = train.sample(probe, corpus, tokenizer, None, generator)
         assert torch.equal(ids, again[0]) and torch.equal(positions, again[1])
     assert len({tuple(ids.tolist()) for ids, _ in drawn}) == 6
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_what_is_made_ahead_is_the_same_and_its_error_comes_in_its_place(n):
+    def items():
+        yield from range(3)
+        raise KeyError("a bug")
+
+    with ThreadPoolExecutor(1) as thread, made_ahead(thread, items(), n) as made:
+        assert [next(made) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(KeyError, match="a bug"):
+            next(made)
+    with ThreadPoolExecutor(1) as thread, made_ahead(thread, "abc", n) as made:
+        assert list(made) == ["a", "b", "c"]
 
 
 def test_every_setting_reaches_its_place(toy_dir, tmp_path, prose_file, monkeypatch):

@@ -9,11 +9,14 @@ from concurrent.futures import Executor
 @contextlib.contextmanager
 def made_ahead(thread: Executor, items: Iterable, n: int) -> Iterator[Iterator]:
     """The same items in the same order, made by the executor's only thread, up to n before they are
-    asked for.
+    asked for (n = 0: without the thread, when asked for).
 
     An error in the making is raised, with its own traceback, where its item is asked for. Left
     early, by Ctrl-C say, the thread ends with the item that it is making."""
     making, end = iter(items), object()
+    if n == 0:
+        yield making
+        return
     waiting = collections.deque(thread.submit(next, making, end) for _ in range(n))
 
     def asked_for() -> Iterator:
