@@ -162,16 +162,16 @@ def test_a_lone_surrogate_is_a_replacement_character(pair):
 
 @pytest.mark.parametrize("pair", FAST[:4], indirect=True)
 def test_ids_equal_on_megabytes_of_real_text_in_many_scripts(pair, tmp_path_factory):
-    """5 MB: Python sources and, from the package faker, words and names of some 60 languages."""
+    """2 MB: Python sources and, from the package faker, words and names of some 60 languages."""
     folder = tmp_path_factory.mktemp("faker")
     try:
         wheel = zipfile.ZipFile(download("faker==37.1.0", folder))
     except OSError as error:
         pytest.skip(f"faker cannot be had: {error}")
     names = sorted(n for n in wheel.namelist() if n.endswith("__init__.py"))
-    foreign = "\n".join(wheel.read(n).decode() for n in names)[:3_000_000]
-    assert sum(ord(c) > 0x2FF for c in foreign) > 200_000
-    text = foreign + standard_library_text()[: 5_000_000 - len(foreign)]
+    foreign = "\n".join(wheel.read(n).decode() for n in names[::2])[:1_500_000]
+    assert sum(ord(c) > 0x2FF for c in foreign) > 100_000
+    text = foreign + standard_library_text()[: 2_000_000 - len(foreign)]
     round_trip(pair, text)
 
 
