@@ -294,7 +294,7 @@ class Trainer:
 
     def train(self, stage: Stage, corpus: Corpus) -> None:
         """The steps of one stage that are still to be done. While a GPU computes one step, a thread
-        draws the samples of the next. On a CPU the thread would slow the step down (LOG.md)."""
+        draws the samples of the next. On a CPU that made the steps slower (LOG.md)."""
         settings, batch_sequences = self.settings, self.settings.batch_sequences
         first = sum(s.steps for s in self.stages[: self.stages.index(stage)])
         steps = range(max(first, self.step), first + stage.steps)

@@ -22,10 +22,11 @@ def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
     p = Parser("recipe.py", "What LongRecipe does to one text.")
     add = p.add_argument
     add("--model", default=TINY, metavar="DIR", help="its tokenizer and RoPE are used")
-    add("--text", metavar="FILE", help="(None: Python's language reference)")
+    add("--text", metavar="FILE", help="(default: Python's language reference)")
     add("--target_len", type=int, default=131_072, help="tokens")
-    add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
-    add("--impactful", metavar="FILE", help="impactful.json (None: the model's own, else digits)")
+    add("--train_len", type=int, help="tokens (default: 30 %% of the target)")
+    impactful = "impactful.json (default: the model's own; without one, digits are taken)"
+    add("--impactful", metavar="FILE", help=impactful)
     add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
     add(
         "--positions", metavar="PNG", help="draw only where each method puts the tokens of a sample"
