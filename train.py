@@ -283,7 +283,8 @@ class Trainer:
     def load_state(self, state: dict) -> None:
         self.step, self.impactful = state["step"], state["impactful"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.bar.update(sum(self.tokens[: self.step]))
+        # already done: left out of the bar's speed, and so of its ETA
+        self.bar.initial = self.bar.n = self.bar.last_print_n = sum(self.tokens[: self.step])
 
     def save(self) -> None:
         if self.options.no_saves:
@@ -373,7 +374,8 @@ def analyse(
     ranked = mean.argsort(descending=True)[: int(impactful.sum())].tolist()
     run.write_impactful({v: [tokenizer.decode([v]), round(float(mean[v]), 4)] for v in ranked})
     first = " ".join(repr(tokenizer.decode([v])) for v in ranked[:12])
-    log(f"analysis: {len(ranked)} impactful types of {int((count > 0).sum())} seen, first: {first}")
+    seen = int((count > 0).sum())
+    log(f"analysis: {len(ranked):,} impactful types of {seen:,} seen, first: {first}")
     return impactful
 
 

@@ -240,7 +240,7 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
         try:
             ids = np.lib.format.open_memmap(file, mode="r")
         except ValueError as error:  # numpy has no class of its own for a damaged file
-            raise BadInput(f"{file} is no array of token ids: {error}") from None
+            raise BadInput(f"{file} is not an array of token ids: {error}") from None
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
         raise BadInput(f"{file} holds {ids.dtype} {ids.shape}, token ids are (N,) or (n, N)")
     low, high = int(ids.min()), int(ids.max())

@@ -196,7 +196,7 @@ def read_heads(raw: dict, defaults: dict) -> dict:
     kv_heads = positive({"num_key_value_heads": heads} | given, "num_key_value_heads")
     if heads % kv_heads:
         raise BadInput(
-            f"config.json: num_attention_heads {heads} is no multiple of"
+            f"config.json: num_attention_heads {heads} is not a multiple of"
             f" num_key_value_heads {kv_heads}"
         )
     head_dim = positive({"head_dim": width // heads} | given, "head_dim")
