@@ -144,16 +144,16 @@ def _vocabulary_bytes(tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(table), dtype=np.uint8), begin
 
 
-def split_segments(ids: Tensor, tokenizer) -> Tensor:
+def split_segments(ids: Tensor, tokenizer, at_spaces: bool | None = None) -> Tensor:
     """Where sentences begin: ids (T,) -> starts (N,) int64, increasing, starts[0] = 0.
 
     A segment ends after a newline; after . ! ? … if white space follows; and after the stops of
     other scripts (WIDE_STOPS) always. Further stops and closing quotes or brackets belong to it.
     Decided on the DECODED text, so 3.14 and os.path stay whole with any tokenizer (the released
     code lists token ids of Llama 3 and misses ".\\n\\n"). If a sentence ends inside a token, the
-    token belongs to the earlier segment. A text with hardly any end (Thai has no full stop, nor has
-    a transcript of speech) is split at its spaces as well; the log says so once. Raises BadInput if
-    ids are empty."""
+    token belongs to the earlier segment. at_spaces: whether to split at spaces as well, for a text
+    with hardly any end (Thai has no full stop, nor has a transcript of speech); None: decide by
+    these ids. Raises BadInput if ids are empty."""
     if len(ids) == 0:
         raise BadInput("cannot split an empty sample into segments")
     flat, begin = _vocabulary_bytes(tokenizer)
@@ -181,12 +181,18 @@ def split_segments(ids: Tensor, tokenizer) -> Tensor:
     # [E5] seg(S): disjoint runs whose union is S, in order; an end is after character i where
     ends = (char == ord("\n")) | (run_ends & (latest(wide) > before_run))
     ends |= run_ends & (latest(stop) > before_run) & space_next
-    if ends.sum() * RARE < len(char):
+    if at_spaces or (at_spaces is None and ends.sum() * RARE < len(char)):
         say_once("a text with hardly any sentence end (. ! ? or line break): split at its spaces")
         ends |= space_next & ~space
     end_byte = np.cumsum(width)[ends]
     starts = np.unique(np.append(0, np.searchsorted(token_begin, end_byte)))
     return torch.from_numpy(starts[starts < len(token)])
+
+
+def rarely_ends(ids: Tensor, tokenizer) -> bool:
+    """Whether a text (T,) has fewer than one segment end in RARE characters."""
+    ends = len(split_segments(ids, tokenizer, at_spaces=False)) - 1
+    return ends * RARE < len(tokenizer.decode(ids.tolist()))
 
 
 # ---- 3. Selection (paper 4.1) ------------------------------------------------------------------
@@ -372,16 +378,18 @@ def make_example(
     prefix: bool = False,
     generator: torch.Generator,
     two_segments: bool = False,
+    at_spaces: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One training sample of a long text (T,) -> (input_ids, position_ids), each (train_len,).
 
     Segments, selection and positions in one go. A text longer than target_len gives a random
-    window of it. Raises BadInput if the text is shorter than train_len; TooFewSegments if
-    two_segments is asked for and selection leaves only one, whatever the method."""
+    window of it. at_spaces: see split_segments. Raises BadInput if the text is shorter than
+    train_len; TooFewSegments if two_segments is asked for and selection leaves only one, whatever
+    the method."""
     if len(ids) > target_len:
         begin = int(torch.randint(len(ids) - target_len + 1, (1,), generator=generator))
         ids = ids[begin : begin + target_len]
-    starts = split_segments(ids, tokenizer)
+    starts = split_segments(ids, tokenizer, at_spaces)
     if select == "digits":
         impactful = digit_types(tokenizer)
     kept, starts = select_segments(ids, starts, train_len, select, generator, impactful)

@@ -171,6 +171,18 @@ def plan_stages(settings: Settings) -> list[Stage]:
     ]
 
 
+def load_texts(settings: Settings, tokenizer) -> tuple[Corpus, Corpus]:
+    """What the extension and the replay draw from. Whether segments end at spaces as well is
+    decided once for the whole of it, so that a stretch without sentences in an ordinary text (a
+    long table) is drawn again instead of being cut into words."""
+    corpora = load_corpora(settings, tokenizer)
+    for corpus in corpora:
+        generators = (torch.Generator().manual_seed(i) for i in range(32))
+        windows = (corpus.window(settings.target_len, generator) for generator in generators)
+        corpus.at_spaces = all(recipe.rarely_ends(ids, tokenizer) for ids in windows)
+    return corpora
+
+
 def sample(
     stage: Stage, corpus: Corpus, tokenizer, impactful: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -195,6 +207,7 @@ def sample(
                 impactful=impactful,
                 generator=generator,
                 two_segments=stage.two_segments,
+                at_spaces=corpus.at_spaces,
             )
         except recipe.TooFewSegments as error:  # a text without sentences, say a long table
             reason = error
@@ -432,7 +445,7 @@ def export(settings: Settings, options: RunOptions, vocab_size: int) -> None:
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, vocab_size)
     impactful = read_impactful(settings.impactful, vocab_size) if settings.impactful else None
-    corpora = load_corpora(settings, tokenizer)
+    corpora = load_texts(settings, tokenizer)
 
     def samples(stage: Stage, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         corpus = corpora[stage.name == "replay"]
@@ -466,7 +479,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     model_hash = Hashes(run.path / "hashes.json").of_model(settings.model)
     original = {"path": settings.model, "sha256": model_hash}
     run.check_data([*contents(settings), original], options.resume)
-    corpus, replay_corpus = load_corpora(settings, tokenizer)
+    corpus, replay_corpus = load_texts(settings, tokenizer)
     impactful = None
     if settings.impactful:
         impactful = read_impactful(settings.impactful, config.vocab_size)

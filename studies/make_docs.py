@@ -227,14 +227,29 @@ def first_run() -> str:
         return "What this pair took and found: not run yet (`python studies/readme_runs.py first`)."
     found = read("first_run.json")
     trained, judged, results = (found[k] for k in ("train", "eval", "results"))
-    length, told = max(e["length"] for e in results["table"]), []
-    for row, label in rows_of(results["models"]).items():
+    length = max(e["length"] for e in results["table"])
+    labels = rows_of(results["models"])
+    shares, leads = [], []
+    for row, label in labels.items():
         e = find(results["table"], label, results["table"][0]["task"], length)
-        told.append(f"{row} {share(e)[:-1]}, n = {e['n']})")
+        shares.append(f"{row} {share(e)[:-1]}, n = {e['n']})")
+    for pair in results["pairs"]:
+        if pair["length"] == length and pair["found"]["interval_95"]:
+            name = next((row for row, label in labels.items() if label == pair["against"]), "")
+            f, n = pair["found"], pair["nats"]
+            (a, b), (c, d) = f["interval_95"], n["interval_95"]
+            leads.append(
+                f"{f['verdict']} {name or pair['against']} by {100 * f['mean']:.0f} points"
+                f" ({100 * a:.0f} to {100 * b:.0f}) and {n['mean']:.1f} nats an answer"
+                f" ({c:.1f} to {d:.1f})"
+            )
+    other = found["train_none"]["seconds"] + found["eval_none"]["seconds"]
     return (
-        f"It took {trained['seconds'] / 60:.1f} + {judged['seconds'] / 60:.1f} minutes"
-        f" ({found['threads']} core(s) of {found['hardware']}, {trained['peak_GiB']:.1f} GiB,"
-        f" [JSON](assets/results/first_run.json)). Found at {length:,} tokens: {'; '.join(told)}."
+        f"The first pair took {trained['seconds'] / 60:.1f} + {judged['seconds'] / 60:.1f} minutes"
+        f" ({found['threads']} cores of an {found['hardware']}, {trained['peak_GiB']:.1f} GiB,"
+        f" [JSON](assets/results/first_run.json)), `--method none` on the same tokens beside it"
+        f" {other / 60:.1f} more. Found at {length:,} tokens: {'; '.join(shares)}. Text by text,"
+        f" LongRecipe is {' and '.join(leads)}."
     )
 
 

@@ -325,9 +325,9 @@ def test_every_change_of_the_data_shows(tmp_path):
     texts.mkdir()
     (texts / "a.txt").write_bytes(b"a" * 4_000_000)
     (texts / "b.txt").write_bytes(b"b" * 200_000)
-    os.mkfifo(texts / "pipe.txt")  # opened it would wait for ever
+    os.mkfifo(texts / "pipe.txt")  # left out: opened it would wait for ever
     first = corpora.content(texts)
-    assert (first["files"], first["bytes"]) == (3, 4_200_000) and first == corpora.content(texts)
+    assert (first["files"], first["bytes"]) == (2, 4_200_000) and first == corpora.content(texts)
     for name, places in (("a.txt", (0, 3_999_999)), ("b.txt", range(0, 200_000, 9_999))):
         for place in places:
             with open(texts / name, "r+b") as file:
@@ -583,7 +583,10 @@ def test_many_damaged_files_are_refused(name, toy_dir, tmp_path):
 
 def test_no_pickle_is_loaded_except_weights_only():
     """Every call of torch.load says weights_only=True, every np.load allow_pickle=False."""
-    wanted, found = {"torch": "weights_only", "np": "allow_pickle"}, 0
+    wanted, found = (
+        {"torch": "weights_only", "np": "allow_pickle"},
+        0,
+    )
     for file in (*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py")):
         text = file.read_text()
         assert not re.search(r"pickle\.loads?\(|Unpickler\(", text), file
@@ -593,4 +596,4 @@ def test_no_pickle_is_loaded_except_weights_only():
                 safe = f"{flag}={flag == 'weights_only'}"
                 assert safe in ast.unparse(call), (file, ast.unparse(call))
                 found += 1
-    assert found == 2
+    assert found == 1

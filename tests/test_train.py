@@ -517,11 +517,22 @@ def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, pr
 
 
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
-    """A long run without a sentence end would leave longrecipe without a gap."""
-    text = tmp_path / "mixed.txt"
-    text.write_text(PROSE[:6000] + "word" * 4000 + PROSE[:6000])
-    train.main(command(toy_dir, text, tmp_path / "out", "--steps", "12", "--select", "first"))
-    assert len(read_metrics(tmp_path / "out")) == 15
+    """A long run without a sentence end would leave longrecipe without a gap. It is not cut at its
+    spaces, as a text that has no sentences at all is."""
+    tokenizer, samples = load_tokenizer(toy_dir), []
+    for name, words, at_spaces in (("mixed", 4000, False), ("words", 40_000, True)):
+        text = tmp_path / f"{name}.txt"
+        prose = "" if at_spaces else PROSE[:6000]
+        text.write_text(prose + " word" * words + prose)
+        lengths = {"target_len": 512, "train_len": 128, "replay_len": 64, "steps": 24}
+        more = {"probe_steps": 0, "select": "first", "batch_sequences": 1}
+        settings = train.Settings(model=str(toy_dir), data=[str(text)], **lengths, **more)
+        corpus, _ = train.load_texts(settings, tokenizer)
+        assert corpus.at_spaces == at_spaces
+        stage = train.plan_stages(settings)[1]
+        drawn = [next(train.draw(stage, i, corpus, tokenizer, settings, None)) for i in range(24)]
+        samples.append({tuple(ids.tolist()) for ids, _ in drawn})
+    assert len(samples[0]) > 20 > len(samples[1])  # of 24: most begin elsewhere
 
 
 def test_a_finished_run_says_so_and_is_left_alone(finished, toy_dir, prose_file, capsys):

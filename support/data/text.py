@@ -290,6 +290,8 @@ class Corpus:
 
     remedy: what the caller's flags can do where no document is long enough (BadInput)."""
 
+    at_spaces = False  # whether segments end at spaces as well: for texts without sentence ends
+
     def __init__(self, tokens: Tokens, min_tokens: int, remedy: str = "give longer texts"):
         sizes = tokens.documents[:, 2]
         self.source, self.parts = tokens.source, tokens.parts
