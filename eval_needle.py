@@ -286,8 +286,8 @@ def common_prefix(a: Tensor, b: Tensor) -> int:
 
 
 class SharedPrefix:
-    """Prompts that begin alike are prefilled once. Deepest needle first: what is before its needle
-    is at the start of every shallower prompt too, up to that prompt's own needle."""
+    """The common beginning of two prompts is prefilled once. Deepest needle first: what is before
+    its needle is at the start of every shallower prompt too, up to that prompt's own needle."""
 
     def __init__(self, model: Llama):
         self.model, self.cache, self.seen = model, KVCache(), torch.empty(0, dtype=torch.int64)

@@ -450,7 +450,7 @@ def average(original: Tensor, tuned: Tensor, weight: float) -> Tensor:
     BadInput if weight is outside 0..1."""
     if not 0 <= weight <= 1:
         raise BadInput(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
-    # [E10] theta = (1 - w) * theta_original + w * theta_tuned
+    # [E10] merged = (1 - w) * original + w * tuned     w: --merge_weight; each tensor by itself
     return ((1 - weight) * original.float() + weight * tuned.float()).to(tuned.dtype)
 
 

@@ -296,7 +296,8 @@ class Trainer:
     def load_state(self, state: dict) -> None:
         self.step, self.impactful = state["step"], state["impactful"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.bar.update(sum(self.tokens[: self.step]))
+        # already done: left out of the bar's speed, and so of its ETA
+        self.bar.initial = self.bar.n = self.bar.last_print_n = sum(self.tokens[: self.step])
 
     def save(self) -> None:
         if self.options.no_saves:
@@ -307,7 +308,7 @@ class Trainer:
 
     def train(self, stage: Stage, corpus: Corpus) -> None:
         """The steps of one stage that are still to be done. While a GPU computes one step, a thread
-        draws the samples of the next. On a CPU the thread would slow the step down (LOG.md)."""
+        draws the samples of the next. On a CPU that made the steps slower (LOG.md)."""
         settings, batch_sequences = self.settings, self.settings.batch_sequences
         first = sum(s.steps for s in self.stages[: self.stages.index(stage)])
         steps = range(max(first, self.step), first + stage.steps)
@@ -386,7 +387,8 @@ def analyse(
     ranked = mean.argsort(descending=True)[: int(impactful.sum())].tolist()
     run.write_impactful({v: [tokenizer.decode([v]), round(float(mean[v]), 4)] for v in ranked})
     first = " ".join(repr(tokenizer.decode([v])) for v in ranked[:12])
-    log(f"analysis: {len(ranked)} impactful types of {int((count > 0).sum())} seen, first: {first}")
+    seen = int((count > 0).sum())
+    log(f"analysis: {len(ranked):,} impactful types of {seen:,} seen, first: {first}")
     return impactful
 
 

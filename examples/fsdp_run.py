@@ -8,7 +8,7 @@ otherwise and so tells what rounding does to these losses; `train.py --export`; 
 
     torchrun --nproc_per_node 2 examples/fsdp_run.py --samples DIR --losses FILE
 
-which is all there is to it on machines of yours: `worker` below. Needs transformers 5.24 and
+which is all that your own machines need: `worker` below. Needs transformers 5.24 and
 accelerate. FSDP comes from transformers' DistributedConfig: TrainingArguments(fsdp=True) goes by
 accelerate, which has none for a CPU and quietly runs DDP there (accelerate 1.15, state.py)."""
 

@@ -616,7 +616,7 @@ def test_a_name_is_found_in_the_local_hub_cache_offline(toy_dir, tmp_path):
             command, capture_output=True, text=True, env=env, cwd=ROOT, check=False
         )
         assert done.returncode == expected, done.stderr
-    assert "error: someone/other is no folder and could not be fetched from the hub" in done.stderr
+    assert "someone/other is not a folder and could not be fetched from the hub" in done.stderr
 
 
 def test_a_name_without_the_package_says_what_to_install(monkeypatch, tmp_path):

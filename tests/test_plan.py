@@ -420,7 +420,7 @@ def test_the_help_tells_what_no_saves_spares(llama3, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     low, high = re.search(
-        r"state .saves (\d+)-(\d+) bytes of disk per par", capsys.readouterr().out
+        r"two times (\d+) to (\d+) bytes a parameter less on the disk", capsys.readouterr().out
     ).groups()
     config, settings, options, *_ = planned(llama3)
     sizes, N = [], sum(budget.parameters(config))

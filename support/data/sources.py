@@ -64,7 +64,7 @@ def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Token
     """The documents of `paths` (files or folders of the kinds that text.py reads), or of the
     standard library where none are given (joined, as its files are short). join: texts become one.
 
-    ValueError names what is missing or cannot be read; the log says what a folder holds."""
+    BadInput names what is missing or cannot be read; the log says what a folder holds."""
     if paths is None:
         tokens = Tokens("the Python standard library (default; --data for your own)")
         tokens.add_texts([[standard_library_text()]], tokenizer)
@@ -118,8 +118,8 @@ def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
 
 
 def contents(args) -> list[dict]:
-    """What stands in each path of --data and --replay_data, and what weaves the toy's task into its
-    text, to be told from what stood there when a run began."""
+    """What is in each path of --data and --replay_data, and what weaves the toy's task into its
+    text, to be told from what was there when a run began."""
     paths = (*(args.data or [None]), *(args.replay_data or []))
     found = [{"path": path or "the Python standard library", **content(path)} for path in paths]
     if is_toy(args):

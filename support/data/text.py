@@ -1,6 +1,6 @@
 """Documents as arrays of token ids: which files are read, how, and what a sample is drawn from.
 
-    .txt .text .md .rst, or no suffix   one document, UTF-8
+    .txt .text .md .rst, or no suffix   one document, UTF-8 (no suffix: only by its own path)
     .jsonl .ndjson                      a document in each line: a JSON object with a "text"
     .json                               such lines, or a list of such objects, or one of them
     these and .gz, .bz2 or .xz          unpacked while they are read
@@ -57,12 +57,12 @@ def is_read(file: Path) -> bool:
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The files of `paths`; folders are searched. ValueError names what is missing or of no kind
+    """The files of `paths`; folders are searched. BadInput names what is missing or of no kind
     that is read here."""
     files = []
     for path in map(Path, paths):
         if not path.exists():
-            raise BadInput(f"{path} does not exist (files or folders are wanted)")
+            raise BadInput(f"{path} does not exist (a file or a folder is needed)")
         if not path.is_dir():
             if kind_of(path) and not is_read(path):
                 raise BadInput(f"{path}: {path.suffix} files are not read; {way_out(path)}")
@@ -120,7 +120,7 @@ def log_folders(paths: list[str]) -> None:
 def read_texts(files: list[Path]) -> Iterator[Iterator[str]]:
     """The documents of files of text or records, each as an iterator over its pieces.
 
-    ValueError names the file, and the line or record, that cannot be read."""
+    BadInput names the file, and the line or record, that cannot be read."""
     for file in files:
         if kind_of(file) in IDS:
             raise BadInput(f"{file} holds token ids where text is needed")
@@ -223,7 +223,7 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     """Token ids of a .npy file (1-D: one document; 2-D: one a row) or a .bin file (one document;
     uint16 where the vocabulary fits, else uint32), mapped, not read into memory.
 
-    ValueError says why the file cannot hold ids of this vocabulary."""
+    BadInput says why the file cannot hold ids of this vocabulary."""
     if file.stat().st_size == 0:
         raise BadInput(f"{file} is empty")
     if file.suffix.lower() == ".bin":
@@ -240,9 +240,9 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
         try:
             ids = np.lib.format.open_memmap(file, mode="r")
         except ValueError as error:  # numpy has no class of its own for a damaged file
-            raise BadInput(f"{file} is no array of token ids: {error}") from None
+            raise BadInput(f"{file} is not an array of token ids: {error}") from None
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
-        raise BadInput(f"{file} holds {ids.dtype} {ids.shape}, token ids (N,) or (n, N) are wanted")
+        raise BadInput(f"{file} holds {ids.dtype} {ids.shape}, token ids are (N,) or (n, N)")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise BadInput(
@@ -288,7 +288,7 @@ class Tokens:
 class Corpus:
     """Documents of at least min_tokens tokens, shorter ones are counted; `window` draws from them.
 
-    remedy: what the caller's flags can do where no document is long enough (ValueError)."""
+    remedy: what the caller's flags can do where no document is long enough (BadInput)."""
 
     at_spaces = False  # whether segments end at spaces as well: for texts without sentence ends
 

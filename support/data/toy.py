@@ -82,7 +82,7 @@ class Weaver:
         """ids (tokens,): each of `keys` (n,) with a value, eight pairs to a line, the lines at
         random places of the text draw(n) -> (n,); at its end the same pairs in other lines.
 
-        Each pair is told once: where copies stand between a pair and its question, the near one is
+        Each pair is told once: where copies are between a pair and its question, the near one is
         taken, and the distance is not learnt (LOG.md)."""
         values = self.values[torch.randint(len(self.values), (len(keys),), generator=generator)]
         pairs = torch.stack((keys, values), dim=1)

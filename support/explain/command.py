@@ -21,16 +21,17 @@ from support.system.console import check_ranges, report_errors
 def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
     p = Parser("recipe.py", "What LongRecipe does to one text.")
     add = p.add_argument
-    add("--model", default=TINY, metavar="DIR", help="its tokenizer and RoPE are used")
-    add("--text", metavar="FILE", help="(None: Python's language reference)")
-    add("--target_len", type=int, default=131_072, help="tokens")
-    add("--train_len", type=int, help="tokens (None: 30 %% of the target)")
-    add("--impactful", metavar="FILE", help="impactful.json (None: the model's own, else digits)")
+    add("--model", default=TINY, metavar="DIR", help="whose tokenizer and RoPE are used")
+    add("--text", metavar="FILE", help="a text (default: Python's language reference)")
+    add("--target_len", type=int, default=131_072, help="the new window, tokens")
+    add("--train_len", type=int, help="length of a sample, tokens (default: 30 %% of it)")
+    impactful = "impactful.json (default: the model's own; without one, digits are taken)"
+    add("--impactful", metavar="FILE", help=impactful)
     add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
     add(
         "--positions", metavar="PNG", help="draw only where each method puts the tokens of a sample"
     )
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the sample")
     with report_errors():
         args = p.parse_args(argv)
         check_ranges(args, above_1=("target_len",), seed=("seed",))

@@ -196,7 +196,7 @@ def read_heads(raw: dict, defaults: dict) -> dict:
     kv_heads = positive({"num_key_value_heads": heads} | given, "num_key_value_heads")
     if heads % kv_heads:
         raise BadInput(
-            f"config.json: num_attention_heads {heads} is no multiple of"
+            f"config.json: num_attention_heads {heads} is not a multiple of"
             f" num_key_value_heads {kv_heads}"
         )
     head_dim = positive({"head_dim": width // heads} | given, "head_dim")
@@ -263,7 +263,7 @@ def family_of(fields: dict) -> str:
 
 
 def check_extendable(config, target_len: int, rope_base: float | None) -> None:
-    """ValueError where a longer window would not be seen, or its RoPE base cannot be computed."""
+    """BadInput where a longer window would not be seen, or the new theta cannot be computed."""
     if config.sliding_window is not None and config.sliding_window < target_len:
         raise BadInput(
             f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"
@@ -272,6 +272,6 @@ def check_extendable(config, target_len: int, rope_base: float | None) -> None:
     if rope_base is None and config.rope_scaling is not None:
         raise BadInput(
             f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), and the"
-            " paper's formula for the base assumes that it does not: give --rope_base; the"
-            f" scaling stays, its base now is {config.rope_theta:g}"
+            " paper's formula for theta assumes that it does not: give --rope_base; the"
+            f" scaling stays, theta now is {config.rope_theta:g}"
         )

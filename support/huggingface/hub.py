@@ -16,7 +16,7 @@ FILES = (*SMALL, "*.safetensors")
 def local_folder(name: str, files: tuple[str, ...] = FILES) -> str:
     """A folder as it is (~ expanded); org/name: the folder it was (or is now) downloaded to.
 
-    Only `files` are fetched: by default config, safetensors and tokenizer. ValueError: a path that
+    Only `files` are fetched: by default config, safetensors and tokenizer. BadInput: a path that
     does not exist (and what is near it), or what to install for the hub."""
     path = Path(os.path.expanduser(name))
     if path.exists():
@@ -29,7 +29,7 @@ def local_folder(name: str, files: tuple[str, ...] = FILES) -> str:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise BadInput(
-            f"{name} is no folder; `pip install huggingface_hub` lets us fetch it from the hub,"
+            f"{name} is not a folder; `pip install huggingface_hub` and it is fetched from the hub,"
             " or download its config, safetensors and tokenizer files into a folder yourself"
         ) from None
     try:
@@ -37,7 +37,7 @@ def local_folder(name: str, files: tuple[str, ...] = FILES) -> str:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(
-            f"{name} is no folder and could not be fetched from the hub: {reason}"
+            f"{name} is not a folder and could not be fetched from the hub: {reason}"
         ) from error
 
 

@@ -181,7 +181,7 @@ def host_bytes(config, T: int, w: int, optimizer: str, offload_inputs: bool) -> 
 
 def disk_bytes(config, w: int, optimizer: str, keep_stages: bool, saves: bool) -> dict[str, int]:
     """At the fullest moment: while a state is written beside the last one, or at the end, when the
-    replayed and the merged weights stand beside the state."""
+    replayed and the merged weights are beside the state."""
     matrices, vectors = parameters(config)
     weights = w * (matrices + vectors)
     state = 12 * (matrices + vectors)

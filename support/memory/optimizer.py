@@ -26,7 +26,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> "MasterAdamW":
-    """One of NAMES. ValueError if adamw-8bit is asked for and torchao is not there."""
+    """One of NAMES. BadInput if adamw-8bit is asked for and torchao is not there."""
     kinds = dict(zip(NAMES, (MasterAdamW, HostAdamW, EightBitAdamW), strict=True))
     return kinds[name](model, lr, weight_decay)
 
@@ -170,7 +170,7 @@ class EightBitAdamW(MasterAdamW):
         super().update()
         for group in self.eight_bit.param_groups:
             group["lr"].fill_(self.adamw.param_groups[0]["lr"])  # a tensor: no new compilation
-        torch.manual_seed(self.steps)  # rounds at random, yet --resume rounds alike
+        torch.manual_seed(self.steps)  # rounds at random, yet --resume rounds the same way
         self.eight_bit.step()
         self.steps += 1
 

@@ -101,6 +101,7 @@ def table(plan: dict) -> str:
     ]
     parts = dict.fromkeys(part for column in sizes.values() for part in column)
     cells = {p: [sizes[c].get(p, 0) for c in sizes] for p in parts}
+    cells = {part: row for part, row in cells.items() if any(row)}
     cells["sum"] = [sum(column.values()) for column in sizes.values()]
     cells["there"] = [there[c] for c in sizes]
     for name, row in cells.items():

@@ -66,25 +66,31 @@ class Candidate:
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     p = Parser("eval_needle.py", doc)
     add = p.add_argument
-    add("--model", metavar="DIR", help="Hugging Face folder to judge (None: out)")
-    add("--compare", nargs="*", metavar="DIR", help="others beside it (None: the run's original)")
-    add("--no_needles", action="store_true", help="also without the needles: the gain in nats")
-    alone = f"also the needle alone in {SHORT_TEXT} tokens: the share of the gain that distance"
-    add("--needle_alone", action="store_true", help=f"{alone} leaves (with --no_needles)")
-    controls = "--no_needles, and untrained: the first of --compare under the result's RoPE base"
+    add("--model", metavar="DIR", help="Hugging Face folder to judge (default: out)")
+    original = "others beside it (default: the original of --model, where its run.json names it)"
+    add("--compare", nargs="*", metavar="DIR", help=original)
+    add("--no_needles", action="store_true", help="also without the needles: their gain in nats")
+    alone = f"also the needle alone in {SHORT_TEXT} tokens: the gain that distance can take away"
+    add("--needle_alone", action="store_true", help=f"{alone}; includes --no_needles")
+    controls = "--no_needles; the first of --compare is the original where no run.json names one"
     add("--controls", action="store_true", help=controls)
-    add("--tasks", nargs="*", choices=TASKS, help="(None: template's, or niah_single)")
-    add("--template", metavar="FILE", help="wording, JSON (None: --model's needle.json, if any)")
-    add("--lengths", nargs="+", type=int, help="tokens, answer included (None: old window .. new)")
-    depths = "of the needle, 0: start, 1: end (None: 0 0.25 0.5 0.75 1)"
+    add("--tasks", nargs="*", choices=TASKS, help="(default: the template's, or niah_single)")
+    template = "wording, JSON (default: the needle.json of --model, if there is one)"
+    add("--template", metavar="FILE", help=template)
+    lengths = "tokens, answer included (default: four, from the old window to the new one)"
+    add("--lengths", nargs="+", type=int, help=lengths)
+    depths = "of the needle, 0: start, 1: end (default: 0 0.25 0.5 0.75 1)"
     add("--depths", nargs="+", type=float, help=depths)
-    add("--n", type=int, help="texts per length (None: 2, or what the template says)")
-    add("--n_beyond", type=int, help="beyond a compared model's window (None: template, --n)")
+    add("--n", type=int, help="texts per length (default: the template's, or 2)")
+    beyond = "texts per length past a compared model's window (default: the template's, or --n)"
+    add("--n_beyond", type=int, help=beyond)
     add("--loss", "--ppl", action="store_true", help="also the loss, nats per token, on n texts")
-    add("--haystack", metavar="PATH", help="text, folder (None: template, essays, Python docs)")
-    add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
+    haystack = "text file or folder (default: the template's, or essays, or Python's reference)"
+    add("--haystack", metavar="PATH", help=haystack)
+    add("--out", metavar="DIR", help="folder for the results (default: that of --model)")
     add("--seed", type=int, default=0, help="of texts and needles")
-    add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
+    dtype = "of the weights (default: bfloat16 on CUDA, float32 on a CPU)"
+    add("--dtype", choices=("bfloat16", "float32"), help=dtype)
     return p.parse_args(argv)
 
 

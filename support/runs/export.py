@@ -22,7 +22,7 @@ samples, tokens and lr. As a data set for transformers (targets are shifted insi
             return {"input_ids": ids, "labels": ids, "position_ids": positions,
                     "attention_mask": torch.ones_like(ids)}   # without it gaps cut attention!
 
-The model must be given settings["rope_base"] and settings["target_len"] as its RoPE base and
+The model must be given settings["rope_base"] and settings["target_len"] as its theta and
 window. Do not shuffle: the order is the seed's. A file is whole or not there, the same command
 goes on where it was stopped, and "status" says "done" once all are there. examples/fsdp_run.py
 trains from such a folder."""
@@ -89,7 +89,7 @@ def write_samples(
 ) -> None:
     """data: what the text holds, see support/data/sources.py; stages: those of train.py;
     draw(stage, step) -> (input_ids, position_ids) of each sample of an optimizer step, counted over
-    all stages. ValueError if the folder holds anything else than samples of these settings and this
+    all stages. BadInput if the folder holds anything else than samples of these settings and this
     data."""
     started = time.time()
     plan = [(stage, i) for stage in stages for i in range(stage.steps)]

@@ -166,7 +166,7 @@ def base_of_run(folder: str | Path) -> list[str]:
         return []
     base = os.path.relpath(base) if Path(base).is_relative_to(Path.cwd()) else base
     if not Path(base).is_dir():
-        log(f"{base}, which the run began with, is no folder here; --compare DIR for another")
+        log(f"{base}, which the run began with, is not a folder here; --compare DIR for another")
         return []
     return [base]
 
@@ -177,7 +177,7 @@ def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
         raise BadInput(f"--impactful {path} does not exist (an impactful.json of a run)")
     names = list(read_json(Path(path)))
     if not all(name.isdecimal() and len(name) < 10 for name in names):
-        raise BadInput(f"{path} is no impactful.json of a run (--impactful)")
+        raise BadInput(f"{path} is not an impactful.json of a run (--impactful)")
     types = torch.tensor([int(name) for name in names])
     if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
         raise BadInput(f"{path} names no token types of this vocabulary (--impactful)")

@@ -19,14 +19,16 @@ class Settings:
     model: str = flag(
         TINY, "folder of the original, or its name on the hub", "model", metavar="DIR"
     )
-    target_len: int = flag(131_072, "window to reach, tokens")
+    target_len: int = flag(131_072, "the new window, tokens")
     base_len: int = flag(8_192, "window of the original, tokens", derived="its config's")
-    rope_base: float = flag(1.315e8, "new rope_theta", derived="the paper's NTK formula")
+    rope_base: float = flag(
+        1.315e8, "the new theta (rope_theta)", derived="the paper's NTK formula"
+    )
 
     method: str = flag("longrecipe", "position ids of a sample", "recipe")
     select: str = flag("impact", "which sentences of a text stay")
     prefix: bool = flag(False, "keep a contiguous prefix, as the released code does")
-    train_len: int = flag(39_424, "sample, tokens", derived="30 %% of target_len")
+    train_len: int = flag(39_424, "length of a sample, tokens", derived="30 %% of --target_len")
     probe_steps: int = flag(
         10,
         "steps on randomly chosen sentences before the analysis",
@@ -43,12 +45,18 @@ class Settings:
     log_softmax: bool = flag(False, "analyse log-probabilities, not raw logits")
     rebased_analysis: bool = flag(False, "compare H' with the original under the new rope_theta")
     top: float = flag(0.2, "share of occurrences that count as impactful")
-    min_count: int = flag(1, "token types seen less often in the analysis are not impactful")
+    min_count: int = flag(
+        1, "an impactful token type is seen at least so many times in the analysis"
+    )
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
     steps: int = flag(104, "optimizer steps of the extension, probe included", "training")
     replay_steps: int = flag(87, "steps of the replay", derived="as many as make 68M tokens")
-    replay_len: int = flag(8_192, "replay sample, tokens", derived="the old window, or train_len")
+    replay_len: int = flag(
+        8_192,
+        "length of a replay sample, tokens",
+        derived="the old window, or --train_len if that is less",
+    )
     batch_sequences: int = flag(96, "samples per optimizer step")
     lr: float = flag(5e-5, "learning rate of the extension")
     replay_lr: float = flag(5e-6, "start of the replay's falling learning rate")
@@ -66,7 +74,7 @@ class Settings:
     )
     optimizer: str = flag(
         "adamw",
-        "where its state is kept, and in how many bits",
+        "AdamW: where its state is kept, and in how many bits",
         derived="the fastest that fits",
         choices=OPTIMIZERS,
     )
@@ -80,7 +88,7 @@ class Settings:
 
     data: list[str] | None = flag(
         None,
-        "text files or folders",
+        "files of text or of token ids, or folders",
         "data",
         derived="the Python standard library",
         nargs="+",
@@ -106,7 +114,7 @@ class RunOptions:
     save_minutes: float = flag(30.0, "minutes between saves of the training state")
     no_saves: bool = flag(
         False,
-        "write no resumable state (saves 4-12 bytes of disk per parameter, twice)",
+        "write no state to resume from: two times 4 to 12 bytes a parameter less on the disk",
         action="store_true",
     )
     resume: bool = flag(
