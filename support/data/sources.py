@@ -64,7 +64,7 @@ def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Token
     """The documents of `paths` (files or folders of the kinds that text.py reads), or of the
     standard library where none are given (joined, as its files are short). join: texts become one.
 
-    ValueError names what is missing or cannot be read; the log says what a folder holds."""
+    BadInput names what is missing or cannot be read; the log says what a folder holds."""
     if paths is None:
         tokens = Tokens("the Python standard library (default; --data for your own)")
         tokens.add_texts([[standard_library_text()]], tokenizer)

@@ -57,7 +57,7 @@ def is_read(file: Path) -> bool:
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The files of `paths`; folders are searched. ValueError names what is missing or of no kind
+    """The files of `paths`; folders are searched. BadInput names what is missing or of no kind
     that is read here."""
     files = []
     for path in map(Path, paths):
@@ -120,7 +120,7 @@ def log_folders(paths: list[str]) -> None:
 def read_texts(files: list[Path]) -> Iterator[Iterator[str]]:
     """The documents of files of text or records, each as an iterator over its pieces.
 
-    ValueError names the file, and the line or record, that cannot be read."""
+    BadInput names the file, and the line or record, that cannot be read."""
     for file in files:
         if kind_of(file) in IDS:
             raise BadInput(f"{file} holds token ids where text is needed")
@@ -152,8 +152,9 @@ CUTS = [regex.compile(r"(?<=\w) (?=\w)"), regex.compile(r"(?<=[\p{L}\p{N}])(?=(?
 
 def cut_pieces(stream, characters: int = 1 << 20) -> Iterator[str]:
     """A text in pieces of at most 2 * characters + TAIL. Encoded one by one they give the ids of
-    the whole text, except where a text has neither spaces nor punctuation for so long that it must
-    be cut within a word: there the tokens around the cut may be others."""
+    the whole text, except around two kinds of cut: within a word, where a text has neither spaces
+    nor punctuation for so long that nothing else is left; and at punctuation, with a tokenizer that
+    does not part words there (Unigram or Metaspace)."""
     rest = ""
     while chunk := stream.read(characters):
         text = rest + chunk
@@ -223,7 +224,7 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     """Token ids of a .npy file (1-D: one document; 2-D: one a row) or a .bin file (one document;
     uint16 where the vocabulary fits, else uint32), mapped, not read into memory.
 
-    ValueError says why the file cannot hold ids of this vocabulary."""
+    BadInput says why the file cannot hold ids of this vocabulary."""
     if file.stat().st_size == 0:
         raise BadInput(f"{file} is empty")
     if file.suffix.lower() == ".bin":
@@ -288,7 +289,7 @@ class Tokens:
 class Corpus:
     """Documents of at least min_tokens tokens, shorter ones are counted; `window` draws from them.
 
-    remedy: what the caller's flags can do where no document is long enough (ValueError)."""
+    remedy: what the caller's flags can do where no document is long enough (BadInput)."""
 
     at_spaces = False  # whether segments end at spaces as well: for texts without sentence ends
 

@@ -187,7 +187,7 @@ def mark_window(line, old_window: int | None, target_len: int) -> None:
 
 
 def check_path(path: str | Path) -> None:
-    """ValueError, before any work, if no figure can be written to `path` (--figure)."""
+    """BadInput, before any work, if no figure can be written to `path` (--figure)."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     path, formats = Path(path), FigureCanvasBase.get_supported_filetypes()

@@ -16,7 +16,7 @@ FILES = (*SMALL, "*.safetensors")
 def local_folder(name: str, files: tuple[str, ...] = FILES) -> str:
     """A folder as it is (~ expanded); org/name: the folder it was (or is now) downloaded to.
 
-    Only `files` are fetched: by default config, safetensors and tokenizer. ValueError: a path that
+    Only `files` are fetched: by default config, safetensors and tokenizer. BadInput: a path that
     does not exist (and what is near it), or what to install for the hub."""
     path = Path(os.path.expanduser(name))
     if path.exists():

@@ -230,7 +230,7 @@ class Spelling:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder. ValueError names what is not supported."""
+    """The tokenizer of a Hugging Face folder. BadInput names what is not supported."""
     path, settings, ends = Path(path), {}, []
     for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
         if (path / name).is_file():
@@ -258,7 +258,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """ValueError if the model's vocabulary lacks some of the tokenizer's ids."""
+    """BadInput if the model's vocabulary lacks some of the tokenizer's ids."""
     if tokenizer.vocab_size > vocab_size:
         beyond = {text: i for text, i in tokenizer.added.items() if i >= vocab_size}
         added = ", ".join(f"{text!r} has id {i}" for text, i in list(beyond.items())[:3])

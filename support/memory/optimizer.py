@@ -26,7 +26,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> "MasterAdamW":
-    """One of NAMES. ValueError if adamw-8bit is asked for and torchao is not there."""
+    """One of NAMES. BadInput if adamw-8bit is asked for and torchao is not there."""
     kinds = dict(zip(NAMES, (MasterAdamW, HostAdamW, EightBitAdamW), strict=True))
     return kinds[name](model, lr, weight_decay)
 

@@ -85,6 +85,8 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--out", metavar="DIR", help="folder for needle.* (None: INTO the model folder, --model)")
     add("--seed", type=int, default=0, help="of texts and needles")
     add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
+    flash = "flash: an installed flash-attn-4, or FlashAttention 3, in place of torch's kernels"
+    add("--attention", choices=("torch", "flash"), default="torch", help=flash)
     return p.parse_args(argv)
 
 

@@ -89,7 +89,7 @@ def write_samples(
 ) -> None:
     """data: what the text holds, see support/data/sources.py; stages: those of train.py;
     draw(stage, step) -> (input_ids, position_ids) of each sample of an optimizer step, counted over
-    all stages. ValueError if the folder holds anything else than samples of these settings and this
+    all stages. BadInput if the folder holds anything else than samples of these settings and this
     data."""
     started = time.time()
     plan = [(stage, i) for stage in stages for i in range(stage.steps)]

@@ -45,7 +45,7 @@ class RunFolder:
     # ---- settings ----
 
     def check(self, settings: dict, resume: bool) -> None:
-        """ValueError if another process writes to the folder, or it holds something else, or a run
+        """BadInput if another process writes to the folder, or it holds something else, or a run
         with other settings. Writes nothing."""
         check_unlocked(self.path)
         self.check_settings(settings, resume)
@@ -65,7 +65,7 @@ class RunFolder:
         check_same(settings_to_resume(self.path), settings)
 
     def check_data(self, data: list[dict], resume: bool) -> None:
-        """ValueError that names a path of the text which holds something else than when the run
+        """BadInput that names a path of the text which holds something else than when the run
         began (an older version did not write that down). Writes nothing; write_settings will."""
         self.data = data
         began = read_json(self.path / "run.json").get("data", []) if resume else []
@@ -104,7 +104,7 @@ class RunFolder:
         return self.skips["in_a_row"] >= SKIPS
 
     def give_up(self, batch: list[tuple[torch.Tensor, ...]], step: int) -> None:
-        """ValueError that says where the last skipped batch is: input_ids, position_ids (B, T)."""
+        """BadInput that says where the last skipped batch is: input_ids, position_ids (B, T)."""
         tensors = [torch.cat(parts) for parts in zip(*batch, strict=True)]
         names = ("input_ids", "position_ids", "targets")
         with replacing(self.path / BATCH) as file:
@@ -117,7 +117,7 @@ class RunFolder:
 
     def save(self, state: dict) -> None:
         """Written beside, synced and renamed: a kill at any moment leaves one complete state, and
-        Ctrl-C waits for the end. ValueError for a state with a number that is not finite."""
+        Ctrl-C waits for the end. BadInput for a state with a number that is not finite."""
         with unbroken():
             if bad := next(not_finite(state), None):
                 raise BadInput(f"not saved: {bad} of the state is not finite; lower --lr")

@@ -83,7 +83,7 @@ def telling(what_is_saved: Callable[[], str]) -> Iterator[None]:
 def check_ranges(
     args, at_least_1=(), above_1=(), positive=(), not_negative=(), within_0_1=(), seed=()
 ) -> None:
-    """ValueError for the first flag whose number cannot be meant; flags not given (None) pass."""
+    """BadInput for the first flag whose number cannot be meant; flags not given (None) pass."""
     tests = (
         (at_least_1, lambda x: x >= 1, "must be at least 1"),
         (above_1, lambda x: 1 < x < math.inf, "must be above 1"),

@@ -82,7 +82,7 @@ def write_folder(path: str | Path, replaces: tuple[str, ...] = ()) -> Iterator[P
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """ValueError if another process is inside this for the same folder. The kernel lets go of the
+    """BadInput if another process is inside this for the same folder. The kernel lets go of the
     lock when a process ends, however it ends: a .lock that a kill left behind locks nothing."""
     made, lock = not folder.exists(), folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """ValueError if another process writes to the folder. Writes nothing."""
+    """BadInput if another process writes to the folder. Writes nothing."""
     if (folder / LOCK).is_file():
         with only_writer(folder):
             pass
