@@ -46,6 +46,7 @@ from model import (
     prefill,
 )
 from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
+from support.memory.kernels import use_flash_package
 from support.needles import tasks as table
 from support.needles.cost import WorkBar, announce, prompt_flops
 from support.needles.haystack import CITIES, NOISE, fold, listed, load_haystack
@@ -417,7 +418,10 @@ def run_candidate(
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
         started = time.time()
-        settings, tasks, configs = resolve(parse(argv, __doc__), TASKS, LlamaConfig.from_dir)
+        flags = parse(argv, __doc__)
+        if flags.attention == "flash":
+            use_flash_package()
+        settings, tasks, configs = resolve(flags, TASKS, LlamaConfig.from_dir)
         text, source = load_haystack(settings.haystack)
         haystack = Haystack(text, load_tokenizer(settings.model))
         results = Results(Path(settings.out))

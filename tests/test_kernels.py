@@ -14,10 +14,12 @@ import torch
 from smollm2 import ROOT
 from torch.nn.attention import SDPBackend as Backend
 
+import eval_needle
 import model as model_py
 from model import KVCache, Llama, LlamaConfig, linear_cross_entropy, prefill
 from support.memory import activations, kernels
 from support.memory.activations import LayerInputsOnHost
+from support.needles import cost
 
 CUDNN, FLASH, EFFICIENT = kernels.CUDA_BACKENDS
 A100, H100 = (8, 0), (9, 0)
@@ -113,6 +115,21 @@ def test_an_installed_flash_package_is_handed_to_torch_and_preferred(monkeypatch
     monkeypatch.setattr(kernels.torch_attention, "current_flash_attention_impl", current.name)
     assert kernels.use_flash_package() == kernels.in_words() == "FA3"
     assert kernels.cuda_backends(64, 64, H100) == [FLASH, EFFICIENT]
+
+
+def test_an_evaluation_takes_the_flash_package_and_says_what_runs(toy_dir, monkeypatch, capsys):
+    argv = ["--model", str(toy_dir), "--attention", "flash"]
+    with pytest.raises(SystemExit) as stop:
+        eval_needle.main(argv)
+    assert stop.value.code == 2 and "flash-attn-4" in capsys.readouterr().err  # none is here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    monkeypatch.setattr(cost, "in_words", lambda: "FA4")
+    stack = types.SimpleNamespace(ids=range(9), starts=range(3), at="sentences")
+    settings = types.SimpleNamespace(lengths=(8,), dtype="torch.bfloat16")
+    candidate = types.SimpleNamespace(config=CONFIG)
+    cost.announce("text", stack, [candidate], [{"length": 8}], settings)
+    assert "; attention: FA4" in capsys.readouterr().err
 
 
 # ---- what is compiled --------------------------------------------------------------------------

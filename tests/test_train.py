@@ -20,6 +20,7 @@ from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
 from support.runs.flags import as_kept, base_of_run, check_same, settings_of
 from support.system.ahead import made_ahead
+from support.system.bad_input import BadInput
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 
@@ -684,3 +685,11 @@ def test_hf_models_of_another_shape_train_too(tmp_path, prose_file):
     make_hf_llama(head_dim=20, max_position_embeddings=64).save_pretrained(folder)
     train.main(command(folder, prose_file, tmp_path / "out"))
     assert len(read_metrics(tmp_path / "out")) == 9
+
+
+@pytest.mark.parametrize("path", ["a\ud800", "a\0b"])
+def test_a_path_that_no_file_can_have_is_refused(path, tmp_path):
+    for settings in ({"model": path}, {"model": "m", "data": [path]}):
+        (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+        with pytest.raises(BadInput, match="no file can have the path 'a"):
+            settings_of(tmp_path)

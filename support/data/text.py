@@ -152,8 +152,9 @@ CUTS = [regex.compile(r"(?<=\w) (?=\w)"), regex.compile(r"(?<=[\p{L}\p{N}])(?=(?
 
 def cut_pieces(stream, characters: int = 1 << 20) -> Iterator[str]:
     """A text in pieces of at most 2 * characters + TAIL. Encoded one by one they give the ids of
-    the whole text, except where a text has neither spaces nor punctuation for so long that it must
-    be cut within a word: there the tokens around the cut may be others."""
+    the whole text, except around two kinds of cut: within a word, where a text has neither spaces
+    nor punctuation for so long that nothing else is left; and at punctuation, with a tokenizer that
+    does not part words there (Unigram or Metaspace)."""
     rest = ""
     while chunk := stream.read(characters):
         text = rest + chunk

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from support.huggingface.config import read_config
+from support.system.bad_input import BadInput
 
 DRAWS = 16  # samples of each method whose distances are counted
 FULL = "full length"  # what the methods are to replace: plain positions over the whole target
@@ -96,7 +97,7 @@ def angles(
     or a line that says why there are none."""
     try:
         c = read_config(folder)
-    except ValueError as error:
+    except BadInput as error:
         return f"nothing to say of the RoPE: {error}"
     head_dim, theta, old_len = c["head_dim"], c["rope_theta"], c["max_position_embeddings"]
     if c["rope_scaling"]:

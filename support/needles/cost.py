@@ -5,6 +5,7 @@ import time
 import torch
 
 from support.memory.count import forward_flops
+from support.memory.kernels import in_words
 from support.system.console import log, progress
 
 DECODE = 16  # a generated token costs about as much time as so many of a prompt, on a CPU
@@ -38,7 +39,7 @@ def announce(source: str, haystack, candidates: list, missing: list[dict], setti
     log(f"key-value cache at {longest:,} tokens: {cache:.2f} GiB ({str(dtype)[6:]})")
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0] / 2**30
-        log(f"free on the GPU: {free:.1f} GiB, for weights and cache")
+        log(f"free on the GPU: {free:.1f} GiB, for weights and cache; attention: {in_words()}")
     tokens = sum(asked["length"] for asked in missing)
     log(f"to do: {len(missing):,} prompts of {tokens:,} tokens together")
 

@@ -119,10 +119,20 @@ def as_kept(*parts) -> dict:
 
 
 def with_absolute_paths(settings: dict) -> dict:
+    """BadInput for a path that no file can have: half a surrogate pair, or a zero byte."""
+
     def absolute(value):
         if isinstance(value, list):
             return [absolute(v) for v in value]
-        return os.path.abspath(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            valid = b"\0" not in os.fsencode(value)
+        except UnicodeEncodeError:
+            valid = False
+        if not valid:
+            raise BadInput(f"no file can have the path {ascii(value)}")
+        return os.path.abspath(value)
 
     return settings | {name: absolute(settings[name]) for name in PATHS if name in settings}
 
