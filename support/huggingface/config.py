@@ -263,11 +263,7 @@ def family_of(fields: dict) -> str:
 
 
 def check_extendable(config, target_len: int, rope_base: float | None) -> None:
-<<<<<<< HEAD
     """BadInput where a longer window would not be seen, or the new theta cannot be computed."""
-=======
-    """BadInput where a longer window would not be seen, or its RoPE base cannot be computed."""
->>>>>>> review
     if config.sliding_window is not None and config.sliding_window < target_len:
         raise BadInput(
             f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"

@@ -89,14 +89,10 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--haystack", metavar="PATH", help=haystack)
     add("--out", metavar="DIR", help="folder for the results (default: that of --model)")
     add("--seed", type=int, default=0, help="of texts and needles")
-<<<<<<< HEAD
     dtype = "of the weights (default: bfloat16 on CUDA, float32 on a CPU)"
     add("--dtype", choices=("bfloat16", "float32"), help=dtype)
-=======
-    add("--dtype", choices=("bfloat16", "float32"), help="(None: bfloat16 on CUDA, float32 on CPU)")
     flash = "flash: an installed flash-attn-4, or FlashAttention 3, in place of torch's kernels"
     add("--attention", choices=("torch", "flash"), default="torch", help=flash)
->>>>>>> review
     return p.parse_args(argv)
 
 
