@@ -470,6 +470,8 @@ def prepare(model: Llama, config: LlamaConfig, settings: Settings) -> Llama:
 def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: str) -> None:
     """The whole run: everything that can be refused is refused before the weights are loaded."""
     started, run, kept = time.time(), RunFolder(options.out), as_kept(settings, options)
+    if options.attention == "flash":
+        kernels.use_flash_package()
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, config.vocab_size)
     run.check(kept, options.resume)
@@ -488,8 +490,6 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
-    if options.attention == "flash":
-        kernels.use_flash_package()
     log_device(device, kernels.in_words(), is_toy_model(settings.model))
     checks.log_run(settings, stages, corpus)
     trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)
