@@ -214,8 +214,8 @@ def test_bad_files_are_named(name, content, match, tokenizer, tmp_path):
         (np.zeros(4), "float64"),
         (np.array([3, -1]), "ids -1 to 3"),
         (np.array(["a"], dtype=object), "pickle|object"),
-        (np.zeros((2, 2, 2), dtype=np.int64), "wanted"),
-        (np.zeros(0, dtype=np.int64), "wanted"),
+        (np.zeros((2, 2, 2), dtype=np.int64), "token ids are"),
+        (np.zeros(0, dtype=np.int64), "token ids are"),
     ],
 )
 def test_bad_arrays_are_named(array, match, tokenizer, tmp_path):
