@@ -83,7 +83,8 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     "E9": (
         "model.py",
         ("lse - logits.gather", "lse + logits.gather"),
-        ("[:, 0] * valid).sum()", "[:, 0]).sum()"),
+        ("[:, 0] * w).sum()", "[:, 0]).sum()"),
+        ("[:, 0] * w).sum()", "[:, 0] * valid).sum()"),
         ("index, -torch.ones_like(lse)", "index, torch.ones_like(lse)"),
     ),
     "E10": (
