@@ -128,8 +128,10 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E17": (
         "train.py",
-        ("loss = loss_sum / valid", "loss = loss_sum / int((targets != -100).sum())"),
-        ("loss = loss_sum / valid", "loss = loss_sum / targets.numel()"),
+        ("loss = loss_sum / total_weight", "loss = loss_sum / float(weight.sum())"),
+        ("loss = loss_sum / total_weight", "loss = loss_sum / targets.numel()"),
+        ("weights=weight.to(device)", "weights=None"),
+        ("type_weights[targets.clamp(min=0)]", "type_weights[targets.clamp(min=0)].roll(1)"),
         ("total += float(loss.detach())", "total = float(loss.detach())"),
     ),
     "E18": (
@@ -176,6 +178,12 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T"),
         ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),
         ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T - L - 1"),
+    ),
+    "E29": (
+        "recipe.py",
+        (".exp().clamp(max=MAX_WEIGHT)", ".exp()"),
+        (".exp().clamp(max=MAX_WEIGHT)", ".neg().exp().clamp(max=MAX_WEIGHT)"),
+        ("weight.where(count >= max(1, min_count), 1.0)", "weight"),
     ),
 }
 
