@@ -236,8 +236,8 @@ def draw(
 
 
 def target_weights(targets: Tensor, type_weights: Tensor | None) -> Tensor:
-    """Weight of each target's loss, like targets, fp32: that of its token type (type_weights (V,);
-    None: 1), and 0 where there is no target."""
+    """w_t of [E17], like targets, fp32: the weight of the target's token type (type_weights (V,)
+    fp32; None: 1), and 0 where there is no target."""
     valid = (targets != -100).float()
     return valid if type_weights is None else valid * type_weights[targets.clamp(min=0)]
 

@@ -47,11 +47,11 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E4": (
         "recipe.py",
-        ("per_type_sum / count.clamp(min=1)", "per_type_sum"),
+        ("torch.where(often, per_type_sum / count.clamp(min=1)", "torch.where(often, per_type_sum"),
         ("mean.argsort(descending=True", "mean.argsort(descending=False"),
         ("covered_before < top", "covered_before <= top"),
         ("cumsum(0) - count[order]", "cumsum(0)"),
-        ("count >= max(1, min_count)", "count > max(1, min_count)"),
+        ("often = count >= max(1,", "often = count > max(1,"),
     ),
     "E5": (
         "recipe.py",
