@@ -3,6 +3,7 @@ models are judged. Writes no file."""
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +78,7 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     add("--tasks", nargs="*", choices=TASKS, help="(default: the template's, or niah_single)")
     template = "wording, JSON (default: the needle.json of --model, if there is one)"
     add("--template", metavar="FILE", help=template)
-    lengths = "tokens, answer included (default: four, from the old window to the new one)"
+    lengths = "tokens, answer included (default: the old window, the new one and one between)"
     add("--lengths", nargs="+", type=int, help=lengths)
     depths = "of the needle, 0: start, 1: end (default: 0 0.25 0.5 0.75 1)"
     add("--depths", nargs="+", type=float, help=depths)
@@ -155,13 +156,13 @@ def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
 
 
 def default_lengths(windows: list[int]) -> list[int]:
-    """From the shortest window to the longest.
+    """The shortest window, the longest, and the length between them in equal proportion.
 
     >>> default_lengths([8192, 131072])
-    [8192, 32768, 65536, 131072]
+    [8192, 32768, 131072]
     """
-    new = max(windows)
-    return [min(windows), new // 4, new // 2, new]
+    old, new = min(windows), max(windows)
+    return [old, math.isqrt(old * new), new]
 
 
 def haystack_of(template: Path, fields: dict) -> str | None:
