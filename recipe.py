@@ -161,8 +161,8 @@ def split_segments(ids: Tensor, tokenizer, at_spaces: bool | None = None) -> Ten
     size = begin[token + 1] - begin[token]  # bytes of each token
     token_begin = np.cumsum(size) - size  # byte offset of each token in this text
     raw = flat[np.repeat(begin[token] - token_begin, size) + np.arange(size.sum())]
-    # subtle: bytes that are no UTF-8 (a sample may begin inside a character) become one code
-    # point each, so that code points can still be mapped back to bytes.
+    # subtle: bytes that are not valid UTF-8 (a sample may begin inside a character) become one
+    # code point each, so that code points can still be mapped back to bytes.
     text = raw.tobytes().decode("utf-8", errors="surrogateescape")
     char = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
     escaped = (char >= 0xDC80) & (char <= 0xDCFF)

@@ -4,7 +4,7 @@ docs/equations.md names for it: `python studies/mutate.py` (minutes; --tags E5 E
 A mutant is one wrong text in place of a right one: a flipped sign, an off-by-one, a dropped factor.
 It is killed if the named test fails, or else another test of the same file. The table goes to
 assets/results/mutants.json. tests/test_docs.py checks that each tag has two mutants or more, that
-their right text stands under its tag, and that the table is of this list: so it fails when a line
+their right text is under its tag, and that the table is of this list: so it fails when a line
 changes, until this is run again.
 """
 

@@ -421,7 +421,7 @@ def test_prefix_keeps_a_contiguous_uniform_beginning():
         prefixes.append(run)
     mean = sum(prefixes) / 4000
     # r ~ U{1..300}: mean 150.5, std 86.6, standard error 1.37; the run may go on to the end of a
-    # segment whose gap is 0 or by the segment it stands in (never where jumps came before): 6
+    # segment whose gap is 0 or by the segment it is in (never where jumps came before): 6
     # errors + 1 token
     assert abs(mean - 150.5) < 6 * 1.37 + 1 and max(prefixes) <= 320
     with pytest.raises(ValueError, match="prefix belongs to method longrecipe"):
