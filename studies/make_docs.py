@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import WORDS, Table, in_words, lead, texts_of  # noqa: E402
+from common import RESULTS, WORDS, Table, gain, in_words, texts_of  # noqa: E402
 from real_study import TABLE as REAL_STUDY  # noqa: E402
 from tiny_study import table_of  # noqa: E402
 
@@ -26,7 +26,6 @@ from support.needles.intervals import clustered, mean_of  # noqa: E402
 from support.needles.settings import default_lengths  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RESULTS = ROOT / "assets" / "results"
 STUDY = table_of(32_768)
 ROWS = ["original", "untrained", *WORDS.values()]  # of every table, in this order
 TOY = "tiny_128k/needle_results.json"
@@ -83,14 +82,6 @@ def share(e: dict | None, n: int | None = None) -> str:
     return told if n in (None, e["n"]) else f"{told}, n = {e['n']}"
 
 
-def gain(e: dict | None, scale: float, how: str) -> str:
-    """Mean and 95 % interval of a difference."""
-    if e is None:
-        return ""
-    mean, low, high = (format(scale * x, how) for x in (e["mean"], *e["interval_95"]))
-    return f"{mean} ({low} to {high})"
-
-
 def overlap(a: dict, b: dict) -> str:
     (a_low, a_high), (b_low, b_high) = a["interval_95"], b["interval_95"]
     return "overlap" if a_low <= b_high and b_low <= a_high else "differ"
@@ -137,7 +128,7 @@ def main_table() -> str:
         "PoSE": ("trained, one jump (`--method pose`)", "pose"),
         "LongRecipe": ("trained, **LongRecipe**", "longrecipe"),
     }
-    small, entries = read(STUDY.file.name)["runs"], entries_of(read(TOY))
+    small, entries = STUDY.read()["runs"], entries_of(read(TOY))
     pairs = {
         row: (cell(small[setting], 32_768), entries[row, False, 131_072])
         for row, (_, setting) in shown.items()
@@ -161,18 +152,7 @@ def windows_table() -> str:
     return table(["window", *shown, "minutes of training"], rows)
 
 
-def leads(study: Table, field: str = "scores") -> dict[str, dict]:
-    """Row of a study -> by how much longrecipe under the same theta is above it at the target."""
-    runs, found = read(study.file.name)["runs"], {}
-    for name in (name for name in study.names if name in runs):
-        pair = runs.get(study.reference(name), {}), runs[name]
-        ours, other = ({s: row for s, row in seeds.items() if field in row} for seeds in pair)
-        if ours != other and ours.keys() & other.keys():
-            found[name] = lead(ours, other, study.lengths[1], field)
-    return found
-
-
-def study_row(name: str, runs: dict, lengths: tuple[int, int], ahead: dict, nats: dict) -> dict:
+def study_row(study: Table, name: str, runs: dict) -> dict[str, str]:
     """Column -> cell, empty where that was not measured."""
     seeds, original = runs[name], runs.get("untrained, old base", {})
 
@@ -194,22 +174,22 @@ def study_row(name: str, runs: dict, lengths: tuple[int, int], ahead: dict, nats
     row["questions kept, %"] = kept
     row["with their pair, %"] = "" if kept == "0" else pairs  # a pair needs a question
     row["loss above the original's"] = mean(losses, "+.3f")
-    for length in lengths:
+    for length in study.lengths:
         row[f"at {length:,}"] = share(cell(seeds, length))
         found = texts_of(seeds, length, "nats")
         row[f"nats at {length:,}"] = f"{mean_of(found):.2f}" if found else ""
-    means = [cell({s: seeds[s]}, lengths[1])["mean"] for s in sorted(seeds)]
+    means = [cell({s: seeds[s]}, study.lengths[1])["mean"] for s in sorted(seeds)]
     row["by seed"] = ", ".join(map(FORMATS["%"], means))
-    row["LongRecipe above it by"] = gain(ahead.get(name), 100, "+.0f")
-    row["in nats"] = gain(nats.get(name), 1, "+.2f")
+    row["LongRecipe above it by"] = gain(study.lead_over(name), 100, "+.0f")
+    row["in nats"] = gain(study.lead_over(name, "nats"), 1, "+.2f")
     return row
 
 
 def study_table(study: Table) -> str:
-    if not (RESULTS / study.file.name).is_file():
+    runs = study.read()["runs"]
+    if not runs:
         return "Not run yet."
-    runs, both = read(study.file.name)["runs"], (leads(study), leads(study, "nats"))
-    rows = [study_row(name, runs, study.lengths, *both) for name in study.best_first(runs)]
+    rows = [study_row(study, name, runs) for name in study.best_first(runs)]
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
     return table(columns, [[row[column] for column in columns] for row in rows])
 
@@ -256,7 +236,8 @@ def fact(name: str) -> str:
 @functools.cache
 def facts() -> dict[str, str]:
     """The facts that are worked out from more than one place of a result."""
-    known = {f"study verdict {name}": verdict(e) for name, e in leads(STUDY).items()}
+    leads = {name: STUDY.lead_over(name) for name in STUDY.shown()}
+    known = {f"study verdict {name}": verdict(e) for name, e in leads.items() if e}
     first = read("first_run.json")["results"]
     boards = {
         "first": (entries_of(first), 32_768),
