@@ -31,7 +31,8 @@ def functions(path: Path) -> dict[str, str]:
     """Name -> source of each function or class."""
     text = path.read_text()
     nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    return {node.name: ast.get_source_segment(text, node) for node in nodes}
+    lines = text.splitlines()  # whole lines, with the comments at their ends
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes}
 
 
 # ---- numbers -----------------------------------------------------------------------------------
