@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 try:
     from support.memory import kernels
     from support.system.bad_input import BadInput  # a command prints it as one line
-except ModuleNotFoundError:  # this file alone: torch chooses its kernels itself
+except ModuleNotFoundError:  # copied without support/: torch chooses its kernels itself
     kernels, BadInput = None, ValueError
 # one kernel instead of several, in training on a GPU only
 compiled_in_training = kernels.compiled_in_training if kernels else lambda function: function
@@ -99,7 +99,7 @@ class LlamaConfig:
         derived = {"num_key_value_heads": heads, "head_dim": self.hidden_size // heads}
         for field, value in derived.items():
             if getattr(self, field) is None:
-                object.__setattr__(self, field, value)  # frozen for everybody else
+                object.__setattr__(self, field, value)  # the only change to a frozen object
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
@@ -228,7 +228,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.split = False  # True: keep and recompute less at a time, see support/
+        self.split = False  # True: compute it piece by piece (support/memory/activations.py)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split and torch.is_grad_enabled():
@@ -331,7 +331,8 @@ class Llama(nn.Module):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are taken in the forward pass, chunk by chunk: logits live only in the loop."""
+    """Computes the gradients in the forward pass, chunk by chunk, so that logits exist only inside
+    the loop."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, ignore_index, chunk_tokens):
@@ -345,7 +346,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = y != ignore_index
             # of each target; 1 (True) without weights
             w = valid if weights is None else weights[i : i + chunk_tokens].where(valid, 0)
-            index = y.where(valid, 0)[:, None]  # any index will do where the row is ignored
+            index = y.where(valid, 0)[:, None]  # an ignored row may have any index
             logits = (h @ weight.T).to(wide)  # (chunk, V)
             lse = logits.logsumexp(-1, keepdim=True)
             # [E9] loss = sum over valid t of  w_t * (log sum_v exp(z[t, v]) - z[t, y_t])
@@ -359,7 +360,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[i : i + chunk_tokens] = grad @ weight
                 if of_weight:
                     grad_weight += grad.T @ h
-            logits = grad = None  # before the next chunk's are made
+            logits = grad = None  # free them before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
@@ -400,7 +401,7 @@ def linear_cross_entropy(
         raise ValueError(f"chunk_tokens {chunk_tokens} x vocabulary {V} must be below 2^31")
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     flat_weights = None if weights is None else weights.reshape(-1)
-    if not torch.is_grad_enabled():  # autograd.Function would still be told that they need one
+    if not torch.is_grad_enabled():  # an autograd.Function would still compute gradients
         flat_hidden, weight = flat_hidden.detach(), weight.detach()
     loss = _LinearCrossEntropy.apply(
         flat_hidden, weight, flat_targets, flat_weights, ignore_index, chunk_tokens

@@ -106,7 +106,7 @@ def parse(argv: list[str] | None) -> tuple[dict, RunOptions]:
 
 def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
     """The settings that are given, checked, and the rest filled in for the model and the machine.
-    Reads and writes no file. BadInput for what cannot be meant."""
+    Reads and writes no file. Raises BadInput for settings that make no sense."""
 
     def fill_in(**values) -> Settings:
         return replace(settings, **{k: v for k, v in values.items() if k not in flags})
@@ -141,7 +141,7 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the samples of a stretch of steps look like."""
+    """A part of the training: how many steps, and what their samples look like."""
 
     name: str
     steps: int
@@ -151,8 +151,8 @@ class Stage:
     select: str
     lr: float
     prefix: bool = False
-    two_segments: bool = False  # a text that leaves only one is drawn again
-    weigh: bool = False  # losses by their token types' shifts
+    two_segments: bool = False  # if a text leaves only one, another is drawn
+    weigh: bool = False  # losses are weighted by the shifts of the targets' types
 
 
 def plan_stages(settings: Settings) -> list[Stage]:
@@ -163,7 +163,8 @@ def plan_stages(settings: Settings) -> list[Stage]:
     more = {
         "lr": settings.lr,
         "prefix": settings.prefix,
-        # What longrecipe cannot use is left out for all methods: they see the same tokens.
+        # A text that longrecipe cannot use is left out for all methods, so that all see the same
+        # tokens.
         "two_segments": settings.method != "full",
     }
     extend_steps = settings.steps - settings.probe_steps
@@ -313,7 +314,7 @@ class Trainer:
         self.step, self.impactful = state["step"], state["impactful"]
         self.type_weights = state.get("type_weights")  # older versions saved none
         self.optimizer.load_state_dict(state["optimizer"])
-        # already done: left out of the bar's speed, and so of its ETA
+        # tokens of earlier runs must not count towards the bar's speed and ETA
         self.bar.initial = self.bar.n = self.bar.last_print_n = sum(self.tokens[: self.step])
 
     def save(self) -> None:

@@ -4,7 +4,7 @@ docs/equations.md names for it: `python studies/mutate.py` (minutes; --tags E5 E
 A mutant is one wrong text in place of a right one: a flipped sign, an off-by-one, a dropped factor.
 It is killed if the named test fails, or else another test of the same file. The table goes to
 assets/results/mutants.json. tests/test_docs.py checks that each tag has two mutants or more, that
-their right text stands under its tag, and that the table is of this list: so it fails when a line
+their right text is under its tag, and that the table is of this list: so it fails when a line
 changes, until this is run again.
 """
 
@@ -178,6 +178,19 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T"),
         ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),
         ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T - L - 1"),
+    ),
+    "E26": (
+        "recipe.py",
+        ("h = L // 3 if uniform(0, 1, generator) == 0 else", "h ="),
+        ("min(4 * T // L, L // 3)", "min(4, L // 3)"),
+        ("2 * T / L], dtype", "T / L], dtype"),
+        ("mean, sigma = 1 + T / L,", "mean, sigma = T / L,"),
+        ("u = below + (above - below) * torch", "u = torch"),
+        ("int(a * L / 2)", "int(a * L)"),
+        ("h + (m - 1) * W // L, W - h - 1", "h + m * W // L, W - h - 1"),
+        ("h + (m - 1) * W // L, W - h - 1", "h + (m - 1) * W // L, T - h - 1"),
+        ("positions[h : h + m] += last - (h + m - 1)", "positions[h : h + m] += last - (h + m)"),
+        ("positions[h + m :] += T - L", "positions[h + m :] += T - L - 1"),
     ),
     "E29": (
         "recipe.py",

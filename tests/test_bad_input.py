@@ -1,6 +1,6 @@
 """Bad input to the commands, in one table: one `error:` line, exit code 2, nothing written.
 
-(What the evaluation refuses in its grid and templates stands in test_eval_needle.py.)"""
+(What the evaluation refuses in its grid and templates is in test_eval_needle.py.)"""
 
 import inspect
 import json

@@ -57,7 +57,7 @@ def real_haystack(smollm2_dir, essays_dir):
 @settings(max_examples=60, deadline=None)
 def test_prompts_are_exact(haystack, name, length, depth, seed):
     """[E11] Prompt and answer budget are `length` tokens; also where the haystack has to repeat.
-    Keys and values stand in their needles and nowhere else."""
+    Keys and values are in their needles and nowhere else."""
     task = TASKS[name]
     length = max(length, 6000) if name == "common_words" else length
     sample = make_sample(task, haystack, length, depth, f"{seed}")
@@ -228,7 +228,7 @@ def test_cases_nobody_tuned_for(case, toy_dir, tmp_path):
         assert len(stack.tokenizer.encode(" 4821906")) < 7
 
 
-def test_needles_stand_between_sentences(real_haystack):
+def test_needles_are_between_sentences(real_haystack):
     """Seen in the decoded text: before each needle a sentence ends, after it text goes on."""
     for seed in range(20):
         sample = make_sample(TASKS["multikey"], real_haystack, 1500, 0.5, f"{seed}")
@@ -242,7 +242,7 @@ def test_needles_stand_between_sentences(real_haystack):
 
 
 def test_ids_are_never_encoded_again_as_a_whole(real_haystack):
-    """The haystack's own tokens stand in the prompt untouched, in order, around the needle."""
+    """The haystack's own tokens are in the prompt untouched, in order, around the needle."""
     sample = make_sample(TASKS["niah_single"], real_haystack, 2048, 0.5, "x")
     hay = real_haystack.ids.unfold(0, 400, 1)
     for begin in (100, 1200):

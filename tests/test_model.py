@@ -655,7 +655,7 @@ def test_the_real_checkpoint_speaks(smollm2_dir):
     assert tokenizer.decode(generate(model, ids, 2)) == " Paris."
 
 
-# ---- this file alone, in a project of yours -----------------------------------------------------
+# ---- model.py copied into another project -----------------------------------------------------
 
 ALONE = """
 import sys, torch

@@ -403,7 +403,7 @@ def test_what_is_given_is_not_chosen(llama3):
     "flags, analysed",
     [
         ((), True),
-        (("--extended", "DIR"), True),  # without a probe of ours
+        (("--extended", "DIR"), True),  # without a probe
         (("--impactful", "FILE", "--probe_steps", "2"), False),
         (("--select", "random"), False),
     ],

@@ -71,7 +71,7 @@ def test_rows_are_kept_at_once_and_the_table_tells_them_apart(tmp_path, capsys):
     table.report()
     line = capsys.readouterr().out.splitlines()[-1]
     # by hand: hits +0.5, +0.5, +1; nats +2, +2, +3
-    assert line.startswith("plain positions") and "+66.7 [" in line and "+2.33 [" in line
+    assert line.startswith("plain positions") and "+66.7 (" in line and "+2.33 (" in line
     table.draw("hand-made")
     assert (tmp_path / "rows.png").is_file()
 

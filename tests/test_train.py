@@ -430,7 +430,10 @@ def test_a_flag_that_an_older_run_knew_nothing_of_is_refused(finished, tmp_path,
     edited_run(finished, tmp_path, log_softmax=None, top=None)
     before = settings_of(tmp_path)
     assert "log_softmax" not in before and "top" not in before
-    for flags in ([], ["--top", "0.2", "--save_minutes", "1"]):  # its default is no change
+    for flags in (
+        [],
+        ["--top", "0.2", "--save_minutes", "1"],
+    ):  # giving the default changes nothing
         check_same(before, resumed(tmp_path, *flags))
     for flags in (["--log_softmax"], ["--top", "0.3"]):
         match = f"--resume with {flags[0]}: the run was begun by a version without that flag"
@@ -749,7 +752,7 @@ def test_a_run_of_another_version_is_not_resumed(finished, bad, tmp_path):
 
 
 def test_nothing_is_drawn_below_the_error_line(toy_dir, prose_file, tmp_path, capsys):
-    """The open bar of the training is closed first (stderr is no terminal here)."""
+    """The open bar of the training is closed first (stderr is not a terminal here)."""
     flags = "--lr 1e30 --warmup_steps 0".split()
     with pytest.raises(SystemExit) as stop:
         train.main(command(toy_dir, prose_file, tmp_path / "out", *flags))

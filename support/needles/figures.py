@@ -46,7 +46,7 @@ def draw_heatmap(
             axis.text(*place, number, color=color, ha="center", va="center", fontsize=8)
         inside = sum(n <= window for n in lengths)
         if 0 < inside < len(lengths):
-            axis.axvline(inside - 0.5, color="white", linewidth=3)  # seen on dark cells too
+            axis.axvline(inside - 0.5, color="white", linewidth=3)  # visible on dark cells too
             axis.axvline(inside - 0.5, color="black", linestyle="--")
             caption = "context length, tokens; dashed line: end of the trained window"
         axis.set_xticks(range(len(lengths)), [f"{n / 1024:.3g}k" for n in lengths], fontsize=8)

@@ -30,7 +30,7 @@ from support.system.whole_files import (
 )
 
 STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
-SKIPS = 3  # steps without a finite loss and gradient, one after the other, end a run
+SKIPS = 3  # so many steps in a row without a finite loss and gradient end a run
 
 
 class RunFolder:
@@ -39,9 +39,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.data: list[dict] = []  # what the run's text holds: see check_data
+        self.data: list[dict] = []  # fingerprints of the run's texts: see check_data
         self.saved_step: int | None = None
-        self.skips = {"total": 0, "in_a_row": 0}  # steps that were left out: see append_metrics
+        self.skips = {"total": 0, "in_a_row": 0}  # skipped steps: see append_metrics
 
     # ---- settings ----
 
@@ -76,7 +76,7 @@ class RunFolder:
             raise BadInput(f"--resume: {change}; put it back, or begin again in another --out")
 
     def finished(self) -> bool:
-        """Done, or killed after the result was in place."""
+        """Is the run done? Also if it was killed after its result was in place."""
         if not (self.path / "run.json").is_file():
             return False
         done = read_json(self.path / "run.json").get("status") == "done"
@@ -114,8 +114,8 @@ class RunFolder:
         )
 
     def save(self, state: dict) -> None:
-        """Written beside, synced and renamed: a kill at any moment leaves one complete state, and
-        Ctrl-C waits for the end. BadInput for a state with a number that is not finite."""
+        """Write out/state.pt through a second file that is synced and renamed: a kill at any moment
+        leaves one complete state; Ctrl-C waits. Raises BadInput for a number that is not finite."""
         with unbroken():
             if bad := next(not_finite(state), None):
                 raise BadInput(f"not saved: {bad} of the state is not finite; lower --lr")
@@ -125,14 +125,13 @@ class RunFolder:
                 with replacing(self.path / STATE) as file:
                     torch.save(state | {"skips": self.skips}, file)
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # torch hides the full disk behind it
+                if isinstance(error.__context__, OSError):  # torch hides the error of a full disk
                     raise error.__context__ from None
                 raise
             self.saved_step = state["step"]
 
     def load(self) -> dict | None:
-        """The saved state (None before the first save). Lines of metrics.jsonl that came after it
-        go."""
+        """The saved state (None before the first save). Removes lines of metrics.jsonl after it."""
         if not (self.path / STATE).is_file():
             (self.path / METRICS).unlink(missing_ok=True)
             return None
@@ -156,7 +155,7 @@ class RunFolder:
         """Around the training, alone in the folder. Stopped by a signal it saves first; whatever
         stops it, the last line says what is saved and which command goes on."""
         with only_writer(self.path), telling(self.what_is_saved):
-            self.check_settings(settings, resume)  # once more: another run may have ended just now
+            self.check_settings(settings, resume)  # again: another run may have ended just now
             self.write_settings(settings, status="running")
             try:
                 yield
@@ -183,5 +182,5 @@ class RunFolder:
                 os.replace(file, self.path / file.name)
             shutil.rmtree(folder)
             sync(self.path)
-            for name in (STATE, STATE + ".writing"):  # the latter from a save that was cut off
+            for name in (STATE, STATE + ".writing"):  # the second is left by an interrupted save
                 (self.path / name).unlink(missing_ok=True)

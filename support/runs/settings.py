@@ -1,5 +1,5 @@
-"""What train.py is told: what to train, and where and how to run it. Each field is a flag of the
-same name; what is said about it here is its help text."""
+"""The settings of train.py: what to train, and where and how to run it. Each field is a flag of the
+same name; its text here is its help text."""
 
 from dataclasses import dataclass, fields
 
@@ -117,7 +117,7 @@ class RunOptions:
     save_minutes: float = flag(30.0, "minutes between saves of the training state")
     no_saves: bool = flag(
         False,
-        "write no state to resume from: two times 4 to 12 bytes a parameter less on the disk",
+        "write no state to resume from (saves 8 to 24 bytes of disk per parameter)",
         action="store_true",
     )
     resume: bool = flag(
