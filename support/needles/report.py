@@ -151,9 +151,9 @@ def write_report(
     for task in drawn:
         name = "needle.png" if len(drawn) == 1 else f"needle_{task}.png"
         parts = tasks[task].needles if tasks[task].ask == "each" else 0
-        draw_heatmap(out / name, shown, task, trained, {}, parts)
+        draw_heatmap(out / name, shown, task, trained, parts)
         in_nats = name.replace("needle", "nats", 1)
-        draw_heatmap(out / in_nats, shown, task, trained, {}, parts, in_nats=True)
+        draw_heatmap(out / in_nats, shown, task, trained, parts, in_nats=True)
         curves = name.replace("needle", "curves", 1)
         draw_curves(out / curves, shown, task)
         log(f"figures: {out / name}, {in_nats} and {curves}")
