@@ -3,8 +3,8 @@
     python studies/bench_cost.py --model models/smollm2 --tokens 4992 --out assets/results/cost.json
 
 Two worker processes hold one model each and take steps in turn (A B A B ...), so that a machine
-that is shared and noisy treats both alike. A step is forward, backward, clipping and AdamW on one
-sample with gapped position ids. transformers runs with its own gradient checkpointing, its own
+that is shared and noisy affects both equally. A step is forward, backward, clipping and AdamW on
+one sample with gapped position ids. transformers runs with its own gradient checkpointing, its own
 loss and SDPA attention. Memory is what a step needs above weights, gradients and optimizer state:
 peak resident size during the step minus resident size before it, when those three already exist.
 Linux only (/proc).
@@ -181,7 +181,7 @@ def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, o
             continue
         try:
             timed = in_turns(model, dtype, [max(64, tokens // 8), *[tokens] * n])
-        except EOFError:  # a worker is gone, most likely for want of memory
+        except EOFError:  # a worker died, most likely out of memory
             notes.append(f"{tokens} tokens: a worker was killed; not run")
             continue
         for ours, theirs in zip(*(timed[k][1:] for k in KINDS), strict=True):
@@ -206,7 +206,7 @@ def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, o
 
 
 def draw(found: dict, path: Path) -> None:
-    """Milliseconds a token: every length counts alike, and the fit is a + b T."""
+    """Milliseconds a token: every length has the same weight, and the fit is a + b T."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")

@@ -4,7 +4,7 @@
 
 The same prompts, 4 lengths x 5 depths, in turns within one run: a row (5 depths) of ours, then the
 same row by transformers, then the next row the other way round, so that a machine that is shared
-and noisy treats both alike. Ours is what eval_needle.py does (prefill in chunks, the common
+and noisy affects both equally. Ours is what eval_needle.py does (prefill in chunks, the common
 beginning of the depths once); transformers prefills each prompt, with SDPA attention and its own
 cache. Both in worker processes of their own, so that each has its own peak of memory.
 """

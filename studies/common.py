@@ -23,7 +23,7 @@ from support.needles.intervals import clustered, mean_of, paired  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
-RESULTS = Path("assets/results")  # in ROOT, where a study works
+RESULTS = ROOT / "assets" / "results"
 OF_RUN = ("seconds", "peak_GiB", "commit", "hardware", "threads")  # of run.json, kept in a row
 
 
@@ -145,6 +145,18 @@ def lead(ours: dict, other: dict, length: int, field: str = "scores") -> dict:
     }
 
 
+def gain(found: dict | None, scale: float, how: str) -> str:
+    """A lead and its interval, in percentage points (scale 100) or nats; empty for None.
+
+    >>> gain({"mean": 0.25, "interval_95": (0.125, 0.375)}, 100, "+.1f")
+    '+25.0 (+12.5 to +37.5)'
+    """
+    if found is None:
+        return ""
+    mean, low, high = (format(scale * x, how) for x in (found["mean"], *found["interval_95"]))
+    return f"{mean} ({low} to {high})"
+
+
 # ---- rows of models ----
 
 WORDS = {  # how a recorded row or label is shown in tables and figures, in their order
@@ -216,7 +228,7 @@ class Table:
         head = "".join(f"{f'found at {n:,}':>20}{'nats':>8}" for n in self.lengths)
         print(f"{'':30}{'seeds':>6}{'minutes':>9}{head}{'longrecipe leads, %':>24}{'nats':>24}")
         for name in names or self.shown():
-            seeds, ours = runs[name], runs.get(self.reference(name), {})
+            seeds = runs[name]
             minutes = sum(one.get("seconds", 0) for one in seeds.values()) / len(seeds) / 60
             line = f"{in_words(name):30}{len(seeds):>6}{minutes:>9.1f}"
             for length in map(str, self.lengths):
@@ -224,18 +236,20 @@ class Table:
                 line += f"{mean_of(texts):.1%} [{low:.0%},{high:.0%}]".rjust(20)
                 nats = texts_of(seeds, length, "nats")
                 line += f"{mean_of(nats):8.2f}" if nats else " " * 8
-            for field, scale in (("scores", 100), ("nats", 1)):
-                line += self.ahead(ours, seeds, field, scale).rjust(24) if ours != seeds else ""
-            print(line)
+            line += gain(self.lead_over(name), 100, "+.3g").rjust(24)
+            print(line + gain(self.lead_over(name, "nats"), 1, "+.3g").rjust(24))
 
-    def ahead(self, ours: dict, other: dict, field: str, scale: float) -> str:
-        """`lead` in words, or nothing where the two have no seed with that field in common."""
-        rows = [{seed: r for seed, r in row.items() if field in r} for row in (ours, other)]
-        if not rows[0].keys() & rows[1].keys():
-            return ""
-        found = lead(*rows, self.lengths[1], field)
-        mean, low, high = (scale * x for x in (found["mean"], *found["interval_95"]))
-        return f"{mean:+.3g} [{low:+.3g},{high:+.3g}]"
+    def lead_over(self, name: str, field: str = "scores") -> dict | None:
+        """By how much longrecipe under the same theta is above a row at the target: `lead` in the
+        seeds where both have the field; None if there is no such seed."""
+        runs = self.read()["runs"]
+        ours, other = (
+            {seed: row for seed, row in runs.get(who, {}).items() if field in row}
+            for who in (self.reference(name), name)
+        )
+        if name == self.reference(name) or not ours.keys() & other.keys():
+            return None
+        return lead(ours, other, self.lengths[1], field)
 
     @staticmethod
     def reference(name: str) -> str:

@@ -42,6 +42,29 @@ def one(folder: str, flags: str) -> tuple[str, dict]:
     return plan.as_flags(made["levers"]), made
 
 
+def summary(rows: dict, chosen: str) -> dict:
+    """What docs/memory.md says of the rows: AdamW on the GPU, and the chosen row against its run
+    at full length; samples of probe and extension, and their seconds at the speed of gpu.json."""
+    plain, ours = rows["adamw --keep_attention"], rows[chosen]
+    state = sum(plain["bytes"]["device"][part] for part in ("weights", "gradients", "optimizer"))
+    seconds, full_s = (plan.extension_s(p["stages"]) for p in (ours, ours["full_length"]))
+    saved = [1 - short / long for short, long in ours["one_sample"].values()]
+    samples = sum(ours["stages"][name]["sequences"] for name in ("probe", "extend"))
+    parts = json.loads((OUT.parent / "gpu.json").read_text())["parts"]
+    return {
+        "state": state,
+        "state_over_device": state / plain["there"]["device"],
+        "flops_saved": [min(saved), max(saved)],
+        "seconds_saved": 1 - seconds / full_s,
+        "full_length_s": full_s,
+        "full_length_bytes": sum(ours["full_length"]["bytes"]["device"].values()),
+        "flops_per_s": ours["rate"]["flops_per_s"],
+        "replay_s": ours["stages"]["replay"]["seconds"],
+        "samples": samples,
+        "samples_s": samples * parts[machine.MEASURED_STEP]["seconds_per_sequence"],
+    }
+
+
 def main() -> None:
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,6 +74,7 @@ def main() -> None:
         rows[chosen] = made  # no lever given: those of full length are free as well
         without = one(folder, "--no_saves")[1]["bytes"]["disk"]
     made = {"chosen": chosen, "rows": rows, "disk_without_saves": without}
+    made["summary"] = summary(rows, chosen)
     made["commit"] = provenance(started)["commit"]
     OUT.write_text(json.dumps(made, indent=1) + "\n")
 

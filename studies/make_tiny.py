@@ -2,8 +2,8 @@
 
     python studies/make_tiny.py --out assets/tiny      # resumable: the same command goes on
 
-What it learns: to predict Python source, and to recall the second word of a pair that stands up to
-8,192 tokens back, given the first. A tiny model does not find that by itself, so its lessons grow:
+What it learns: to predict Python source, and to recall the second word of a pair up to 8,192
+tokens back, given the first. A tiny model does not find that by itself, so its lessons grow:
     copy      random pieces, a block of them twice: copying ("induction") forms
     text      Python source alone, with such blocks
     128       text with word pairs and questions, plain positions

@@ -1,6 +1,6 @@
 """Bad input to the commands, in one table: one `error:` line, exit code 2, nothing written.
 
-(What the evaluation refuses in its grid and templates stands in test_eval_needle.py.)"""
+(What the evaluation refuses in its grid and templates is in test_eval_needle.py.)"""
 
 import inspect
 import json
@@ -150,6 +150,7 @@ TRAIN = [
     ("--impactful pyproject.toml", "pyproject.toml is not valid JSON"),
     ("--impactful nowhere.json", "--impactful nowhere.json does not exist"),
     ("--method none --train_len 64", "--method none never leaves the old window"),
+    ("--weigh", "--weigh needs --log_softmax"),
     ("--resume", "nothing to resume"),
     ("--steps many", "argument --steps: invalid int value: 'many'"),
     ("--method yarn", "argument --method: invalid choice: 'yarn'"),

@@ -81,8 +81,8 @@ def test_a_position_method_of_your_own_is_a_small_patch(tmp_path):
         return done.stdout
 
     run("git", "apply", str(patch))
-    wanted = "bins or positions_increase or same_tokens"
-    said = run(sys.executable, "-m", "pytest", "tests/test_recipe.py", "-k", wanted)
+    chosen = "bins or positions_increase or same_tokens"
+    said = run(sys.executable, "-m", "pytest", "tests/test_recipe.py", "-k", chosen)
     # its own, that of the tokens, and one for each method (bins instead of full)
     assert f"\n{len(METHODS) + 2} passed" in said, said
     assert "bins" in run(sys.executable, "recipe.py", "--target_len", "9000", "--train_len", "900")

@@ -201,7 +201,7 @@ def simulated_peak(config, T: int, keep: bool, split: bool = False) -> int:
                 hidden = model.hidden(ids, ids)[0]
                 # linear_cross_entropy counts valid targets, which are not there
                 loss = model_module._LinearCrossEntropy.apply(
-                    hidden, model.lm_head.weight, ids[0], -100, budget.CHUNK
+                    hidden, model.lm_head.weight, ids[0], None, -100, budget.CHUNK
                 )
                 del hidden
                 loss.backward()
@@ -403,7 +403,7 @@ def test_what_is_given_is_not_chosen(llama3):
     "flags, analysed",
     [
         ((), True),
-        (("--extended", "DIR"), True),  # without a probe of ours
+        (("--extended", "DIR"), True),  # without a probe
         (("--impactful", "FILE", "--probe_steps", "2"), False),
         (("--select", "random"), False),
     ],

@@ -21,14 +21,14 @@ from support.data.text import (
 from support.data.toy import TINY, ToyCorpus
 from support.system.console import log
 
-PIECES, PIECE_BYTES = 16, 1 << 14  # of a file that are hashed; up to their sum, all of it
+PIECES, PIECE_BYTES = 16, 1 << 14  # of a large file that are hashed
 
 
 # ---- text that is on every machine -------------------------------------------------------------
 
 
 def standard_library_topics() -> str:
-    """The chapters of the language reference that ship with Python: 110k to 165k tokens of prose,
+    """The chapters of the language reference that Python ships: 110k to 165k tokens of prose,
     depending on the tokenizer."""
     from pydoc_data.topics import topics
 
@@ -36,7 +36,7 @@ def standard_library_topics() -> str:
 
 
 def standard_library_files() -> tuple[Path, list[Path]]:
-    """Their folder, and the Python sources of the standard library, tests and tables left out."""
+    """(folder, files): the Python sources of the standard library, without tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = set("test tests idle_test site-packages dist-packages pydoc_data encodings".split())
     files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
@@ -50,7 +50,7 @@ def standard_library_sources() -> list[str]:
 
 def standard_library_text() -> str:
     """Every source of the standard library, each followed by a chapter of the language reference
-    (they come round again): long text that is on every machine."""
+    (which repeat): long text that is on every machine."""
     chapters = itertools.cycle(standard_library_topics().split(SEPARATOR))
     return SEPARATOR.join(
         part for source in standard_library_sources() for part in (source, next(chapters))
@@ -126,8 +126,8 @@ def contents(args) -> list[dict]:
 
 
 def changed(began: list[dict], now: list[dict]) -> str | None:
-    """Which of the two `contents` differ, and in what, so far as the former says it (an older
-    version wrote less down)."""
+    """Which paths differ between the two `contents`, and in what; compares what `began` records (an
+    older version recorded less)."""
     for then, here in zip(began, now, strict=False):
         for key in (k for k in here if k in then and k != "path"):
             if then[key] != here[key]:

@@ -222,7 +222,7 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     else:
         try:
             ids = np.lib.format.open_memmap(file, mode="r")
-        except ValueError as error:  # numpy has no class of its own for a damaged file
+        except ValueError as error:  # numpy raises this for a damaged file
             raise BadInput(f"{file} is not an array of token ids: {error}") from None
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
         raise BadInput(f"{file} holds {ids.dtype} {ids.shape}, token ids are (N,) or (n, N)")
@@ -342,7 +342,7 @@ class Tokens:
 class Corpus:
     """Documents of at least min_tokens tokens, shorter ones are counted; `window` draws from them.
 
-    remedy: what the caller's flags can do where no document is long enough (BadInput)."""
+    remedy: which of the caller's flags help if no document is long enough (part of BadInput)."""
 
     at_spaces = False  # whether segments end at spaces as well: for texts without sentence ends
 
@@ -369,5 +369,5 @@ class Corpus:
         return torch.from_numpy(ids.astype(np.int64))
 
     def summary(self) -> str:
-        """Where the documents are from, how many tokens are used and what was left out."""
+        """Where the documents are from, how many tokens are used, and what was left out."""
         return f"{self.source}: {self.tokens:,} tokens, {self.too_short} documents too short"

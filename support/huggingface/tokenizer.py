@@ -29,9 +29,9 @@ LLAMA3_SPLIT = (
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: character -> byte.
+    """GPT-2's printable substitutes for bytes: character -> byte.
 
-    >>> byte_alphabet()["A"], byte_alphabet()["Ġ"]  # Ġ stands for the space
+    >>> byte_alphabet()["A"], byte_alphabet()["Ġ"]  # Ġ represents the space
     (65, 32)
     """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -132,8 +132,8 @@ class ByteLevelTokenizer(Tokenizer):
 
 
 class AddedTokens:
-    """Tokens that are one id wherever their text occurs: the leftmost first, of those that begin
-    there the longest. A special one hides what is in it, but stays text."""
+    """Tokens that are one id wherever their text occurs: the leftmost first, and the longest of
+    those that begin there. A special one takes the place of any inside it, but stays text."""
 
     def __init__(self, tokens: list[dict]):
         self._ids = {t["content"]: t["id"] for t in tokens if not t.get("special")}
@@ -159,7 +159,7 @@ class LibraryTokenizer(Tokenizer):
             from tokenizers import Tokenizer as Library
         except ImportError:
             raise BadInput(f"{reason}; `pip install tokenizers` reads it") from None
-        # what belongs to batches and to training stays out of a text's ids
+        # settings for batches and for training must not change a text's ids
         data = data | {"truncation": None, "padding": None}
         data["model"] = data["model"] | ({"dropout": None} if "dropout" in data["model"] else {})
         steps = {name: without_prefix(data.get(name)) for name in ("normalizer", "pre_tokenizer")}
@@ -167,7 +167,7 @@ class LibraryTokenizer(Tokenizer):
             self._whole, self._continued = (
                 Library.from_str(json.dumps(d)) for d in (data, data | steps)
             )
-        except Exception as error:  # the library has no class of its own
+        except Exception as error:  # the library raises plain Exception
             raise BadInput(f"tokenizer.json is damaged: {error}") from error
         for library in (self._whole, self._continued):
             library.encode_special_tokens = True  # text is data
@@ -191,7 +191,7 @@ class LibraryTokenizer(Tokenizer):
 
 
 def without_prefix(part):
-    """A normalizer or pre-tokenizer that takes the beginning of a text as any other place."""
+    """A normalizer or pre-tokenizer that treats the beginning of a text like any other place."""
     if isinstance(part, list):
         return [without_prefix(inner) for inner in part]
     if not isinstance(part, dict):
@@ -275,7 +275,7 @@ def from_bpe(data: dict, pattern: str, settings: dict) -> Tokenizer:
     to_id = {
         bytes(alphabet[c] for c in token): i
         for token, i in model["vocab"].items()
-        if all(c in alphabet for c in token)  # others no text gives: only as added tokens
+        if all(c in alphabet for c in token)  # no text gives any other, except as added tokens
     }
     ranks = {bytes([b]): b for b in range(256)}
     # subtle: tiktoken ranks the merged token, `tokenizers` the pair. The ids are the same, except

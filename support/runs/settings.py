@@ -1,5 +1,5 @@
-"""What train.py is told: what to train, and where and how to run it. Each field is a flag of the
-same name; what is said about it here is its help text."""
+"""The settings of train.py: what to train, and where and how to run it. Each field is a flag of the
+same name; its text here is its help text."""
 
 from dataclasses import dataclass, fields
 
@@ -47,6 +47,9 @@ class Settings:
     top: float = flag(0.2, "share of occurrences that count as impactful")
     min_count: int = flag(
         1, "an impactful token type is seen at least so many times in the analysis"
+    )
+    weigh: bool = flag(
+        False, "weigh each target's loss by exp(mean shift of its token type), at most 5"
     )
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
@@ -101,8 +104,8 @@ class Settings:
 
     @property
     def analyses(self) -> bool:
-        """Does the run find the impactful types itself?"""
-        return self.select == "impact" and self.impactful is None
+        """Does the run make an analysis itself?"""
+        return (self.select == "impact" or self.weigh) and self.impactful is None
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class RunOptions:
     save_minutes: float = flag(30.0, "minutes between saves of the training state")
     no_saves: bool = flag(
         False,
-        "write no state to resume from: two times 4 to 12 bytes a parameter less on the disk",
+        "write no state to resume from (saves 8 to 24 bytes of disk per parameter)",
         action="store_true",
     )
     resume: bool = flag(
