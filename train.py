@@ -49,6 +49,7 @@ from model import (
     save_pretrained,
 )
 from recipe import next_token_targets
+from support.data.segments import rarely_ends
 from support.data.sources import contents, is_toy_model, load_corpora
 from support.data.text import Corpus
 from support.data.toy import TINY
@@ -151,6 +152,7 @@ class Stage:
     select: str
     lr: float
     prefix: bool = False
+    min_segment_tokens: int = 1
     two_segments: bool = False  # if a text leaves only one, another is drawn
     weigh: bool = False  # losses are weighted by the shifts of the targets' types
 
@@ -163,6 +165,7 @@ def plan_stages(settings: Settings) -> list[Stage]:
     more = {
         "lr": settings.lr,
         "prefix": settings.prefix,
+        "min_segment_tokens": settings.min_segment_tokens,
         # A text that longrecipe cannot use is left out for all methods, so that all see the same
         # tokens.
         "two_segments": settings.method != "full",
@@ -183,7 +186,7 @@ def load_texts(settings: Settings, tokenizer) -> tuple[Corpus, Corpus]:
     for corpus in corpora:
         generators = (torch.Generator().manual_seed(i) for i in range(32))
         windows = (corpus.window(settings.target_len, generator) for generator in generators)
-        corpus.at_spaces = all(recipe.rarely_ends(ids, tokenizer) for ids in windows)
+        corpus.at_spaces = all(rarely_ends(ids, tokenizer) for ids in windows)
     return corpora
 
 
@@ -208,6 +211,7 @@ def sample(
                 method=stage.method,
                 select=stage.select,
                 prefix=stage.prefix,
+                min_segment_tokens=stage.min_segment_tokens,
                 impactful=impactful,
                 generator=generator,
                 two_segments=stage.two_segments,

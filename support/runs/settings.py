@@ -28,6 +28,9 @@ class Settings:
     method: str = flag("longrecipe", "position ids of a sample", "recipe")
     select: str = flag("impact", "which sentences of a text stay")
     prefix: bool = flag(False, "keep a contiguous prefix, as the released code does")
+    min_segment_tokens: int = flag(
+        1, "sentences shorter than this are joined with the next ones (1: none, as in the paper)"
+    )
     train_len: int = flag(39_424, "length of a sample, tokens", derived="30 %% of --target_len")
     probe_steps: int = flag(
         10,
