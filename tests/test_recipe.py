@@ -112,6 +112,20 @@ def test_impactful_types_by_hand():
         impactful_types(total, count * 0)
 
 
+@pytest.mark.parametrize("min_count", [1, 3])
+def test_loss_weights_equal_a_slow_loop(min_count):
+    """[E29] Bounded by 5, and 1 for what was not seen often enough."""
+    total = 6 * torch.randn(300, generator=generator(0), dtype=torch.float64)
+    count = torch.randint(0, 7, (300,), generator=generator(1))
+    expected = [
+        min(math.exp(float(s) / int(n)), 5.0) if n >= min_count else 1.0
+        for s, n in zip(total, count, strict=True)
+    ]
+    found = recipe.loss_weights(total, count, min_count)
+    assert found.dtype == torch.float32 and found.tolist() == pytest.approx(expected, rel=1e-6)
+    assert found.max() == 5 and (found[count < min_count] == 1).all() and 0 < found.min() < 0.5
+
+
 def test_impactful_types_covers_the_share_and_no_type_more():
     for seed in range(20):
         total = torch.randn(200, generator=generator(seed), dtype=torch.float64)

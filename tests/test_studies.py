@@ -37,6 +37,8 @@ def test_a_row_of_the_study_takes_the_analysis_of_longrecipe_under_its_own_base(
         for name in ("longrecipe", "pose")
     )
     assert {k for k in ours if ours[k] != other[k]} == {"method"}  # the very same tokens
+    weigh = common.recipe_in(common.settings_of(tiny_study.flags_of("weigh", 1, args)))
+    assert {k for k in ours if ours[k] != weigh[k]} == {"select", "weigh"}  # the same analysis
 
 
 def test_a_recipe_is_the_same_until_a_setting_differs_that_both_versions_know():

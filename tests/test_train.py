@@ -3,6 +3,7 @@ input."""
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,8 @@ CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 # ---- accumulation ------------------------------------------------------------------------------
 
 
-def test_four_times_one_equals_one_times_four_at_unequal_lengths():
-    """[E17] Normalised by the valid tokens of the whole step: same loss and gradients (float64)."""
+def unequal_batches() -> list[tuple[torch.Tensor, ...]]:
+    """Four micro-batches of one sequence, then the same as one of four, padded."""
     torch.manual_seed(0)
     lengths = [5, 12, 30, 17]
     ids = [torch.randint(97, (1, n)) for n in lengths]
@@ -37,20 +38,47 @@ def test_four_times_one_equals_one_times_four_at_unequal_lengths():
     padded.append(torch.full((4, 30), -100))
     for row, (x, _, y) in enumerate(singles):
         padded[0][row, : x.shape[1]], padded[2][row, : x.shape[1]] = x, y
-    results = []
-    for batches in (singles, [tuple(padded)]):
-        torch.manual_seed(1)
-        model = Llama(CONFIG).double()
-        loss = train.accumulate(model, batches)
-        results.append((loss, [p.grad for p in model.parameters()]))
-    (loss_a, grads_a), (loss_b, grads_b) = results
-    assert abs(loss_a - loss_b) < 1e-10
-    for a, b in zip(grads_a, grads_b, strict=True):
-        # angles are fp32 inside, equal in both; the rest is float64
-        assert (a - b).abs().max() < 1e-10
+    return singles, [tuple(padded)]
+
+
+def accumulated(batches, type_weights=None, dtype=torch.float64) -> tuple[float, list]:
+    """(loss, gradients) of the same model."""
+    torch.manual_seed(1)
+    model = Llama(CONFIG).to(dtype)
+    loss = train.accumulate(model, batches, type_weights=type_weights)
+    return loss, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_four_times_one_equals_one_times_four_at_unequal_lengths(weighted):
+    """[E17] Normalised by the whole step, and equal to a slow loop over its targets: same loss and
+    gradients (float64). A weight belongs to the type of the target, not of the input."""
+    singles, padded = unequal_batches()
+    type_weights = torch.rand(97) * 5 if weighted else None
+    torch.manual_seed(1)
+    model, total, weight = Llama(CONFIG).double(), 0.0, 0.0
+    for ids, positions, targets in singles:
+        for logits, target in zip(model(ids, positions)[0], targets[0], strict=True):
+            if target != -100:
+                w = float(type_weights[target]) if weighted else 1.0
+                total, weight = total - w * logits.log_softmax(-1)[target], weight + w
+    (total / weight).backward()
+    for batches in (singles, padded):
+        loss, grads = accumulated(batches, type_weights)
+        assert abs(loss - float(total.detach() / weight)) < 1e-10
+        for a, p in zip(grads, model.parameters(), strict=True):
+            # angles are fp32 inside, equal in both; the rest is float64
+            assert (a - p.grad).abs().max() < 1e-10
     # the usual mistake, the mean of the four means, is far away
-    means = [train.accumulate(Llama(CONFIG).double(), [s]) for s in singles]
-    assert abs(sum(means) / 4 - loss_a) > 1e-4
+    means = [accumulated([single], type_weights)[0] for single in singles]
+    assert abs(sum(means) / 4 - loss) > 1e-4
+
+
+def test_weights_of_1_change_no_bit_of_a_step():
+    singles, _ = unequal_batches()
+    loss, grads = accumulated(singles, dtype=torch.float32)
+    same_loss, same_grads = accumulated(singles, torch.ones(97), torch.float32)
+    assert loss == same_loss and all(map(torch.equal, grads, same_grads))
 
 
 def test_a_step_without_targets_is_refused():
@@ -290,7 +318,7 @@ def test_transformers_opens_the_result(finished):
         assert (hf(ids).logits - load_pretrained(finished)(ids)).abs().max() < 1e-4
 
 
-def weights(folder) -> bytes:
+def model_bytes(folder) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -324,8 +352,8 @@ def test_ctrl_c_saves_and_resume_goes_on(
     assert told == f"interrupted; saved up to step {stop_at} in {out / 'state.pt'}"
     monkeypatch.setattr(train, "accumulate", original)
     train.main([*argv.split(), "--keep_stages"])
-    assert weights(out) == weights(finished)
-    assert weights(out / "replayed") == weights(finished / "replayed")
+    assert model_bytes(out) == model_bytes(finished)
+    assert model_bytes(out / "replayed") == model_bytes(finished / "replayed")
     # stopped in the replay and without --keep_stages until then: the extended weights are gone
     assert (out / "extended").exists() == (stop_at < 6)
     same = ("stage", "step", "loss", "lr", "grad_norm")
@@ -351,7 +379,7 @@ def test_the_other_optimizers_resume_too(name, toy_dir, prose_file, tmp_path, mo
         train.main(["--resume", "--out", str(tmp_path / "out")])
     finally:
         torch.compiler.set_stance("default")
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
 
 
 def test_ctrl_c_before_the_first_step_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
@@ -458,7 +486,7 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     """--impactful FILE: same table, same tokens from the extension on. --extended DIR: no probe."""
     file = str(finished / "impactful.json")
     train.main(command(toy_dir, prose_file, tmp_path / "a", "--impactful", file))
-    assert weights(tmp_path / "a") == weights(finished)  # the probe's two steps included
+    assert model_bytes(tmp_path / "a") == model_bytes(finished)  # the probe's two steps included
     err = capsys.readouterr().err
     assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
     assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64" in err
@@ -495,6 +523,19 @@ def test_types_that_are_seen_too_rarely_are_not_impactful(finished, toy_dir, pro
     assert found[1].items() < found[0].items() and len(found[1]) > 10
 
 
+def test_min_count_can_be_lowered_as_long_as_there_is_no_analysis(
+    toy_dir, prose_file, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        train.main(command(toy_dir, prose_file, out, "--min_count", "999999"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "no token type was seen 999999 times in the analysis, the most frequent one" in error
+    resume = ["--resume", "--out", str(out), "--min_count"]
+    train.main([*resume, "1"])
+    assert json.loads((out / "run.json").read_text())["settings"]["min_count"] == 1
+
+
 def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, prose_file, tmp_path):
     """H' = the base's own weights under the new RoPE base: the shift is zero everywhere against the
     re-based base, also where this run's own RoPE base is another one; against the base as it is,
@@ -518,6 +559,57 @@ def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, pr
         for name in ("zero", "unequal", "failure")
     ]
     assert set(shifts[0]) == set(shifts[1]) == {0.0} and max(map(abs, shifts[2])) > 0.01
+
+
+WEIGH = ("--weigh", "--log_softmax", "--select", "random")
+
+
+def test_weigh_weighs_the_extension_by_the_shifts_of_the_probe(
+    toy_dir, prose_file, tmp_path, monkeypatch, bad
+):
+    """Probe and replay are plain. --impactful of the run gives the same weights, without an
+    analysis; a run that is stopped in the extension goes on with them."""
+    original, seen, out = train.accumulate, [], tmp_path / "out"
+
+    def recording(model, batch, after_each, type_weights):
+        seen.append(type_weights)
+        return original(model, batch, after_each, type_weights)
+
+    monkeypatch.setattr(train, "accumulate", recording)
+    train.main(command(toy_dir, prose_file, out, *WEIGH))
+    assert [w is None for w in seen] == [True] * 2 + [False] * 4 + [True] * 3
+    shifts = json.loads((out / "shifts.json").read_text())
+    weights = seen[2]
+    assert shifts["log_softmax"] is True and len(shifts["types"]) > 20
+    for v in range(len(weights)):
+        total, n = shifts["types"].get(str(v), (0.0, 1))
+        assert float(weights[v]) == pytest.approx(min(5, math.exp(total / n)), rel=1e-6)
+    assert weights.max() > 1.05 and weights.min() < 0.95
+
+    again = (*WEIGH, "--impactful", str(out / "impactful.json"))
+    train.main(command(toy_dir, prose_file, tmp_path / "again", *again))
+    assert all(torch.equal(w, weights) for w in seen[11:15])
+    assert model_bytes(tmp_path / "again") == model_bytes(out)
+    assert not (tmp_path / "again" / "shifts.json").exists()
+
+    monkeypatch.setattr(train, "accumulate", original)
+    stop_after(4, monkeypatch)
+    with pytest.raises(SystemExit):
+        train.main(command(toy_dir, prose_file, tmp_path / "stopped", *WEIGH))
+    monkeypatch.setattr(train, "accumulate", original)
+    monkeypatch.setattr(train, "analyse", lambda *_: pytest.fail("a second analysis"))
+    train.main(["--resume", "--out", str(tmp_path / "stopped")])
+    assert model_bytes(tmp_path / "stopped") == model_bytes(out)
+
+    new = {"out": tmp_path / "new"}
+    (out / "shifts.json").unlink()
+    bad(f"--weigh needs {out / 'shifts.json'}, which train.py writes beside", *again, **new)
+    for broken, said in (
+        ({"log_softmax": False}, "is not of an analysis with --log_softmax"),
+        ({"types": {"5": [1.0]}}, "shifts.json is not a shifts.json of a run"),
+    ):
+        (out / "shifts.json").write_text(json.dumps(shifts | broken))
+        bad(said, *again, **new)
 
 
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):

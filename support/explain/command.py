@@ -13,7 +13,8 @@ from support.explain import distances, figure, positions, words
 from support.huggingface.config import read_window
 from support.huggingface.hub import SMALL, local_folder
 from support.huggingface.tokenizer import load_tokenizer
-from support.runs.flags import Parser, read_impactful
+from support.runs.analysis import read_impactful
+from support.runs.flags import Parser
 from support.system.bad_input import BadInput
 from support.system.console import check_ranges, report_errors
 

@@ -41,12 +41,17 @@ def check_lengths(settings) -> None:
         raise BadInput(f"--replay_len {settings.replay_len} must be between 2 and --target_len")
 
 
-def check_probe(settings) -> None:
+def check_analysis(settings) -> None:
+    if settings.weigh and not settings.log_softmax:
+        raise BadInput(
+            "--weigh needs --log_softmax: its weights are ratios of probabilities, and raw logits"
+            " have an arbitrary offset"
+        )
     needs_probe = settings.analyses and not settings.extended
     if needs_probe and settings.method == "none" and settings.train_len <= settings.base_len:
         raise BadInput(
-            "--method none never leaves the old window, so it has no impactful types of its own:"
-            " --impactful FILE of another run, or --select random"
+            "--method none never leaves the old window, so its analysis would see nothing:"
+            " --impactful FILE of another run, or neither --select impact nor --weigh"
         )
     if not 0 <= settings.probe_steps <= settings.steps or (
         needs_probe and settings.probe_steps == 0

@@ -57,6 +57,7 @@ OTHER = (
     "rebased_analysis",
     "top",
     "min_count",
+    "weigh",
 )
 
 
@@ -64,6 +65,8 @@ def check_exportable(settings, options) -> None:
     """BadInput for flags of train.py that leave open which samples it would see."""
     if options.resume or options.plan:
         raise BadInput("--export goes with neither --resume nor --plan")
+    if settings.weigh:
+        raise BadInput("--export holds samples, not weights of their losses: without --weigh")
     if settings.analyses:
         raise BadInput(
             "--export with --select impact needs the impactful types beforehand: --impactful FILE,"

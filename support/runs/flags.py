@@ -6,8 +6,6 @@ import dataclasses
 import os
 from pathlib import Path
 
-import torch
-
 from support.data.sources import is_toy_model
 from support.huggingface.config import read_json
 from support.system.bad_input import BadInput
@@ -18,6 +16,7 @@ NO_SETTINGS = ("out", "resume", "plan", "export", "attention")
 # settings that --resume may change, because none of them changes a bit of the result
 MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves", "keep_attention", "offload_inputs")
 MAY_DIFFER += ("split_mlp",)
+BEFORE_THE_ANALYSIS = ("top", "min_count")  # may be others as long as they have not been used
 PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings that are paths
 KINDS = {  # type of a field -> what argparse has to know of it
     int: {"type": int, "metavar": "N"},
@@ -157,12 +156,12 @@ def settings_to_resume(folder: Path) -> dict:
     return settings
 
 
-def check_same(before: dict, now: dict) -> None:
+def check_same(before: dict, now: dict, may_differ: tuple[str, ...] = MAY_DIFFER) -> None:
     """BadInput that names a setting with another value, if it matters to the result. Both as they
     are kept: see as_kept."""
     for name in sorted(before):  # flags newer than the run: see parse_or_resume
         old, new = before.get(name), now.get(name)
-        if name not in MAY_DIFFER and old != new:
+        if name not in may_differ and old != new:
             raise BadInput(
                 f"--resume with another --{name}: the run has {old!r}, now {new!r}; without the"
                 " flag the run's own is taken"
@@ -179,16 +178,3 @@ def base_of_run(folder: str | Path) -> list[str]:
         log(f"{base}, which the run began with, is not a folder here; --compare DIR for another")
         return []
     return [base]
-
-
-def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
-    """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
-    if not Path(path).is_file():
-        raise BadInput(f"--impactful {path} does not exist (an impactful.json of a run)")
-    names = list(read_json(Path(path)))
-    if not all(name.isdecimal() and len(name) < 10 for name in names):
-        raise BadInput(f"{path} is not an impactful.json of a run (--impactful)")
-    types = torch.tensor([int(name) for name in names])
-    if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
-        raise BadInput(f"{path} names no token types of this vocabulary (--impactful)")
-    return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)

@@ -15,7 +15,8 @@ from safetensors.torch import save
 from support.data import sources as corpora
 from support.huggingface.checkpoint import not_finite
 from support.huggingface.config import read_json
-from support.runs.flags import check_same, settings_to_resume
+from support.runs.analysis import IMPACTFUL
+from support.runs.flags import BEFORE_THE_ANALYSIS, MAY_DIFFER, check_same, settings_to_resume
 from support.system.bad_input import BadInput
 from support.system.console import telling
 from support.system.signals import unbroken
@@ -62,7 +63,9 @@ class RunFolder:
                     kind, remedy = "holds a finished run", "move it away"
                 raise BadInput(f"output folder {self.path} {kind}: another --out, or {remedy}")
             return
-        check_same(settings_to_resume(self.path), settings)
+        analysed = (self.path / IMPACTFUL).is_file()
+        may_differ = MAY_DIFFER if analysed else MAY_DIFFER + BEFORE_THE_ANALYSIS
+        check_same(settings_to_resume(self.path), settings, may_differ)
 
     def check_data(self, data: list[dict], resume: bool) -> None:
         """BadInput that names a path of the text which holds something else than when the run
@@ -83,11 +86,6 @@ class RunFolder:
     def write_settings(self, settings: dict, **more) -> None:
         run = {"settings": settings, "data": self.data, **more}
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
-
-    def write_impactful(self, types: dict[int, list]) -> None:
-        """out/impactful.json: token id -> [text, mean shift in logits, or nats], largest first."""
-        text = json.dumps(types, ensure_ascii=False, indent=0)
-        write_atomically(self.path / "impactful.json", text + "\n")
 
     # ---- metrics and state ----
 

@@ -48,6 +48,9 @@ class Settings:
     min_count: int = flag(
         1, "an impactful token type is seen at least so many times in the analysis"
     )
+    weigh: bool = flag(
+        False, "weigh each target's loss by exp(mean shift of its token type), at most 5"
+    )
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
     steps: int = flag(104, "optimizer steps of the extension, probe included", "training")
@@ -101,8 +104,8 @@ class Settings:
 
     @property
     def analyses(self) -> bool:
-        """Does the run find the impactful types itself?"""
-        return self.select == "impact" and self.impactful is None
+        """Does the run make an analysis itself?"""
+        return (self.select == "impact" or self.weigh) and self.impactful is None
 
 
 @dataclass(frozen=True)
