@@ -100,7 +100,7 @@ def worker(kind: str, folder: str, dtype: torch.dtype, pipe) -> None:
     while tokens := pipe.recv():
         ids = torch.randint(0, 256, (1, tokens))
         spread = (torch.arange(tokens) * 16384 // tokens)[None]
-        forward_backward(short, positions)  # and so do the gradients
+        forward_backward(short, positions)  # makes the gradients
         reset_peak()
         before = resident_gib()
         started = time.perf_counter()
@@ -131,8 +131,8 @@ def in_turns(model: str, dtype: torch.dtype, rounds: list[int]) -> dict[str, lis
 def measure(model: str, tokens: int, dtype: torch.dtype, steps: int) -> dict:
     warm_up = max(64, tokens // 8)
     timed = in_turns(model, dtype, [warm_up, *[tokens] * steps])
-    # For memory once more, with an allocator that gives freed tensors back at once: else the peak
-    # is that of its free lists too. (It costs time, so those steps are not timed.)
+    # Memory is measured in a second run, whose allocator returns freed tensors at once: otherwise
+    # the peak would include its free lists. (That costs time, so those steps are not timed.)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     held = {kind: rows[-1] for kind, rows in in_turns(model, dtype, [warm_up, tokens]).items()}
     seconds = {kind: [r["seconds"] for r in rows[1:]] for kind, rows in timed.items()}
@@ -171,8 +171,8 @@ def fit(rows: list[dict], kind: str) -> dict:
 
 
 def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, out: Path) -> dict:
-    """One pair of steps per length and round; the rows that `out` holds already stay, and with
-    nothing measured so does what it says of their commit and machine."""
+    """One pair of steps per length and round. Rows that `out` holds already are kept, and so are
+    their commit and machine if nothing is measured."""
     found = json.loads(out.read_text()) if out.is_file() else {"rows": []}
     rows, notes, started = found["rows"], found.setdefault("notes", []), time.time()
     for tokens in lengths:
