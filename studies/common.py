@@ -6,6 +6,7 @@ Importing this file lets a study import the repository's own files and tests/hel
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -53,6 +54,17 @@ def read_lines(file: Path) -> list[dict]:
 def write_json(file: Path, found: dict, indent: int | None = None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(found, indent=indent) + "\n")
+
+
+def in_processes(work, kinds: tuple[str, ...], *args) -> dict:
+    """Start work(kind, *args, pipe) in a process for each kind -> kind -> our end of its pipe,
+    whose recv() raises EOFError once that process is gone."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for kind in kinds:
+        pipes[kind], theirs = context.Pipe()
+        context.Process(target=work, args=(kind, *args, theirs), daemon=True).start()
+        theirs.close()
+    return pipes
 
 
 # ---- models ----
