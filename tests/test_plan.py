@@ -451,7 +451,7 @@ def test_a_run_that_cannot_fit_says_so_before_weights_are_loaded(
     argv += ["--out", str(tmp_path / "out")]
     small = machine.Machine("the CPU", "cpu", 1e6, None, 1e12)
     monkeypatch.setattr(train, "machine", lambda *_: small)
-    assert "memory: 1.1 GB needed, 1.0 MB there" in error_of(capsys, argv)
+    assert "memory: 1.1 GB needed, 1.0 MB available" in error_of(capsys, argv)
     assert "memory: 1.1 GB needed" in error_of(capsys, [*argv, "--plan"])
     full = machine.Machine("the CPU", "cpu", 1e12, None, 1e5)
     monkeypatch.setattr(train, "machine", lambda *_: full)
