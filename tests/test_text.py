@@ -2,8 +2,6 @@
 
 import bz2
 import gzip
-import io
-import itertools
 import json
 import lzma
 import re
@@ -19,7 +17,7 @@ import recipe
 import train
 from model import load_tokenizer
 from support.data.sources import load_tokens
-from support.data.text import TAIL, Corpus, cut_pieces, read_pieces
+from support.data.text import Corpus
 
 
 @pytest.fixture(scope="module")
@@ -96,33 +94,6 @@ def test_documents_are_joined_only_on_request(tokenizer, tmp_path):
     one = documents(load_tokens([str(tmp_path)], tokenizer, join=True))
     assert [tokenizer.decode(d) for d in one] == ["Text 0.\n\n\nText 1.\n\n\nText 2."]
     assert len(documents(load_tokens([str(tmp_path)], tokenizer))) == 3
-
-
-def test_pieces_of_a_large_file_give_the_ids_of_the_whole(tokenizer, tmp_path, smollm2_dir):
-    file = tmp_path / "large.txt"
-    text = (PROSE + "x = 3.14  # wide   gaps\n\n\té 你好 " * 50 + "word" * 900) * 2
-    file.write_text(text)
-    pieces = list(read_pieces(file, characters=777))
-    assert "".join(pieces) == text and len(pieces) > 100
-    for tok in (tokenizer, load_tokenizer(smollm2_dir)):
-        assert [i for p in pieces for i in tok.encode(p)] == tok.encode(text)
-    assert all(re.search(r"\w$", a) and re.match(r" \w", b) for a, b in itertools.pairwise(pieces))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["我能吞下玻璃而不伤身体，因为我练习过很多年。" * 400, "1,22,333;" * 1000, "é\n" * 4000],
-)
-def test_pieces_of_a_text_without_spaces_give_the_ids_of_the_whole(text, tokenizer):
-    pieces = list(cut_pieces(io.StringIO(text), characters=500))
-    assert "".join(pieces) == text and len(pieces) > 5
-    assert [i for p in pieces for i in tokenizer.encode(p)] == tokenizer.encode(text)
-
-
-@pytest.mark.parametrize("text", ["我" * 50_000, " " * 50_000, "-" * 50_000, "a" * 50_000])
-def test_pieces_are_bounded_where_nothing_says_where_to_cut(text):
-    pieces = list(cut_pieces(io.StringIO(text), characters=5000))
-    assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * 5000 + TAIL
 
 
 def test_windows_are_uniform_over_the_tokens(tokenizer, tmp_path):

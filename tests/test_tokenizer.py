@@ -1,7 +1,9 @@
 """huggingface/tokenizer.py against the `tokenizers` library, which made the files it reads."""
 
 import base64
+import itertools
 import json
+import random
 import sys
 import time
 import zipfile
@@ -14,6 +16,7 @@ from smollm2 import download
 
 from model import load_tokenizer
 from support.data.sources import standard_library_text, standard_library_topics
+from support.data.text import encode_pieces
 from support.huggingface.tokenizer import LLAMA3_SPLIT, LibraryTokenizer, check_fits
 from support.system.bad_input import BadInput
 
@@ -153,6 +156,49 @@ def test_ids_equal_on_any_text(pair):
 @pytest.mark.slow
 def test_ids_equal_on_ten_thousand_texts(pair):
     round_trips(pair, 10_000)
+
+
+RNG = random.Random(0)
+LONG = {  # text: whether its parts are joined without encoding all of it at once
+    PROSE[:40_000] + "x = 3.14  # wide   gaps\n\n\té 你好 " * 50 + "word" * 900: True,
+    "我能吞下玻璃而不伤身体，因为我练习过很多年。" * 2000: True,
+    ",".join(str(i) for i in range(9000)): True,
+    SCRIPTS.replace(" ", "") * 150: True,
+    "".join(RNG.choices("0123456789abcdef", k=40_000)): None,  # one word: WordPiece takes it whole
+    "".join(RNG.choice("ab.…-") * RNG.randint(1, 30) for _ in range(2500)): None,
+    "-" * 40_001: False,
+    "ᚠ" * 40_000: False,
+}
+
+
+def pieces_of(text: str, characters: int) -> list[str]:
+    return [text[i : i + characters] for i in range(0, len(text), characters)]
+
+
+def test_pieces_of_a_long_text_give_the_ids_of_the_whole(pair):
+    tokenizer, theirs = pair
+    for text, joined in LONG.items():
+        parts = list(encode_pieces(pieces_of(text, 5001), tokenizer))
+        ids = list(itertools.chain.from_iterable(parts))
+        whole = theirs.encode(text, add_special_tokens=False).ids
+        if type(theirs.model).__name__ == "Unigram" and "-" in text:  # equally likely divisions
+            assert tokenizer.decode(ids) == tokenizer.decode(whole) and sorted(ids) == sorted(whole)
+        else:
+            assert ids == whole
+        assert joined is None or (len(parts) > 4) == joined
+
+
+def test_pieces_of_any_length_give_the_ids_of_the_whole(pair, monkeypatch):
+    """Characters of all scripts at random, hardly a space among them."""
+    monkeypatch.setattr("support.data.text.TAIL", 300)
+    characters = sorted(set(SCRIPTS + ".,!?()'’-|…。、0123456789\n") - {" "})
+    for seed in range(24):
+        rng = random.Random(seed)
+        kinds = rng.sample(characters, (3, 9, 40, len(characters))[seed % 4])
+        text = "".join(rng.choices(kinds, k=3000))
+        pieces = pieces_of(text, rng.randint(400, 1600))
+        ids = list(itertools.chain.from_iterable(encode_pieces(pieces, pair[0])))
+        assert ids == pair[0].encode(text), seed
 
 
 def test_a_lone_surrogate_is_a_replacement_character(pair):

@@ -72,11 +72,7 @@ def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Token
     tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths)
     log_folders(paths)
     arrays = [f for f in files if kind_of(f) in (".npy", ".bin")]
-    texts = read_texts([f for f in files if f not in arrays])
-    if join:
-        separated = ((*([SEPARATOR] if i else []), *pieces) for i, pieces in enumerate(texts))
-        texts = iter([itertools.chain.from_iterable(separated)])
-    tokens.add_texts(texts, tokenizer)
+    tokens.add_texts(read_texts([f for f in files if f not in arrays]), tokenizer, join)
     for file in arrays:
         tokens.add_array(read_tokens(file, tokenizer.vocab_size))
     return tokens
