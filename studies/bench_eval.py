@@ -10,12 +10,11 @@ cache. Both in worker processes of their own, so that each has its own peak of m
 """
 
 import argparse
-import multiprocessing
 import time
 from pathlib import Path
 
 import torch
-from common import read_json, write_json
+from common import in_processes, read_json, write_json
 
 from eval_needle import TASKS, Haystack, SharedPrefix, make_sample
 from model import load_pretrained, load_tokenizer
@@ -80,13 +79,7 @@ def same_run(args) -> list:
 
 def measure(args, done: dict) -> dict:
     """Rows by length: what each of the two needed. Written after each row; those there stay."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for kind in ("ours", "transformers"):
-        pipes[kind], child = context.Pipe()
-        processes.append(context.Process(target=worker, args=(kind, args.model, child)))
-        processes[-1].daemon = True
-        processes[-1].start()
+    pipes = in_processes(worker, ("ours", "transformers"), args.model)
     for pipe in pipes.values():
         pipe.send((512, [0.5]))  # warms up
         pipe.recv()
@@ -102,8 +95,6 @@ def measure(args, done: dict) -> dict:
         write_json(args.out.with_suffix(".rows"), {"of": same_run(args), "rows": done})
     for pipe in pipes.values():
         pipe.send(None)
-    for process in processes:
-        process.join()
     return done
 
 

@@ -1,11 +1,12 @@
-"""What the studies share: commands run one after the other, models that are made once, rows of
-models that are kept as soon as they are there, and their table and figure.
+"""Shared by the studies: running commands, making each model once, keeping a row as soon as it is
+measured, and the table and figure of the rows.
 
 Importing this file lets a study import the repository's own files and tests/helpers.
 """
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -24,7 +25,13 @@ from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results"
-OF_RUN = ("seconds", "peak_GiB", "commit", "hardware", "threads")  # of run.json, kept in a row
+OF_RUN = (
+    "seconds",
+    "peak_GiB",
+    "commit",
+    "hardware",
+    "threads",
+)  # fields of run.json that a row keeps
 
 
 def run(command: str) -> None:
@@ -49,11 +56,22 @@ def write_json(file: Path, found: dict, indent: int | None = None) -> None:
     write_atomically(file, json.dumps(found, indent=indent) + "\n")
 
 
+def in_processes(work, kinds: tuple[str, ...], *args) -> dict:
+    """Start work(kind, *args, pipe) in a process for each kind -> kind -> our end of its pipe,
+    whose recv() raises EOFError once that process is gone."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for kind in kinds:
+        pipes[kind], theirs = context.Pipe()
+        context.Process(target=work, args=(kind, *args, theirs), daemon=True).start()
+        theirs.close()
+    return pipes
+
+
 # ---- models ----
 
 
 def train_into(out: Path, flags: str) -> dict:
-    """run.json of a finished train.py with these flags: run now, gone on with, or there already.
+    """run.json of train.py with these flags, which is run, resumed, or found finished in `out`.
     SystemExit if the folder holds a run of other settings."""
     made = read_json(out / "run.json")
     if made and not same_recipe(made["settings"], flags):
@@ -72,7 +90,7 @@ def retheta(original: str, out: Path, theta: float, window: int) -> None:
 
 
 def settings_of(flags: str) -> dict:
-    """All settings that these flags come to with train.py as it is now."""
+    """All settings that train.py, as it is now, makes of these flags."""
     return train.as_kept(*resolved(flags.split()))
 
 
@@ -83,13 +101,13 @@ def resolved(flags: list[str]) -> tuple[train.Settings, train.RunOptions]:
 
 
 def copy_record(run: Path, to: Path) -> None:
-    """run.json of a run, with paths as seen from the repository: what is kept names no machine."""
+    """Copy run.json, with paths relative to the repository, so that the copy names no machine."""
     to.write_text((run / "run.json").read_text().replace(f"{ROOT}/", ""))
 
 
 def recipe_in(settings: dict) -> dict:
-    """Of all settings those that a result depends on, wherever it was made; paths as seen from the
-    repository, so that what is kept names no machine."""
+    """The settings that a result depends on, whatever the machine; paths relative to the
+    repository, so that a record names no machine."""
     own = ("impactful", "model", "out", "plan", "resume", "device", "save_minutes", "no_saves")
     own += ("keep_stages", "optimizer", "keep_attention", "offload_inputs")  # change no result
     kept = {k: v for k, v in settings.items() if k not in own}
@@ -97,8 +115,8 @@ def recipe_in(settings: dict) -> dict:
 
 
 def same_recipe(recorded: dict, flags: str) -> bool:
-    """Was this recorded with the settings that the flags come to now? A setting that only one of
-    the two versions of train.py knows says nothing."""
+    """Do the flags now give the settings that were recorded? A setting that only one of the two
+    versions of train.py knows is not compared."""
     now, then = recipe_in(settings_of(flags)), recipe_in(recorded)
     return all(now[k] == then[k] for k in now.keys() & then.keys())
 
@@ -107,7 +125,7 @@ def same_recipe(recorded: dict, flags: str) -> bool:
 
 
 def by_text(results: list[dict], field: str = "score") -> dict[str, list[list[float]]]:
-    """length -> one list a text: `field` of each of its answers."""
+    """length -> a list for each text: `field` of each of its answers."""
     found: dict[str, dict[int, list[float]]] = {}
     for r in results:
         if r["task"] != "loss":
@@ -222,8 +240,8 @@ class Table:
         return sorted(names, key=place)
 
     def report(self, names: list[str] | None = None) -> None:
-        """A line a row: means over the seeds; intervals draw whole texts again (clustered). The
-        last columns: longrecipe under the same theta less this row, on the same texts."""
+        """Print a line for each row: means over the seeds, intervals over whole texts (clustered).
+        Last columns: longrecipe under the same theta minus this row, on the same texts."""
         runs = self.read()["runs"]
         head = "".join(f"{f'found at {n:,}':>20}{'nats':>8}" for n in self.lengths)
         print(f"{'':30}{'seeds':>6}{'minutes':>9}{head}{'longrecipe leads, %':>24}{'nats':>24}")

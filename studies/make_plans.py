@@ -32,7 +32,7 @@ MODES = (
 
 
 def one(folder: str, flags: str) -> tuple[str, dict]:
-    """(the levers that are on, the plan) on an H100, whose host is not looked at."""
+    """(the levers that are on, the plan) on an H100; its host is not checked."""
     given, options = train.parse(["--model", folder, "--plan", "H100", *flags.split()])
     config = LlamaConfig.from_dir(folder)
     there = machine.machine("H100", "cuda", options.out)
@@ -71,7 +71,7 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA3_8B))
         rows = dict(one(folder, f"{flags} --no-split_mlp") for flags in MODES)
         chosen, made = one(folder, "")
-        rows[chosen] = made  # no lever given: those of full length are free as well
+        rows[chosen] = made  # nothing given: full length chooses its levers as well
         without = one(folder, "--no_saves")[1]["bytes"]["disk"]
     made = {"chosen": chosen, "rows": rows, "disk_without_saves": without}
     made["summary"] = summary(rows, chosen)

@@ -266,7 +266,7 @@ def fails(folder: Path, tests: list[str]) -> bool:
 
 
 def killer(folder: Path, file: str, right: str, wrong: str, tests: list[str]) -> str | None:
-    """Who notices the wrong text: the named tests, or the files they are in. None: nobody."""
+    """The tests that fail with the wrong text: those named, or else their files. None: no test."""
     path = folder / file
     text = path.read_text()
     path.write_text(text.replace(right, wrong))

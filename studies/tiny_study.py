@@ -1,4 +1,4 @@
-"""Which part of the recipe does what? The tiny model from 8,192 tokens to a longer window, often.
+"""Which part of the recipe does what? The tiny model is extended again and again, with changes.
 
     python studies/tiny_study.py                   # to 32,768; resumable: rows that are there stay
     python studies/tiny_study.py --report          # only the table, from the JSON in assets/
@@ -104,7 +104,7 @@ def folder(name: str, seed: int, args) -> Path:
 
 
 def theta_of(name: str, target: int) -> float:
-    """Of a row whose flags do not say it."""
+    """The theta of a row whose flags do not name it."""
     if "paper" in name:
         return ntk_rope_base(THETA, 64, WINDOW, target)
     return THETA if "old base" in name.partition(",")[2] else THETA * target / WINDOW

@@ -44,7 +44,7 @@ def test_numbers_come_from_recorded_results(page):
 
 
 def test_facts_by_hand():
-    """And what is not there is an error, not an empty place."""
+    """Something that is not recorded is an error, not an empty place."""
     assert fact("tiny_128k/run.json: settings/train_len, ,") == "39,424"
     assert fact("fsdp.json: largest_difference_nats/train.py, batch reversed, .1e") == "1.8e-07"
     page = "It took ?<!--tiny_128k/run.json: seconds, minutes--> minutes."
@@ -56,7 +56,7 @@ def test_facts_by_hand():
 
 
 MEASURED = r"\d[\d.,]* ?(?:%|seconds|minutes|hours|s\b|GB\b|GiB|nats?\b|tokens/s|x\b)|\d+ of \d+"
-NOT_MEASURED = {  # what such a number in a sentence may be: a rule, a size, a goal
+NOT_MEASURED = {  # numbers that a sentence may hold: rules, sizes, goals
     "30 %": "the paper's share of the new window",
     "10 %": "a bound that tests/test_plan.py checks",
     "80 GB": "a GPU",

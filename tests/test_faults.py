@@ -42,7 +42,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def place(toy_dir, prose_file, tmp_path_factory):
-    """A folder with a model and a text, as seen from there: what a run's relative paths mean."""
+    """A folder with a model and a text, in which runs start: their relative paths lead from it."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(toy_dir, folder / "model")
     shutil.copy(prose_file, folder / "prose.txt")

@@ -527,7 +527,7 @@ def test_transformers_opens_what_we_save(tied, tmp_path):
     ids = torch.arange(60)[None]
     with torch.no_grad():
         assert (again(ids).logits - ours(ids)).abs().max() < 1e-4
-        assert (hf(ids).logits - ours(ids)).abs().max() > 1e-2  # the new base was not ignored
+        assert (hf(ids).logits - ours(ids)).abs().max() > 1e-2  # the new theta was not ignored
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 250_000.0
 

@@ -63,7 +63,7 @@ class ByteTokenizer:
 
 
 def test_logit_shift_equals_a_slow_loop(tmp_path):
-    """[E2] [E3] extended minus base, of the realised token, at the position before it."""
+    """[E2] [E3] extended minus original, of the realised token, at the position before it."""
     models = []
     for name, theta in (("a", 1e4), ("b", 3e5)):
         rope = {"rope_type": "default", "rope_theta": theta}
@@ -609,7 +609,7 @@ def test_sample_length_is_30_percent_rounded_up_to_whole_blocks():
     assert train_length(131_072) == 39_424
 
 
-# ---- 5. and 6. RoPE base, merge ----------------------------------------------------------------
+# ---- 6. and 7. theta, merge --------------------------------------------------------------------
 
 
 def test_rope_base_gives_the_papers_table():
@@ -903,7 +903,7 @@ def new_angles_one_by_one(old: float, now: float, old_len: int, target_len: int)
 @pytest.mark.parametrize("times", [2, 16])
 @pytest.mark.parametrize("theta", [500.0, 10_000.0])
 def test_new_angles_equal_a_brute_force_over_positions(old_len, times, theta):
-    """Before and after the change of base; and for a base that is changed too little."""
+    """Before and after the change of theta; and for a theta that is changed too little."""
     target, freq = old_len * times, inverse_frequencies(24, theta)
     bases = (theta, theta * 2, ntk_rope_base(theta, 24, old_len, target))
     some = []
@@ -928,7 +928,7 @@ def test_the_borders_of_a_new_angle():
 
 
 def test_the_toys_and_the_papers_angles():
-    """README says that under the paper's base no pair of the toy's meets a new angle."""
+    """docs/method.md: under the paper's theta no pair of the toy's meets a new angle."""
     toy = coverage.angles(TINY, 131_072, inverse_frequencies, ntk_rope_base)
     assert (int(toy.before.sum()), int(toy.after.sum()), len(toy.old)) == (7, 0, 32)
     assert toy.thetas == (10_000, ntk_rope_base(10_000, 64, 8192, 131_072))
@@ -939,7 +939,7 @@ def test_the_toys_and_the_papers_angles():
     [(5e5, 128, 8192, 131_072, 29), (5e5, 128, 8192, 81_920, 29), (1e6, 128, 32_768, 131_072, 24)],
 )
 def test_new_angles_in_the_papers_settings(theta, head_dim, old_len, target, before):
-    """Llama 3 and Qwen2 (LOG.md): none under the paper's base, all of them under x T / L0."""
+    """Llama 3 and Qwen2 (LOG.md): none under the paper's theta, all of them under x T / L0."""
     old = inverse_frequencies(head_dim, theta)
     bases = (theta, theta * target / old_len, ntk_rope_base(theta, head_dim, old_len, target))
     new = (inverse_frequencies(head_dim, base) for base in bases)

@@ -537,9 +537,9 @@ def test_min_count_can_be_lowered_as_long_as_there_is_no_analysis(
 
 
 def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, prose_file, tmp_path):
-    """H' = the base's own weights under the new RoPE base: the shift is zero everywhere against the
-    re-based base, also where this run's own RoPE base is another one; against the base as it is,
-    the shift is the old base's failure past its window."""
+    """H' has the original's weights under a new theta. Against the original under that theta (even
+    if the run's own theta is another) the shift is zero everywhere; against the original under its
+    own theta it is not, as that fails past its window."""
     again = tmp_path / "again"
     more = ["--replay_steps", "0", "--steps", "1", "--extended", str(again)]
     model = load_pretrained(toy_dir)
