@@ -26,7 +26,7 @@ class Settings:
     )
 
     method: str = flag("longrecipe", "position ids of a sample", "recipe")
-    select: str = flag("impact", "which sentences of a text stay")
+    select: str = flag("impact", "which sentences of a text are kept")
     prefix: bool = flag(False, "keep a contiguous prefix, as the released code does")
     train_len: int = flag(39_424, "length of a sample, tokens", derived="30 %% of --target_len")
     probe_steps: int = flag(
@@ -34,14 +34,16 @@ class Settings:
         "steps on randomly chosen sentences before the analysis",
         derived="a tenth of --steps, but at least 5, or a quarter of --steps if that is less",
     )
-    extended: str | None = flag(None, "a trained H' to analyse, not the probe's", metavar="DIR")
+    extended: str | None = flag(
+        None, "a trained H' to analyse instead of the probe's", metavar="DIR"
+    )
     impactful: str | None = flag(
         None,
         "impactful.json of an earlier run; skips the analysis, and the probe unless --probe_steps"
         " is given",
         metavar="FILE",
     )
-    analysis_samples: int = flag(8, "samples that the analysis looks at")
+    analysis_samples: int = flag(8, "samples that the analysis reads")
     log_softmax: bool = flag(False, "analyse log-probabilities, not raw logits")
     rebased_analysis: bool = flag(False, "compare H' with the original under the new rope_theta")
     top: float = flag(0.2, "share of occurrences that count as impactful")
@@ -64,13 +66,13 @@ class Settings:
     lr: float = flag(5e-5, "learning rate of the extension")
     replay_lr: float = flag(5e-6, "start of the replay's falling learning rate")
     warmup_steps: int = flag(5, "steps until --lr is reached")
-    weight_decay: float = flag(0.1, "of AdamW, on matrices")
+    weight_decay: float = flag(0.1, "AdamW's weight decay, on matrices only")
     clip: float = flag(1.0, "largest global gradient norm")
-    seed: int = flag(0, "of the samples")
+    seed: int = flag(0, "seed of the samples")
 
     dtype: str = flag(
         "bfloat16",
-        "of weights and activations",
+        "type of weights and activations",
         "memory (the plan chooses what is not given)",
         derived="bfloat16 on CUDA, float32 on a CPU",
         choices=("bfloat16", "float32"),
@@ -125,7 +127,7 @@ class RunOptions:
     )
     attention: str = flag(
         "torch",
-        "flash: an installed flash-attn-4, or FlashAttention 3, in place of torch's kernels",
+        "flash: use an installed flash-attn-4 or FlashAttention 3 instead of torch's kernels",
         choices=("torch", "flash"),
     )
     export: str | None = flag(None, "only write the run's samples to this folder", metavar="DIR")
