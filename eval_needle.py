@@ -189,7 +189,7 @@ class Prompts:
     head: list[int]  # BOS and task text
     hay: Tensor  # haystack (length,)
     places: list[int]  # in the haystack, where a needle may go
-    room: int  # haystack tokens that fit into each of these prompts, whatever it asks
+    room: int  # haystack tokens that fit beside the longest question: so needles stay in place
     needles: list[tuple[list[int], list[int]]]  # ids of each: in running text, on its own line
     chance: list[float]  # see Task.spread
     questions: list[list[int]]  # with the beginning of the answer, for each that is asked

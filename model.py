@@ -103,7 +103,7 @@ class LlamaConfig:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
-        """Read `path`/config.json. BadInput names the field that is missing or unsupported."""
+        """Read `path`/config.json. Raises BadInput for a field that is missing or unsupported."""
         return cls(**support("huggingface.folders").read_config(path))
 
     def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import re
 import subprocess
 import sys
@@ -88,6 +89,22 @@ def test_plain_text_is_read_in_every_form(name, content, tokenizer, tmp_path):
     assert documents(load_tokens([str(tmp_path / name)], tokenizer)) == [tokenizer.encode("Ada.\n")]
 
 
+def test_links_in_a_folder_are_followed_once_and_named_where_they_lead_nowhere(tokenizer, tmp_path):
+    for name in ("data", "linked", "linked/.hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "data" / "there").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked" / "back").symlink_to(tmp_path / "data")
+    os.mkfifo(tmp_path / "data" / "pipe.txt")  # opening it would wait
+    found = documents(load_tokens([str(tmp_path / "data")], tokenizer))
+    assert [tokenizer.decode(d) for d in found] == ["data", "linked"]
+    for target in ("gone", "b.txt"):  # nowhere, and itself
+        (tmp_path / "data" / "b.txt").unlink(missing_ok=True)
+        (tmp_path / "data" / "b.txt").symlink_to(tmp_path / "data" / target)
+        with pytest.raises(OSError, match="data/b.txt"):
+            load_tokens([str(tmp_path / "data")], tokenizer)
+
+
 def test_documents_are_joined_only_on_request(tokenizer, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"Text {i}.")
@@ -164,6 +181,21 @@ def test_too_short_texts_name_the_flags_that_the_caller_has(toy_dir, tmp_path, c
         ("a.zip", b"PK", "unpack it first"),
         ("a.tar.gz", b"x", "unpack it first"),
         ("a.npy.gz", b"x", "unpack it first"),
+        ("a.npz", b"PK", "save its token ids as a.npy"),
+        ("a.txt.gz", b"text", "a.txt.gz is damaged or not a .gz file"),
+        ("a.txt.gz", gzip.compress(b"text") + b"text", "a.txt.gz is damaged or not a .gz file"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), "a.jsonl.gz is damaged"),
+        ("a.jsonl.bz2", b"text", "a.jsonl.bz2 is damaged or not a .bz2 file"),
+        ("a.txt.xz", b"text", "a.txt.xz is damaged or not a .xz file"),
+        ("a.md", b"version https://git-lfs.github.com/spec/v1\noid x", "a.md is a git-lfs pointer"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        ("a.txt", "It\u2019s".encode("cp1252"), "a.txt is not UTF-8 .*iconv"),
+        ("a.txt", "Ada".encode("utf-16-le"), "a.txt holds zero bytes"),
+        ("a.jsonl", LINES.replace(b"\n", b"\r"), "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", LINES + b"\0\0\n", "a.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'{"text": {"text": "x"}}', 'line 1: .* a "text" that is {"text": "x"}'),
+        ("a.jsonl", b'{"text": "x", "id": %s}' % (b"9" * 5000), "line 1: not JSON .*4300 digits"),
+        ("a.json", b'{"text": ["x", "y"]}', 'line 1: .* a "text" that is \\["x", "y"\\]'),
         ("a.bin", np.arange(9, dtype=np.uint32).tobytes(), "every second id is 0"),
         ("a.bin", np.arange(9, dtype=np.int64).tobytes(), "every second id is 0"),
         ("a.bin", b"\x01", "whole uint16"),

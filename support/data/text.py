@@ -15,12 +15,14 @@ place that is certain (see encode_pieces).
 
 import bz2
 import collections
+import contextlib
 import functools
 import gzip
 import io
 import itertools
 import json
 import lzma
+import os
 import tempfile
 import zlib
 from array import array
@@ -30,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from support.huggingface.config import check_no_pointer
 from support.system.bad_input import BadInput
 from support.system.console import log
 
@@ -83,13 +86,29 @@ def way_out(file: Path) -> str:
         return "unpack it first"
     if kind_of(file) in (".parquet", ".arrow", ".csv", ".tsv"):
         return 'write its texts to a .jsonl, {"text": ...} in each line (pandas: to_json)'
+    if kind_of(file) in (".npz", ".pt", ".pth", ".safetensors", ".pkl"):
+        return f"save its token ids as {file.stem}.npy"
     return f"save its text as plain text, for instance as {file.stem}.txt"
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files of a folder and the folders in it, sorted; not the hidden ones."""
-    found = (p for p in folder.rglob("*") if p.is_file())
-    return sorted(p for p in found if not any(n[0] == "." for n in p.relative_to(folder).parts))
+    """All files of a folder and the folders in it, linked ones too, sorted; not the hidden ones. A
+    link that leads nowhere is among them: reading it is an error."""
+    found, seen = [], set()
+
+    def stop(error: OSError):  # os.walk would leave out a folder that cannot be read
+        raise error
+
+    for path, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        seen.add(os.path.realpath(path))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if name[0] != "." and os.path.realpath(os.path.join(path, name)) not in seen
+        ]
+        files = (Path(path, name) for name in names if name[0] != ".")
+        found += [file for file in files if file.is_file() or file.is_symlink()]
+    return sorted(found)
 
 
 def left_out(folder: Path) -> str:
@@ -137,37 +156,46 @@ def pieces_of(stream, characters: int = 1 << 18) -> Iterator[str]:
     return iter(functools.partial(stream.read, characters), "")
 
 
-def read_pieces(file: Path) -> Iterator[str]:
-    """A text file in pieces of a megabyte at most."""
+@contextlib.contextmanager
+def opened(file: Path, mode: str, **options) -> Iterator:
+    """An open file, unpacked while it is read. BadInput names one that is not what its suffix says
+    or that is damaged."""
     try:
-        with PACKED.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig") as stream:
-            for piece in pieces_of(stream):
-                if "\0" in piece:
-                    raise BadInput(f"{file} holds zero bytes: it is not plain text in UTF-8")
-                yield piece
+        if file.is_file():  # a pipe can be read only once
+            check_no_pointer(file)
+        with PACKED.get(file.suffix.lower(), open)(file, mode, **options) as stream:
+            yield stream
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not UTF-8 text ({error}): {ICONV}") from error
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise BadInput(f"{file} is damaged: {error}") from error
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not a library's
+            raise
+        raise BadInput(f"{file} is damaged or not a {file.suffix} file: {error}") from error
+
+
+def read_pieces(file: Path) -> Iterator[str]:
+    """A text file in pieces of a megabyte at most."""
+    with opened(file, "rt", encoding="utf-8-sig") as stream:
+        for piece in pieces_of(stream):
+            if "\0" in piece:
+                raise BadInput(f"{file} holds zero bytes: it is not plain text in UTF-8")
+            yield piece
 
 
 def read_records(file: Path) -> Iterator[str]:
     """The texts of a file of JSON objects: one in each line, or (.json) one value for all."""
-    try:
-        with PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
-            if kind_of(file) == ".json" and not is_record(stream.readline()):
-                stream.seek(0)
-                value = parse(stream.read(), str(file))
-                for number, record in enumerate(value if isinstance(value, list) else [value], 1):
-                    yield text_of(record, f"{file}, record {number}")
-                return
+    with opened(file, "rb") as stream:
+        if kind_of(file) == ".json" and not is_record(stream.readline()):
             stream.seek(0)
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    where = f"{file}, line {number}"
-                    yield text_of(parse(line, where), where)
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise BadInput(f"{file} is damaged: {error}") from error
+            value = parse(stream.read(), str(file))
+            for number, record in enumerate(value if isinstance(value, list) else [value], 1):
+                yield text_of(record, f"{file}, record {number}")
+            return
+        stream.seek(0)
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                yield text_of(parse(line, where), where)
 
 
 def is_record(line: bytes) -> bool:

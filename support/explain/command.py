@@ -22,17 +22,18 @@ from support.system.console import check_ranges, report_errors
 def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
     p = Parser("recipe.py", "What LongRecipe does to one text.")
     add = p.add_argument
-    add("--model", default=TINY, metavar="DIR", help="whose tokenizer and RoPE are used")
-    add("--text", metavar="FILE", help="a text (default: Python's language reference)")
-    add("--target_len", type=int, default=131_072, help="the new window, tokens")
-    add("--train_len", type=int, help="length of a sample, tokens (default: 30 %% of it)")
+    add("--model", default=TINY, metavar="DIR", help="model whose tokenizer and RoPE are used")
+    add("--text", metavar="FILE", help="a text file (default: Python's language reference)")
+    add("--target_len", type=int, default=131_072, metavar="N", help="the new window, tokens")
+    length = "length of a sample, tokens (default: 30 %% of --target_len)"
+    add("--train_len", type=int, metavar="N", help=length)
     impactful = "impactful.json (default: the model's own; without one, digits are taken)"
     add("--impactful", metavar="FILE", help=impactful)
-    add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
+    add("--figure", default="recipe.png", metavar="PNG", help="file for the figure")
     add(
         "--positions", metavar="PNG", help="draw only where each method puts the tokens of a sample"
     )
-    add("--seed", type=int, default=0, help="of the sample")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sample")
     with report_errors():
         args = p.parse_args(argv)
         check_ranges(args, above_1=("target_len",), seed=("seed",))

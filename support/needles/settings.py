@@ -68,31 +68,36 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     p = Parser("eval_needle.py", doc)
     add = p.add_argument
     add("--model", metavar="DIR", help="Hugging Face folder to judge (default: out)")
-    original = "others beside it (default: the original of --model, where its run.json names it)"
-    add("--compare", nargs="*", metavar="DIR", help=original)
-    add("--no_needles", action="store_true", help="also without the needles: their gain in nats")
-    alone = f"also the needle alone in {SHORT_TEXT} tokens: the gain that distance can take away"
-    add("--needle_alone", action="store_true", help=f"{alone}; includes --no_needles")
-    controls = "--no_needles; the first of --compare is the original where no run.json names one"
+    compare = "models to judge beside it (default: the original, if --model's run.json names it)"
+    add("--compare", nargs="*", metavar="DIR", help=compare)
+    without = "also judge the prompts without their needles: what do the needles add, in nats?"
+    add("--no_needles", action="store_true", help=without)
+    alone = f"also judge the needle alone in {SHORT_TEXT} tokens: what does distance take away?"
+    add("--needle_alone", action="store_true", help=f"{alone} (includes --no_needles)")
+    controls = "as --no_needles; without a run.json, the first of --compare counts as the original"
     add("--controls", action="store_true", help=controls)
-    add("--tasks", nargs="*", choices=TASKS, help="(default: the template's, or niah_single)")
-    template = "wording, JSON (default: the needle.json of --model, if there is one)"
+    tasks = f"of {', '.join(TASKS)} (default: the template's, or niah_single)"
+    add("--tasks", nargs="*", choices=TASKS, metavar="TASK", help=tasks)
+    template = "JSON file with other wording (default: needle.json of --model, if it has one)"
     add("--template", metavar="FILE", help=template)
     lengths = "tokens, answer included (default: the old window, the new one and one between)"
-    add("--lengths", nargs="+", type=int, help=lengths)
-    depths = "of the needle, 0: start, 1: end (default: 0 0.25 0.5 0.75 1)"
-    add("--depths", nargs="+", type=float, help=depths)
-    add("--n", type=int, help="texts per length (default: the template's, or 2)")
-    beyond = "texts per length past a compared model's window (default: the template's, or --n)"
-    add("--n_beyond", type=int, help=beyond)
-    add("--loss", "--ppl", action="store_true", help="also the loss, nats per token, on n texts")
+    add("--lengths", nargs="+", type=int, metavar="N", help=lengths)
+    depths = "where the needle is, 0: start, 1: end (default: 0 0.25 0.5 0.75 1)"
+    add("--depths", nargs="+", type=float, metavar="X", help=depths)
+    add("--n", type=int, metavar="N", help="texts per length (default: the template's, or 2)")
+    beyond = (
+        "texts per length past the window of a compared model (default: the template's, or --n)"
+    )
+    add("--n_beyond", type=int, metavar="N", help=beyond)
+    loss = "also measure the loss, nats per token, on n texts per length"
+    add("--loss", "--ppl", action="store_true", help=loss)
     haystack = "text file or folder (default: the template's, or essays, or Python's reference)"
     add("--haystack", metavar="PATH", help=haystack)
     add("--out", metavar="DIR", help="folder for the results (default: that of --model)")
-    add("--seed", type=int, default=0, help="of texts and needles")
-    dtype = "of the weights (default: bfloat16 on CUDA, float32 on a CPU)"
+    add("--seed", type=int, default=0, metavar="N", help="seed of texts and needles")
+    dtype = "type of the weights (default: bfloat16 on CUDA, float32 on a CPU)"
     add("--dtype", choices=("bfloat16", "float32"), help=dtype)
-    flash = "flash: an installed flash-attn-4, or FlashAttention 3, in place of torch's kernels"
+    flash = "flash: use an installed flash-attn-4 or FlashAttention 3 instead of torch's kernels"
     add("--attention", choices=("torch", "flash"), default="torch", help=flash)
     return p.parse_args(argv)
 
