@@ -49,6 +49,7 @@ from common import (
 
 from model import LlamaConfig
 from recipe import METHODS, ntk_rope_base
+from support.system.bad_input import BadInput
 from support.system.console import log, report_errors
 
 WINDOW, TARGET, PAPER = 8192, 16384, ", paper's theta"
@@ -155,7 +156,8 @@ def make_model(name: str, seed: int, args) -> dict:
 
 
 def is_done(row: dict, name: str, seed: int, args) -> bool:
-    if row.get("texts") != args.texts:
+    """A version of this file kept rows without any answer; these are judged again."""
+    if row.get("texts") != args.texts or str(args.target) not in row.get("scores", {}):
         return False
     return "recipe" not in row or same_recipe(row["recipe"], flags_of(name, seed, args))
 
@@ -165,7 +167,7 @@ def measure(name: str, seed: int, args) -> dict:
     judged = args.out / "judged"
     what = f"--model {here} --compare --out {judged} --n {args.texts} {judge_flags(args)}"
     run(f"eval_needle.py {what}")
-    results = [r for r in read_lines(judged / "needle.jsonl") if r["model"] == str(here)]
+    results = [r for r in read_lines(judged / "needle.jsonl") if r["model"] == here.name]
     return row | measured(results) | {"texts": args.texts}
 
 
@@ -191,6 +193,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
         args = parse(argv)
+        if args.texts < 2:
+            raise BadInput(f"--texts {args.texts}: an interval needs two texts or more")
         os.chdir(ROOT)
         args.table = table_of(args.target)
         rows = [(name, seed) for seed in args.seeds for name in args.only or ()] or ORDER

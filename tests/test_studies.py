@@ -91,6 +91,8 @@ def test_the_real_study_trains_on_the_same_tokens_and_outlives_its_models(
     assert {k for k in none if none[k] != rpes[k]} == {"method", "rope_base"}
 
     row = {"recipe": ours, "texts": 12, "impactful": {"5": [" the", 1.0]}}
+    row["scores"] = {"8192": [[1.0]], "16384": [[0.0]]}
+    assert not real_study.is_done(row | {"scores": {}}, "longrecipe", 0, args)
     assert real_study.is_done(row, "longrecipe", 0, args)
     assert not real_study.is_done(row | {"texts": 16}, "longrecipe", 0, args)
     assert not real_study.is_done(row | {"recipe": ours | {"steps": 7}}, "longrecipe", 0, args)
@@ -113,6 +115,23 @@ def test_the_rows_of_the_real_study_on_a_cpu_stay_what_they_were():
     assert real_study.TABLE.file.name == "smollm2_study.json"
     of_a_gpu = real_study.train_flags(real_study.parse(["--samples", "512", "--target", "32768"]))
     assert "--batch_sequences 8 --steps 64 --probe_steps 8" in of_a_gpu
+
+
+def test_a_row_of_the_real_study_holds_the_answers_of_its_own_model(tmp_path, monkeypatch):
+    """needle.jsonl names a model by its folder."""
+    args = real_study.parse(["--out", str(tmp_path), "--texts", "1"])
+    results = [
+        {"model": model, "task": "needles_8", "length": length, "repeat": 0, "score": score}
+        | {"answer_logprob": -1.0}
+        for model, score in (("longrecipe_0", 1.0), ("none_0", 0.0))
+        for length in (8192, 16_384)
+    ]
+    monkeypatch.setattr(real_study, "make_model", lambda *_: {})
+    monkeypatch.setattr(real_study, "run", lambda _: None)
+    monkeypatch.setattr(real_study, "read_lines", lambda _: results)
+    row = real_study.measure("longrecipe", 0, args)
+    assert row["scores"] == {"8192": [[1.0]], "16384": [[1.0]]}
+    assert real_study.is_done(row, "longrecipe", 0, args)
 
 
 def test_rows_are_made_in_their_order_until_the_minutes_are_over(tmp_path, monkeypatch, capsys):
