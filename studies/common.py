@@ -183,8 +183,6 @@ def gain(found: dict | None, scale: float, how: str) -> str:
 WORDS = {  # how a recorded row or label is shown in tables and figures, in their order
     "none": "plain positions",
     "pose": "PoSE",
-    "endprompt": "EndPrompt",
-    "cream": "CREAM",
     "rpes": "random positions",
     "endprompt": "EndPrompt",
     "cream": "CREAM",
