@@ -500,8 +500,9 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     if run.finished():
         log(f"{options.out} holds this run, finished: nothing to do")
         return
-    model_hash = Hashes(run.path / "hashes.json").of_model(settings.model)
-    original = {"path": settings.model, "sha256": model_hash}
+    hashes, folder = Hashes(run.path / "hashes.json"), Path(settings.model)
+    original = {"path": settings.model, "sha256": hashes.of_model(folder)}
+    original["tokenizer"] = hashes.of_tokenizer(folder)
     run.check_data([*contents(settings), original], options.resume)
     corpus, replay_corpus = load_texts(settings, tokenizer)
     impactful = weights = None
