@@ -181,6 +181,8 @@ WORDS = {  # how a recorded row or label is shown in tables and figures, in thei
     "none": "plain positions",
     "pose": "PoSE",
     "rpes": "random positions",
+    "endprompt": "EndPrompt",
+    "cream": "CREAM",
     "longrecipe": "LongRecipe",
     "extended": "LongRecipe, after extend",
     "replayed": "LongRecipe, after replay",

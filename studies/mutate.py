@@ -201,24 +201,25 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
 }
 
 
-# Lines of train.py that hold no formula: each wrong text has to fail one of TRAIN_TESTS.
+# Lines of the training that hold no formula: each wrong text has to fail one of TRAIN_TESTS.
 TRAIN_TESTS = [
     "tests/test_train.py::test_a_sample_is_drawn_from_seed_step_and_number_alone",
     "tests/test_train.py::test_every_setting_reaches_its_place",
 ]
+LEVERS = "support/memory/activations.py"
 TRAIN_MUTANTS = (
-    ("settings.seed * 1_000_003 + step +", "settings.seed * 1_000_003 +"),
-    ("analyse(original, extended, probe", "analyse(extended, original, probe"),
-    ('"first_position": settings.base_len', '"first_position": 0'),
-    ("settings.lr, settings.weight_decay", "settings.lr, 0.0"),
-    ("self.optimizer.step(lr, settings.clip,", "self.optimizer.step(lr, 1e9,"),
-    ("step - first, settings.warmup_steps, first)", "step - first, 0, first)"),
-    ("model.activation_checkpointing = True", "model.activation_checkpointing = False"),
-    ("model.keep_attention = settings.keep_attention", "model.keep_attention = False"),
-    ("LayerInputsOnHost() if settings.offload_inputs else None", "None"),
-    ("return stage.lr * (1 - step / stage.steps)", "return stage.lr"),
-    ("trainer.train(replay, replay_corpus)", "trainer.train(replay, corpus)"),
-    ('run.path / "merged", settings.merge_weight)', 'run.path / "merged", 0.5)'),
+    ("train.py", "settings.seed * 1_000_003 + step +", "settings.seed * 1_000_003 +"),
+    ("train.py", "analyse(original, extended, probe", "analyse(extended, original, probe"),
+    ("train.py", '"first_position": settings.base_len', '"first_position": 0'),
+    ("train.py", "settings.lr, settings.weight_decay", "settings.lr, 0.0"),
+    ("train.py", "self.optimizer.step(lr, settings.clip,", "self.optimizer.step(lr, 1e9,"),
+    ("train.py", "step - first, settings.warmup_steps, first)", "step - first, 0, first)"),
+    (LEVERS, "model.activation_checkpointing = True", "model.activation_checkpointing = False"),
+    (LEVERS, "model.keep_attention = settings.keep_attention", "model.keep_attention = False"),
+    (LEVERS, "LayerInputsOnHost() if settings.offload_inputs else None", "None"),
+    ("train.py", "return stage.lr * (1 - step / stage.steps)", "return stage.lr"),
+    ("train.py", "trainer.train(replay, replay_corpus)", "trainer.train(replay, corpus)"),
+    ("train.py", 'run.path / "merged", settings.merge_weight)', 'run.path / "merged", 0.5)'),
 )
 
 
@@ -229,11 +230,11 @@ def mutate_train() -> None:
         if fails(copy, TRAIN_TESTS):
             raise SystemExit("error: the tests fail before anything is broken")
         survivors = 0
-        for right, wrong in TRAIN_MUTANTS:
-            line_of("train.py", right)
-            who = killer(copy, "train.py", right, wrong, TRAIN_TESTS)
+        for file, right, wrong in TRAIN_MUTANTS:
+            line_of(file, right)
+            who = killer(copy, file, right, wrong, TRAIN_TESTS)
             survivors += who is None
-            print(f"train.py: {right!r} -> {wrong!r}: {who or 'SURVIVES'}", flush=True)
+            print(f"{file}: {right!r} -> {wrong!r}: {who or 'SURVIVES'}", flush=True)
     raise SystemExit(1 if survivors else 0)
 
 

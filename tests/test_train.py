@@ -15,11 +15,13 @@ from conftest import PROSE, make_hf_llama, write_tokenizer
 import recipe
 import train
 from model import Llama, LlamaConfig, load_pretrained, load_tokenizer, save_pretrained
-from support.data.sources import load_tokens
+from support.data.sources import load_texts, load_tokens
 from support.data.text import Corpus
+from support.data.toy import TINY
 from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
 from support.runs.flags import as_kept, base_of_run, check_same, settings_of
+from support.runs.settings import TOY
 from support.system.ahead import made_ahead
 from support.system.bad_input import BadInput
 
@@ -623,7 +625,7 @@ def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
         lengths = {"target_len": 512, "train_len": 128, "replay_len": 64, "steps": 24}
         more = {"probe_steps": 0, "select": "first", "batch_sequences": 1}
         settings = train.Settings(model=str(toy_dir), data=[str(text)], **lengths, **more)
-        corpus, _ = train.load_texts(settings, tokenizer)
+        corpus, _ = load_texts(settings, tokenizer, recipe.rarely_ends)
         assert corpus.at_spaces == at_spaces
         stage = train.plan_stages(settings)[1]
         drawn = [next(train.draw(stage, i, corpus, tokenizer, settings, None)) for i in range(24)]
@@ -691,10 +693,10 @@ def test_resume_from_a_folder_without_settings_is_one_line(tmp_path, capsys):
 
 def test_without_a_model_the_toy_numbers_hold_and_with_one_the_papers():
     (toy, _), (real, _) = train.parse([]), train.parse(["--model", "x"])
-    assert toy == {k: v for k, v in train.TOY.items() if k != "save_minutes"}
+    assert toy == {k: v for k, v in TOY.items() if k != "save_minutes"}
     assert real == {"model": "x"} and train.parse(["--steps", "3"])[0] == toy | {"steps": 3}
     assert train.parse([])[1].save_minutes == 2 < train.parse(["--model", "x"])[1].save_minutes
-    same, _ = train.parse(["--model", f"./{train.TINY}/"])  # its folder, written in another way
+    same, _ = train.parse(["--model", f"./{TINY}/"])  # its folder, written in another way
     assert same == toy
     paper = train.Settings()
     assert (paper.steps, paper.batch_sequences, paper.lr) == (104, 96, 5e-5)
@@ -713,7 +715,7 @@ def test_the_toy_runs_through_all_stages(tmp_path, capsys):
     assert "toy model; for a real one: --model DIR" in log
     assert f"next: python eval_needle.py --model {tmp_path / 'out'}\n" in log
     assert (tmp_path / "out" / "needle.json").is_file()
-    assert base_of_run(tmp_path / "out") == [train.TOY["model"]]
+    assert base_of_run(tmp_path / "out") == [TOY["model"]]
 
 
 def test_a_folder_that_holds_another_run_is_refused(finished, bad):

@@ -5,7 +5,11 @@ import itertools
 import os
 import platform
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from support.data import toy
 from support.data.text import (
@@ -108,6 +112,20 @@ def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
         if args.replay_data:
             log(f"replay data: {replay.summary()}")
     return corpus, replay
+
+
+def load_texts(
+    args, tokenizer, rarely_ends: Callable[[Tensor, object], bool]
+) -> tuple[Corpus, Corpus]:
+    """load_corpora. Whether segments end at spaces as well is decided once for each text, by
+    recipe.rarely_ends, so that a stretch without sentences in an ordinary text (a long table) is
+    drawn again instead of being cut into words."""
+    corpora = load_corpora(args, tokenizer)
+    for corpus in corpora:
+        generators = (torch.Generator().manual_seed(i) for i in range(32))
+        windows = (corpus.window(args.target_len, generator) for generator in generators)
+        corpus.at_spaces = all(rarely_ends(ids, tokenizer) for ids in windows)
+    return corpora
 
 
 # ---- has it changed? ---------------------------------------------------------------------------

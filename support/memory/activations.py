@@ -193,3 +193,12 @@ def unlock(address: int, pages: mmap.mmap) -> None:
 
 def check(code) -> None:
     torch.cuda.check_error(int(code))
+
+
+def set_levers(model, settings) -> None:
+    """Activation checkpointing on, and the three levers as the settings say."""
+    model.activation_checkpointing = True
+    model.keep_attention = settings.keep_attention
+    model.layer_inputs = LayerInputsOnHost() if settings.offload_inputs else None
+    for block in model.model["layers"]:
+        block.mlp.split = settings.split_mlp

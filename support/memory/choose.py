@@ -87,7 +87,7 @@ def shortage(config, args, there: Machine) -> str | None:
     if there.kind == "cpu":
         device, host, name = device + host, 0, "memory"
     if device > there.device:
-        return f"{name}: {size(device)} needed, {size(there.device)} there"
+        return f"{name}: {size(device)} needed, {size(there.device)} available"
     if there.host is not None and host > there.host:
         return f"host memory: {size(host)} needed, {size(there.host)} free"
     return None

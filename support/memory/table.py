@@ -103,7 +103,7 @@ def table(plan: dict) -> str:
     cells = {p: [sizes[c].get(p, 0) for c in sizes] for p in parts}
     cells = {part: row for part, row in cells.items() if any(row)}
     cells["sum"] = [sum(column.values()) for column in sizes.values()]
-    cells["there"] = [there[c] for c in sizes]
+    cells["available"] = [there[c] for c in sizes]
     for name, row in cells.items():
         shown = [short(x / 1e9) if x else "" for x in row]
         lines.append(f"{name:32}" + "".join(f"{x:>10}" for x in shown))

@@ -9,6 +9,7 @@ for --weigh shifts.json; --impactful FILE reads them in a later run.
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -79,6 +80,20 @@ def read_shifts(impactful: str | Path, vocab_size: int) -> tuple[Tensor, Tensor]
     count = torch.zeros(vocab_size, dtype=torch.int64)
     count[types] = torch.tensor(counts)
     return per_type_sum, count
+
+
+def read_types(
+    settings, vocab_size: int, loss_weights: Callable[..., Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of an earlier analysis (--impactful FILE): its impactful types, bool (V,), and for --weigh
+    what recipe.loss_weights makes of its shifts, fp32 (V,). None for what is not asked for."""
+    if not settings.impactful:
+        return None, None
+    impactful = read_impactful(settings.impactful, vocab_size)
+    if not settings.weigh:
+        return impactful, None
+    shifts = read_shifts(settings.impactful, vocab_size)
+    return impactful, loss_weights(*shifts, settings.min_count)
 
 
 def is_shift(row) -> bool:

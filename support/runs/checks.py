@@ -7,8 +7,9 @@ import torch
 
 from support.data.sources import is_toy_model
 from support.huggingface.config import read_config
+from support.memory import kernels
 from support.system.bad_input import BadInput
-from support.system.console import check_ranges, log
+from support.system.console import check_ranges, log, log_device
 
 
 def check_numbers(settings) -> None:
@@ -86,8 +87,9 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
         )
 
 
-def log_run(settings, stages, corpus) -> None:
-    """Log what is read, the stages, and every setting that has a value."""
+def log_run(device: str, settings, stages, corpus) -> None:
+    """Log the device, what is read, the stages, and every setting that has a value."""
+    log_device(device, kernels.in_words(), is_toy_model(settings.model))
     log(f"data: {corpus.summary()}")
     batch = settings.batch_sequences
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from support.data import sources as corpora
 from support.huggingface.checkpoint import not_finite
 from support.huggingface.config import read_json
+from support.huggingface.hashes import Hashes
 from support.runs.analysis import IMPACTFUL
 from support.runs.flags import BEFORE_THE_ANALYSIS, MAY_DIFFER, check_same, settings_to_resume
 from support.system.bad_input import BadInput
@@ -67,10 +68,13 @@ class RunFolder:
         may_differ = MAY_DIFFER if analysed else MAY_DIFFER + BEFORE_THE_ANALYSIS
         check_same(settings_to_resume(self.path), settings, may_differ)
 
-    def check_data(self, data: list[dict], resume: bool) -> None:
-        """BadInput that names a path of the text which holds something else than when the run
-        began (an older version did not write that down). Writes nothing; write_settings will."""
-        self.data = data
+    def check_data(self, settings, resume: bool) -> None:
+        """BadInput that names a text, or the model, that is another one than when the run began
+        (an older version did not write that down). Writes nothing; write_settings will."""
+        hashes, folder = Hashes(self.path / "hashes.json"), Path(settings.model)
+        original = {"path": settings.model, "sha256": hashes.of_model(folder)}
+        original["tokenizer"] = hashes.of_tokenizer(folder)
+        self.data = data = [*corpora.contents(settings), original]
         began = read_json(self.path / "run.json").get("data", []) if resume else []
         if change := corpora.changed(began, data):
             raise BadInput(f"--resume: {change}; put it back, or begin again in another --out")
