@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
 from support.needles.haystack import fold
 from support.needles.intervals import wilson
 from support.needles.summary import nats
@@ -83,9 +85,10 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
 
     longest = max(r["length"] for r in rows)
     measured = any(r["task"] == "loss" for r in rows)
-    figure = Figure(figsize=(10 if measured else 5.5, 4), layout="constrained")
-    left, *right = figure.subplots(1, 1 + measured, squeeze=False)[0]
     labels = list(dict.fromkeys(r["model"] for r in rows))
+    size = (10 if measured else 5.5, 3.5 + 0.2 * len(labels))
+    figure = Figure(figsize=size, layout="constrained")
+    left, *right = figure.subplots(1, 1 + measured, squeeze=False)[0]
     widths = np.linspace(4.5, 1.2, len(labels))  # each can be seen where several cover one another
     for label, width in zip(labels, widths, strict=True):
         own = [r for r in rows if r["model"] == label and r["length"] == longest]
@@ -116,11 +119,11 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
             )
     left.set(
         xlabel="distance of the needle (units of 1,024 tokens)",
-        ylabel=f"{task}: share of the needles found",
+        ylabel=f"{task}: share found",
     )
     left.set_title(f"texts of {longest:,} tokens", fontsize=9)
     left.set_ylim(-0.03, 1.03)
-    below = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+    below = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
     left.legend(**below)
     for axis in right:
         axis.set(xlabel="position (units of 1,024 tokens)", ylabel="loss, nats per token")
