@@ -45,7 +45,8 @@ from model import (
     load_tokenizer,
     prefill,
 )
-from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
+from recipe import split_segments
+from support.data.segments import CLOSERS, STOPS, WIDE_STOPS
 from support.memory.kernels import use_flash_package
 from support.needles import tasks as table
 from support.needles.cost import WorkBar, announce, prompt_flops

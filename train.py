@@ -133,6 +133,7 @@ def sample(
                 method=stage.method,
                 select=stage.select,
                 prefix=stage.prefix,
+                min_segment_tokens=stage.min_segment_tokens,
                 impactful=impactful,
                 generator=generator,
                 two_segments=stage.two_segments,
@@ -371,7 +372,7 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, config.vocab_size)
     impactful, _ = read_types(settings, config.vocab_size, recipe.loss_weights)
-    texts = load_texts(settings, tokenizer, recipe.rarely_ends)
+    texts = load_texts(settings, tokenizer)
     write_samples(settings, options, tokenizer, texts, impactful, learning_rate, draw)
 
 
@@ -387,7 +388,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
         log(f"{options.out} holds this run, finished: nothing to do")
         return
     run.check_data(settings, options.resume)
-    corpus, replay_corpus = load_texts(settings, tokenizer, recipe.rarely_ends)
+    corpus, replay_corpus = load_texts(settings, tokenizer)
     impactful, type_weights = read_types(settings, config.vocab_size, recipe.loss_weights)
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)

@@ -66,6 +66,8 @@ SETTINGS = {
     "weigh": "--weigh --select random",
     "select digits": "--select digits",
     "select first": "--select first",
+    "min_count 5": "--min_count 5",
+    "segments of 32 tokens": "--min_segment_tokens 32",
     "analysis against the old base": "--no-log_softmax --no-rebased_analysis",
     "share 10 %": "--train_len {tenth} --replay_len {window}",
     "share 60 %": "--train_len {more}",

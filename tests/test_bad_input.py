@@ -133,6 +133,8 @@ TRAIN = [
     ("--data nowhere.txt", "nowhere.txt does not exist"),
     ("--method full", "--method full needs --train_len 512"),
     ("--min_count 0", "--min_count 0 must be at least 1"),
+    ("--min_segment_tokens 0", "--min_segment_tokens 0 must be at least 1"),
+    ("--min_segment_tokens 256 --train_len 256", "--min_segment_tokens 256 must be below --train_"),
     ("--method pose --prefix", "--prefix belongs to --method longrecipe"),
     ("--steps 0", "--steps 0 must be at least 1"),
     ("--probe_steps 9", "--probe_steps 9 must be between"),
