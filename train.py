@@ -205,7 +205,9 @@ def accumulate(
 
 def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 0) -> float:
     """Rate of step `step` (0-based) of a stage that begins at step `first_step` of the run: warm-up
-    then constant; replay falls linearly to zero."""
+    then constant; replay falls linearly to zero. ValueError for a stage without steps."""
+    if stage.steps < 1:
+        raise ValueError(f"{stage.name} has no step {step}")
     # [E18] replay: lr * (1 - i / steps);   before it: lr * min(1, (i + 1) / warm-up steps)
     if stage.name == "replay":
         return stage.lr * (1 - step / stage.steps)
