@@ -119,11 +119,12 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
     )
     settings = fill_in(replay_len=min(settings.base_len, settings.train_len))
     checks.check_lengths(settings)
-    check_extendable(config, settings.target_len, flags.get("rope_base"))
-    if "rope_base" not in flags:
+    check_extendable(config, settings.target_len, settings.rope, flags.get("rope_base"))
+    theta = config.rope_theta
+    if settings.rope == "ntk" and "rope_base" not in flags:
         lengths = settings.base_len, settings.target_len
-        theta = recipe.ntk_rope_base(config.rope_theta, config.head_dim, *lengths)
-        settings = fill_in(rope_base=theta)
+        theta = recipe.ntk_rope_base(theta, config.head_dim, *lengths)
+    settings = fill_in(rope_base=theta)
     # H' must have learnt something: five steps, or a quarter where there are few
     probe_steps = max(1, settings.steps // 10, min(5, settings.steps // 4))
     settings = fill_in(
@@ -457,8 +458,9 @@ def export(settings: Settings, options: RunOptions, vocab_size: int) -> None:
 
 
 def prepare(model: Llama, config: LlamaConfig, settings: Settings) -> Llama:
-    """The original as it is trained: under the new rope_theta, with the memory options on."""
-    model.config = config.with_rope(settings.rope_base, settings.target_len)
+    """The original as it is trained: under the new RoPE, with the memory options on."""
+    rope = settings.rope_base, settings.target_len, settings.new_scaling
+    model.config = config.with_rope(*rope)
     model.activation_checkpointing = True
     model.keep_attention = settings.keep_attention
     model.layer_inputs = LayerInputsOnHost() if settings.offload_inputs else None
