@@ -1,6 +1,6 @@
 """Needle in a haystack: can the model find a sentence hidden far back in a long text?
 
-    python eval_needle.py    # what train.py left in out/, beside the model it began with
+    python eval_needle.py    # judge the model in out/ and the one that train.py started from
 
 Sentences such as "One of the special magic numbers for Lima is: 4821906." are hidden in a long
 text; at the end the model is asked for one of them. Each prompt is scored twice: by the share of
@@ -140,9 +140,9 @@ def needle_places(ids: Tensor, tokenizer, at: str = "sentences") -> Tensor:
 
 
 class Haystack:
-    """A text as tokens, encoded once, with its sentence ends; it repeats where it is short.
+    """A text as tokens, encoded once, with its sentence ends; repeated if it is too short.
 
-    A text (almost) without sentence ends takes needles at line breaks, or else at spaces: `at`."""
+    at: where needles may go: "sentences", or "lines" or "spaces" in a text with hardly any ends."""
 
     def __init__(self, text: str, tokenizer):
         self.text, self.tokenizer = fold(text), tokenizer
@@ -171,27 +171,25 @@ def noise_haystack(tokenizer) -> Haystack:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt: ids (length - answer budget,), the expected answers, those as the ids that would
-    follow the prompt, and where the needle that is asked for (of several: the first) and all
-    needles really are, as shares of the haystack."""
+    """One prompt. Depths are shares of the haystack, 0..1, where the needles really are."""
 
-    ids: Tensor
-    expected: list[str]
-    answer_ids: Tensor | None
-    true_depth: float
-    true_depths: list[float]
-    answer_tokens: int
+    ids: Tensor  # (length - answer_tokens,)
+    expected: list[str]  # the answers
+    answer_ids: Tensor | None  # the answers, as ids that would follow the prompt
+    true_depth: float  # of the needle that is asked for (of several: the first)
+    true_depths: list[float]  # of all needles
+    answer_tokens: int  # budget of the answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What the prompts of one (task, length, repeat) share: all but the depth and the question."""
+    """What all prompts of one (task, length, repeat) share; they differ in depth and question."""
 
     head: list[int]  # BOS and task text
     hay: Tensor  # haystack (length,)
     places: list[int]  # in the haystack, where a needle may go
-    room: int  # haystack tokens that fit into each of these prompts, whatever it asks
-    needles: list[tuple[list[int], list[int]]]  # as running text and on a line of its own
+    room: int  # haystack tokens that fit beside the longest question: so needles stay in place
+    needles: list[tuple[list[int], list[int]]]  # ids of each: in running text, on its own line
     chance: list[float]  # see Task.spread
     questions: list[list[int]]  # with the beginning of the answer, for each that is asked
     expected: list[list[str]]
@@ -202,11 +200,11 @@ class Prompts:
 @functools.lru_cache(maxsize=128)
 def make_prompts(task: Task, haystack: Haystack, length: int, row_seed: str) -> Prompts:
     tokenizer, rng = haystack.tokenizer, random.Random(row_seed)
-    encode = functools.partial(tokenizer.encode, continued=True)  # behind the intro
+    encode = functools.partial(tokenizer.encode, continued=True)  # all texts after the intro
     haystack = noise_haystack(tokenizer) if task.haystack == "noise" else haystack
     hidden = task.hide(task, haystack, length, rng)
     head = ([tokenizer.bos_id] if tokenizer.adds_bos else []) + tokenizer.encode(task.intro)
-    # in running text " needle", at the beginning of a line "needle\n"
+    # " needle" in running text, "needle\n" on a line of its own
     needles = [(encode(" " + text), encode(text + "\n")) for text in hidden.needles]
     questions = [encode(text) for text in hidden.questions]
     answer_ids = [torch.tensor(encode(" " + listed(words))) for words in hidden.expected]
@@ -287,8 +285,8 @@ def common_prefix(a: Tensor, b: Tensor) -> int:
 
 
 class SharedPrefix:
-    """The common beginning of two prompts is prefilled once. Deepest needle first: what is before
-    its needle is at the start of every shallower prompt too, up to that prompt's own needle."""
+    """Prefills the common beginning of consecutive prompts once. The deepest needle comes first:
+    the next, shallower prompt begins with the same tokens, up to its own needle."""
 
     def __init__(self, model: Llama):
         self.model, self.cache, self.seen = model, KVCache(), torch.empty(0, dtype=torch.int64)
@@ -347,10 +345,10 @@ def sample_of(asked: dict, tasks: dict[str, Task], haystack: Haystack, control) 
 def queue(
     candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, setups: dict, settings
 ) -> list[tuple[dict, float]]:
-    """All prompts of one candidate: (its result, as far as it is known beforehand; FLOPs). setups:
-    task -> fingerprint of its wording and haystack, by which results of other runs are told apart.
+    """All prompts of one candidate: (the fields of its result that are known beforehand, FLOPs).
+    setups: task -> hash of its wording and haystack, which tells results of other runs apart.
 
-    BadInput for what some cell would refuse, before anything is run."""
+    Raises BadInput for a prompt that cannot be made, before anything is run."""
     found, before = [], torch.empty(0, dtype=torch.int64)
     for name, length, repeat, depth in cells(candidate, tasks, settings):
         asked = {
@@ -376,7 +374,7 @@ def queue(
 
 
 def measure(asked: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
-    """The result: what was asked, and what the model made of it."""
+    """The result: the fields of `asked`, and the model's answer with its scores."""
     started, result = time.monotonic(), dict(asked)
     if asked["task"] == "loss":
         bins = text_loss(shared.model, sample.ids)

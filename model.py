@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 try:
     from support.memory import kernels
     from support.system.bad_input import BadInput  # a command prints it as one line
-except ModuleNotFoundError:  # this file alone: torch chooses its kernels itself
+except ModuleNotFoundError:  # copied without support/: torch chooses its kernels itself
     kernels, BadInput = None, ValueError
 # one kernel instead of several, in training on a GPU only
 compiled_in_training = kernels.compiled_in_training if kernels else lambda function: function
@@ -99,11 +99,11 @@ class LlamaConfig:
         derived = {"num_key_value_heads": heads, "head_dim": self.hidden_size // heads}
         for field, value in derived.items():
             if getattr(self, field) is None:
-                object.__setattr__(self, field, value)  # frozen for everybody else
+                object.__setattr__(self, field, value)  # the only change to a frozen object
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
-        """Read `path`/config.json. BadInput names the field that is missing or unsupported."""
+        """Read `path`/config.json. Raises BadInput for a field that is missing or unsupported."""
         return cls(**support("huggingface.folders").read_config(path))
 
     def with_rope(self, theta: float, max_len: int, scaling: dict | None = None) -> "LlamaConfig":
@@ -135,6 +135,24 @@ class RMSNorm(nn.Module):
 # ---- 3. Rotary position embedding --------------------------------------------------------------
 
 
+def yarn_share(head_dim: int, theta: float, scaling: dict) -> Tensor:
+    """How much of its own frequency each pair keeps under yarn (Peng et al., 2309.00071, section
+    3.2), (d/2,) fp32 in 0..1. Fields that `scaling` lacks are transformers' defaults."""
+    L0 = scaling["original_max_position_embeddings"]
+
+    def pair(turns: float) -> float:
+        # [E27] pair(n) = d ln(L0 / (2 pi n)) / (2 ln theta)    turns n times within L0 positions
+        return head_dim * math.log(L0 / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    first, last = pair(scaling.get("beta_fast", 32)), pair(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    i = torch.arange(head_dim // 2, dtype=torch.float32)
+    # [E27] share(i) = 1 for i <= first, 0 for i >= last, and falls linearly in between
+    return 1 - ((i - first) / ((last - first) or 0.001)).clamp(0, 1)
+
+
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
     """Radians per position of each pair of dimensions, (d/2,) fp32, scaled as config.json says."""
     j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
@@ -154,24 +172,6 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         stay = ((turns - low) / (high - low)).clamp(0, 1)
     return stay * inv_freq + (1 - stay) * slow
-
-
-def yarn_share(head_dim: int, theta: float, scaling: dict) -> Tensor:
-    """How much of its own frequency each pair keeps under yarn (Peng et al., 2309.00071, section
-    3.2), (d/2,) fp32 in 0..1. Fields that `scaling` lacks are transformers' defaults."""
-    L0 = scaling["original_max_position_embeddings"]
-
-    def pair(turns: float) -> float:
-        # [E27] pair(n) = d ln(L0 / (2 pi n)) / (2 ln theta)    turns n times within L0 positions
-        return head_dim * math.log(L0 / (2 * math.pi * turns)) / (2 * math.log(theta))
-
-    first, last = pair(scaling.get("beta_fast", 32)), pair(scaling.get("beta_slow", 1))
-    if scaling.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    i = torch.arange(head_dim // 2, dtype=torch.float32)
-    # [E27] share(i) = 1 for i <= first, 0 for i >= last, and falls linearly in between
-    return 1 - ((i - first) / ((last - first) or 0.001)).clamp(0, 1)
 
 
 def attention_factor(scaling: dict | None) -> float:
@@ -273,7 +273,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.split = False  # True: keep and recompute less at a time, see support/
+        self.split = False  # True: compute it piece by piece (support/memory/activations.py)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split and torch.is_grad_enabled():
@@ -377,10 +377,11 @@ class Llama(nn.Module):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are taken in the forward pass, chunk by chunk: logits live only in the loop."""
+    """Computes the gradients in the forward pass, chunk by chunk, so that logits exist only inside
+    the loop."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, chunk_tokens):
+    def forward(ctx, hidden, weight, targets, weights, ignore_index, chunk_tokens):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         of_hidden, of_weight = ctx.needs_input_grad[:2]  # a frozen weight needs none
@@ -389,21 +390,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), chunk_tokens):
             h, y = hidden[i : i + chunk_tokens], targets[i : i + chunk_tokens]
             valid = y != ignore_index
-            index = y.where(valid, 0)[:, None]  # any index will do where the row is ignored
+            # of each target; 1 (True) without weights
+            w = valid if weights is None else weights[i : i + chunk_tokens].where(valid, 0)
+            index = y.where(valid, 0)[:, None]  # an ignored row may have any index
             logits = (h @ weight.T).to(wide)  # (chunk, V)
             lse = logits.logsumexp(-1, keepdim=True)
-            # [E9] loss = sum over valid t of  log sum_v exp(z[t, v]) - z[t, y_t]
-            loss += ((lse - logits.gather(-1, index))[:, 0] * valid).sum()
+            # [E9] loss = sum over valid t of  w_t * (log sum_v exp(z[t, v]) - z[t, y_t])
+            loss += ((lse - logits.gather(-1, index))[:, 0] * w).sum()
             if of_hidden or of_weight:
-                # d loss / d z[t, v] = softmax(z)[t, v] - [v == y_t]
+                # d loss / d z[t, v] = w_t * (softmax(z)[t, v] - [v == y_t])
                 grad = logits.sub_(lse).exp_()
                 grad.scatter_add_(-1, index, -torch.ones_like(lse))
-                grad = grad.mul_(valid[:, None]).to(hidden.dtype)
+                grad = grad.mul_(w[:, None]).to(hidden.dtype)
                 if of_hidden:
                     grad_hidden[i : i + chunk_tokens] = grad @ weight
                 if of_weight:
                     grad_weight += grad.T @ h
-            logits = grad = None  # before the next chunk's are made
+            logits = grad = None  # free them before the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
@@ -413,30 +416,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         grads = [None if g is None else (g * grad_loss).to(dtype) for g, dtype in grads]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index=-100, chunk_tokens: int = 2048
-) -> tuple[Tensor, int]:
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    chunk_tokens: int = 2048,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, int | float]:
     """Cross-entropy of `hidden @ weight.T` against targets without ever holding the (T, V) logits.
 
     hidden (..., D), weight (V, D), targets (...) int64 -> (loss_sum, n_valid): the SUM of the
     losses in nats, fp32 (float64 for float64 input), and the number of targets that are not
     ignore_index. The caller divides by the valid tokens of the whole optimizer step, so that
-    accumulation over sequences of unequal length gives every token the same weight. ValueError if
-    there are no tokens, shapes do not fit or chunk_tokens * V reaches 2^31 elements."""
+    accumulation over sequences of unequal length gives every token the same weight.
+
+    weights (...) fp32: each target's loss is multiplied by its weight, and n_valid is the sum of
+    the weights of the valid targets; None: all are 1. ValueError if there are no tokens, shapes do
+    not fit or chunk_tokens * V reaches 2^31 elements."""
     V, D = weight.shape
     if hidden.shape != (*targets.shape, D) or targets.numel() == 0:
         sizes = (tuple(x.shape) for x in (hidden, targets, weight))
         raise ValueError("hidden {}, targets {}, weight {}: empty or do not fit".format(*sizes))
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit {tuple(targets.shape)}")
     if chunk_tokens < 1 or chunk_tokens * V >= 2**31:
         raise ValueError(f"chunk_tokens {chunk_tokens} x vocabulary {V} must be below 2^31")
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    if not torch.is_grad_enabled():  # autograd.Function would still be told that they need one
+    flat_weights = None if weights is None else weights.reshape(-1)
+    if not torch.is_grad_enabled():  # an autograd.Function would still compute gradients
         flat_hidden, weight = flat_hidden.detach(), weight.detach()
-    loss = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, ignore_index, chunk_tokens)
-    return loss, int((targets != ignore_index).sum())
+    loss = _LinearCrossEntropy.apply(
+        flat_hidden, weight, flat_targets, flat_weights, ignore_index, chunk_tokens
+    )
+    valid = targets != ignore_index
+    if weights is None:
+        return loss, int(valid.sum())
+    return loss, float(weights[valid].double().sum())
 
 
 # ---- 8. Key-value cache and greedy generation --------------------------------------------------

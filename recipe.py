@@ -108,7 +108,10 @@ def impactful_types(
         raise BadInput("no token was counted: the analysis saw nothing past the old window")
     often = count >= max(1, min_count)
     if not often.any():
-        raise BadInput(f"no token type was seen {min_count} times in the analysis (--min_count)")
+        most = f"the most frequent one {int(count.max())} times"
+        raise BadInput(
+            f"no token type was seen {min_count} times in the analysis, {most}: a lower --min_count"
+        )
     mean = torch.where(often, per_type_sum / count.clamp(min=1), -torch.inf)
     order = mean.argsort(descending=True, stable=True)
     # [E4] take types v by Delta(v) / count(v), largest first, while sum of count < top * total;
@@ -116,6 +119,26 @@ def impactful_types(
     covered_before = count[order].cumsum(0) - count[order]
     chosen = (covered_before < top * count.sum()) & often[order]
     return torch.zeros(len(count), dtype=torch.bool).index_fill_(0, order[chosen], True)
+
+
+MAX_WEIGHT = 5.0  # of a token's loss, see loss_weights
+
+
+def loss_weights(per_type_sum: Tensor, count: Tensor, min_count: int = 1) -> Tensor:
+    """--weigh: a type's mean shift as the weight of its loss, not as a filter; (V,) fp32, 0 to 5.
+
+    per_type_sum (nats: log_softmax=True), count (V,): those of `logit_shift`, added up over
+    samples. Types seen less than min_count times have weight 1. After LongCE (2410.23771), which
+    weighs each token by its own shift between a short and a long context; that takes a second
+    forward pass in every step. Token weighting (2503.09202) compares such choices.
+
+    >>> weights = loss_weights(torch.tensor([0.0, 1.0, 9.0, 0.0]), torch.tensor([2, 2, 1, 0]))
+    >>> [round(w, 3) for w in weights.tolist()]
+    [1.0, 1.649, 5.0, 1.0]
+    """
+    # [E29] w(v) = min(exp(Delta(v) / count(v)), 5);   1 where count(v) < min_count
+    weight = (per_type_sum / count.clamp(min=1)).exp().clamp(max=MAX_WEIGHT)
+    return weight.where(count >= max(1, min_count), 1.0).float()
 
 
 # ---- 2. Segments (paper algorithm 1) -----------------------------------------------------------
@@ -161,8 +184,8 @@ def split_segments(ids: Tensor, tokenizer, at_spaces: bool | None = None) -> Ten
     size = begin[token + 1] - begin[token]  # bytes of each token
     token_begin = np.cumsum(size) - size  # byte offset of each token in this text
     raw = flat[np.repeat(begin[token] - token_begin, size) + np.arange(size.sum())]
-    # subtle: bytes that are no UTF-8 (a sample may begin inside a character) become one code
-    # point each, so that code points can still be mapped back to bytes.
+    # subtle: bytes that are not valid UTF-8 (a sample may begin inside a character) become one
+    # code point each, so that code points can still be mapped back to bytes.
     text = raw.tobytes().decode("utf-8", errors="surrogateescape")
     char = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
     escaped = (char >= 0xDC80) & (char <= 0xDCFF)
@@ -310,6 +333,32 @@ def end_at_target(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     return positions
 
 
+def gaussian_middle(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
+    """cream (Wu et al., 2406.07138): the head of the sample at 0.., its tail at the end of the
+    target, and the middle in one piece between them, at a place drawn by a truncated Gaussian.
+
+    T* / L need not be whole, as it is in their code, so a is not rounded; head and tail are at most
+    a third of a sample each. docs/differences.md tells where their code and our way differ."""
+    mean, sigma = 1 + T / L, 3.0
+    bounds = torch.tensor([2, 2 * T / L], dtype=torch.float64)
+    # [E26] h = L // 3 or 4 T* / L tokens of head and of tail, a coin says which;   m = L - 2 h
+    #       a ~ N(1 + T* / L, 3^2), truncated to 2 .. 2 T* / L;   W = a L / 2, so L <= W <= T*
+    #       last position of the middle ~ U{h + (m - 1) W / L .. W - h - 1}
+    h = L // 3 if uniform(0, 1, generator) == 0 else min(4 * T // L, L // 3)
+    m = L - 2 * h
+    below, above = torch.special.ndtr((bounds - mean) / sigma)  # N's probability up to the bounds
+    u = below + (above - below) * torch.rand((), dtype=torch.float64, generator=generator)
+    a = (mean + sigma * torch.special.ndtri(u)).clamp(*bounds)
+    # subtle: with W a whole number in L..T*, the range of the middle can be neither empty nor
+    # overlap head or tail, whatever rounding does.
+    W = min(max(int(a * L / 2), L), T)
+    last = uniform(h + (m - 1) * W // L, W - h - 1, generator)
+    positions = torch.arange(L)
+    positions[h : h + m] += last - (h + m - 1)
+    positions[h + m :] += T - L
+    return positions
+
+
 def random_subset(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     """rpes (Ruoss et al., 2305.16843): random positions in order, a jump at nearly every token."""
     # [E15] pos(0) < pos(1) < ... : every subset of L of the T* positions is equally likely
@@ -325,6 +374,7 @@ METHODS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "none": ("plain positions", plain_positions),
     "pose": ("one jump", one_jump),
     "endprompt": (f"the last {END_TOKENS} tokens jump", end_at_target),
+    "cream": ("head, middle and tail", gaussian_middle),
     "rpes": ("random positions", random_subset),
     "longrecipe": ("jumps between sentences", spread_segments),
     "full": ("the full length", plain_positions),

@@ -15,26 +15,22 @@ The paper does not say how H' was trained. Here, H' is the model after the first
 which use randomly chosen sentences. Training continues from H', so the analysis costs only a few
 forward passes. --extended DIR takes a trained H' instead.
 
-Every sample begins as the model's own training texts did: where the tokenizer puts a BOS token in
-front (Llama 3 does, the toy does not), it is the sample's first token, at position 0.
-
-Memory: activation checkpointing (a layer's activations are computed again in the backward pass),
-a loss that never holds the logits, one sequence at a time, gradients summed over the batch in
-fp32, fp32 master weights beside bf16 ones. Where that does not fit, the plan moves optimizer state
-and layer inputs to the host, or says before it begins that nothing helps; --plan shows its sums.
+Memory: activation checkpointing, a loss that never holds the logits, one sequence at a time,
+gradients summed over the batch in fp32, fp32 master weights beside bf16 ones. What else there is,
+and what --plan chooses: docs/memory.md.
 
 Does NOT do: several GPUs, LoRA, padding or packing (every sample is full).
 Glossary: see model.py.
 """
 
+import functools
 import itertools
 import math
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,63 +45,41 @@ from model import (
     save_pretrained,
 )
 from recipe import next_token_targets
-from support.data.sources import contents, is_toy_model, load_corpora
+from support.data.sources import load_texts
 from support.data.text import Corpus
-from support.data.toy import TINY
 from support.huggingface.config import check_extendable
-from support.huggingface.hashes import Hashes
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
 from support.memory import choose as fit
-from support.memory import count as budget
 from support.memory import kernels
-from support.memory.activations import LayerInputsOnHost
+from support.memory.activations import set_levers
 from support.memory.machine import HERE, Machine, machine
 from support.memory.optimizer import make_optimizer
 from support.memory.table import make_plan, table
 from support.runs import checks
-from support.runs.export import check_exportable, sample_settings, write_samples
-from support.runs.flags import as_kept, read_impactful
+from support.runs.analysis import read_types, write_analysis
+from support.runs.export import check_exportable, write_samples
+from support.runs.flags import as_kept
+from support.runs.metrics import Metrics
 from support.runs.run_folder import RunFolder
-from support.runs.settings import RunOptions, Settings, parse_settings
+from support.runs.settings import RunOptions, Settings, Stage, parse_settings, plan_stages
 from support.system.ahead import made_ahead
-from support.system.console import (
-    log,
-    log_device,
-    peak_gib,
-    progress,
-    provenance,
-    report_errors,
-)
+from support.system.console import log, progress, provenance, report_errors
 from support.system.signals import unbroken
 
 # ---- 1. Settings: the paper's numbers are the defaults -----------------------------------------
 
-# For the toy (no --model): numbers that fit two CPU cores. What is not named is the paper's.
-TOY = {
-    "model": TINY,
-    "steps": 20,
-    "batch_sequences": 1,
-    "lr": 2e-3,
-    "warmup_steps": 2,
-    "analysis_samples": 4,
-    "log_softmax": True,
-    "rebased_analysis": True,
-    "replay_steps": 8,
-    "replay_lr": 2e-4,
-    "save_minutes": 2,
-}
-
 
 def parse(argv: list[str] | None) -> tuple[dict, RunOptions]:
-    """(the settings that are given: by flags, by the run to resume or by TOY; the options)."""
+    """(the settings that are given: by flags, by the run to resume or, without --model, by TOY of
+    support/runs/settings.py; the options)."""
     choices = {"method": recipe.METHODS, "select": recipe.STRATEGIES}
-    return parse_settings("train.py", __doc__, argv, TOY, choices)
+    return parse_settings(__doc__, argv, choices)
 
 
 def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
     """The settings that are given, checked, and the rest filled in for the model and the machine.
-    Reads and writes no file. BadInput for what cannot be meant."""
+    Reads and writes no file. Raises BadInput for settings that make no sense."""
 
     def fill_in(**values) -> Settings:
         return replace(settings, **{k: v for k, v in values.items() if k not in flags})
@@ -132,56 +106,11 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
         probe_steps=probe_steps if settings.analyses and not settings.extended else 0,
         dtype="bfloat16" if there.kind == "cuda" else "float32",
     )
-    checks.check_probe(settings)
+    checks.check_analysis(settings)
     return fit.choose(config, settings, there, flags)
 
 
 # ---- 2. Samples --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the samples of a stretch of steps look like."""
-
-    name: str
-    steps: int
-    tokens: int  # of one sample
-    target_len: int
-    method: str
-    select: str
-    lr: float
-    prefix: bool = False
-    two_segments: bool = False  # a text that leaves only one is drawn again
-
-
-def plan_stages(settings: Settings) -> list[Stage]:
-    """probe, extend, replay."""
-    first_select = "random" if settings.select == "impact" else settings.select  # no types yet
-    long = (settings.train_len, settings.target_len, settings.method)
-    short = (settings.replay_len, settings.replay_len, "none", "first")
-    more = {
-        "lr": settings.lr,
-        "prefix": settings.prefix,
-        # What longrecipe cannot use is left out for all methods: they see the same tokens.
-        "two_segments": settings.method != "full",
-    }
-    return [
-        Stage("probe", settings.probe_steps, *long, first_select, **more),
-        Stage("extend", settings.steps - settings.probe_steps, *long, settings.select, **more),
-        Stage("replay", settings.replay_steps, *short, settings.replay_lr),
-    ]
-
-
-def load_texts(settings: Settings, tokenizer) -> tuple[Corpus, Corpus]:
-    """What the extension and the replay draw from. Whether segments end at spaces as well is
-    decided once for the whole of it, so that a stretch without sentences in an ordinary text (a
-    long table) is drawn again instead of being cut into words."""
-    corpora = load_corpora(settings, tokenizer)
-    for corpus in corpora:
-        generators = (torch.Generator().manual_seed(i) for i in range(32))
-        windows = (corpus.window(settings.target_len, generator) for generator in generators)
-        corpus.at_spaces = all(recipe.rarely_ends(ids, tokenizer) for ids in windows)
-    return corpora
 
 
 def sample(
@@ -233,29 +162,41 @@ def draw(
 # ---- 3. One optimizer step ---------------------------------------------------------------------
 
 
+def target_weights(targets: Tensor, type_weights: Tensor | None) -> Tensor:
+    """w_t of [E17], like targets, fp32: the weight of the target's token type (type_weights (V,)
+    fp32; None: 1), and 0 where there is no target."""
+    valid = (targets != -100).float()
+    return valid if type_weights is None else valid * type_weights[targets.clamp(min=0)]
+
+
 def accumulate(
-    model: Llama, micro_batches: list[tuple[Tensor, Tensor, Tensor]], after_each=lambda: None
+    model: Llama,
+    micro_batches: list[tuple[Tensor, Tensor, Tensor]],
+    after_each=lambda: None,
+    type_weights: Tensor | None = None,
 ) -> float:
-    """Add the gradients of the mean loss over ALL valid tokens of the micro-batches; returns that
+    """Add the gradients of the mean loss over ALL valid targets of the micro-batches; returns that
     loss, nats.
 
-    Each micro-batch is (input_ids, position_ids, targets), all (B, T). Dividing by the valid
-    tokens of the whole step, not of each micro-batch, makes 4 x 1 sequences of unequal length
-    equal to 1 x 4."""
-    valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
-    if valid == 0:
+    Each micro-batch is (input_ids, position_ids, targets), all (B, T). Dividing by the weight of
+    the whole step, not of each micro-batch, makes 4 x 1 sequences of unequal length equal to 1 x 4.
+    type_weights (V,) fp32: see `target_weights`. ValueError if there is no target."""
+    weights = [target_weights(targets, type_weights) for _, _, targets in micro_batches]
+    total_weight = sum(float(w.double().sum()) for w in weights)
+    if total_weight == 0:
         raise ValueError("a step without a single target token")
-    # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
+    # [E17] loss = (sum over all valid targets t of the step of w_t * loss_t) / (sum of their w_t)
     total = 0.0
-    for input_ids, position_ids, targets in micro_batches:
-        device = model.lm_head.weight.device
+    device = model.lm_head.weight.device
+    for (input_ids, position_ids, targets), weight in zip(micro_batches, weights, strict=True):
         loss_sum, _ = linear_cross_entropy(
             # not bound to a variable: that would keep the hidden states alive through backward()
             model.hidden(input_ids.to(device), position_ids.to(device)),
             model.lm_head.weight,
             targets.to(device),
+            weights=weight.to(device),
         )
-        loss = loss_sum / valid
+        loss = loss_sum / total_weight
         loss.backward()
         total += float(loss.detach())
         after_each()
@@ -289,21 +230,20 @@ class Trainer:
         self.thread = ThreadPoolExecutor(max_workers=1)  # draws samples ahead
         self.step = 0  # optimizer steps done, over all stages
         self.impactful: Tensor | None = None  # bool (V,); None: not known yet
+        self.type_weights: Tensor | None = None  # fp32 (V,), of --weigh
         self.last_save = time.monotonic()
-        batch = settings.batch_sequences
-        self.tokens = [s.tokens * batch for s in self.stages for _ in range(s.steps)]
-        self.bar = progress(None, "train", total=sum(self.tokens), unit="tok", unit_scale=True)
+        self.metrics = Metrics(run, model, settings, self.stages)
 
     def load_state(self, state: dict) -> None:
         self.step, self.impactful = state["step"], state["impactful"]
+        self.type_weights = state.get("type_weights")  # older versions saved none
         self.optimizer.load_state_dict(state["optimizer"])
-        # already done: left out of the bar's speed, and so of its ETA
-        self.bar.initial = self.bar.n = self.bar.last_print_n = sum(self.tokens[: self.step])
+        self.metrics.resume_at(self.step)
 
     def save(self) -> None:
         if self.options.no_saves:
             return
-        state = {"step": self.step, "impactful": self.impactful}
+        state = {"step": self.step, "impactful": self.impactful, "type_weights": self.type_weights}
         self.run.save(state | {"optimizer": self.optimizer.state_dict()})
         self.last_save = time.monotonic()
 
@@ -313,10 +253,11 @@ class Trainer:
         settings, batch_sequences = self.settings, self.settings.batch_sequences
         first = sum(s.steps for s in self.stages[: self.stages.index(stage)])
         steps = range(max(first, self.step), first + stage.steps)
-        self.bar.set_description(stage.name)
+        self.metrics.bar.set_description(stage.name)
         drawn = itertools.chain.from_iterable(
             draw(stage, step, corpus, self.tokenizer, settings, self.impactful) for step in steps
         )
+        type_weights = self.type_weights if stage.weigh else None
         on_gpu = self.model.lm_head.weight.is_cuda
         with made_ahead(self.thread, drawn, batch_sequences if on_gpu else 0) as samples:
             for step in steps:
@@ -326,35 +267,21 @@ class Trainer:
                     for ids, positions in itertools.islice(samples, batch_sequences)
                 ]
                 waited = time.monotonic() - started
-                loss = accumulate(self.model, batch, lambda: self.bar.update(stage.tokens))
+                after_each = functools.partial(self.metrics.bar.update, stage.tokens)
+                loss = accumulate(self.model, batch, after_each, type_weights)
                 lr = learning_rate(stage, step - first, settings.warmup_steps, first)
                 with unbroken():  # Ctrl-C waits: weights, step and metrics move together
                     norm = self.optimizer.step(lr, settings.clip, usable=math.isfinite(loss))
                     self.step += 1
+                    row = {"stage": stage.name, "step": self.step, "loss": loss, "lr": lr}
                     seconds = time.monotonic() - started
-                    self.report(stage, loss, lr, norm, seconds, waited)
+                    self.metrics.add(row | {"grad_norm": norm}, stage.tokens, seconds, waited)
                 gives_up = self.run.too_many_skips()  # no finite loss or gradient: see RunFolder
                 minutes = (time.monotonic() - self.last_save) / 60
                 if gives_up or minutes > self.options.save_minutes:
                     self.save()
                 if gives_up:
                     self.run.give_up(batch, self.step)
-
-    def report(
-        self, stage: Stage, loss: float, lr: float, norm: float, seconds: float, waited: float
-    ) -> None:
-        """A line of metrics.jsonl and the progress bar. seconds: of the whole step; waited: of
-        these, for samples that were not drawn yet."""
-        device = self.model.lm_head.weight.device.type
-        batch = self.settings.batch_sequences
-        speed = budget.speed(self.model.config, stage.tokens, batch, seconds, device)
-        row = {"stage": stage.name, "step": self.step, "loss": loss, "lr": lr, "grad_norm": norm}
-        row |= speed | {"waited_s": round(waited, 4), "peak_GiB": round(peak_gib(), 2)}
-        self.run.append_metrics(row)
-        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}", "norm": f"{norm:.2f}"}
-        if speed["causal_mfu"]:  # share of the GPU's peak
-            shown["MFU"] = speed["causal_mfu"]
-        self.bar.set_postfix(shown | {"GiB": f"{peak_gib():.1f}"})
 
 
 # ---- 5. Analysis: which token types gain from a longer context? --------------------------------
@@ -369,9 +296,10 @@ def analysis_sample(
 
 
 def analyse(
-    original: Llama, extended: Llama, stage: Stage, corpus: Corpus, tokenizer, settings, run
-) -> Tensor:
-    """Impactful token types, bool (V,): measured once on a few samples, afterwards only looked up.
+    original: Llama, extended: Llama, stage: Stage, corpus: Corpus, tokenizer, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """(sum of the shifts of each token type (V,) fp64, times counted (V,) int64): measured once on
+    a few samples, afterwards only looked up.
 
     Runs on transformed ids, so that train_len tokens cover positions up to the target, and counts
     only positions past the old window: our stated difference from the paper's plain samples of
@@ -383,18 +311,12 @@ def analyse(
         ids, positions = analysis_sample(i, stage, corpus, tokenizer, settings)
         _, s, c = recipe.logit_shift(original, extended, ids, positions, **options)
         total, count = total + s, count + c
-    impactful = recipe.impactful_types(total, count, settings.top, settings.min_count)
-    mean = (total / count.clamp(min=1)).masked_fill(~impactful, -torch.inf)
-    ranked = mean.argsort(descending=True)[: int(impactful.sum())].tolist()
-    run.write_impactful({v: [tokenizer.decode([v]), round(float(mean[v]), 4)] for v in ranked})
-    first = " ".join(repr(tokenizer.decode([v])) for v in ranked[:12])
-    seen = int((count > 0).sum())
-    log(f"analysis: {len(ranked):,} impactful types of {seen:,} seen, first: {first}")
-    return impactful
+    return total, count
 
 
-def find_impactful(trainer: Trainer, corpus: Corpus) -> Tensor:
-    """Load what the analysis compares, and run it. H' is the model in training, or --extended."""
+def find_types(trainer: Trainer, corpus: Corpus) -> None:
+    """Make the analysis, and give its impactful types and weights to the trainer. H' is the model
+    in training, or --extended."""
     settings, extended = trainer.settings, trainer.model
     load = {"dtype": extended.dtype, "device": extended.lm_head.weight.device}
     original = load_pretrained(settings.model, **load)
@@ -405,8 +327,12 @@ def find_impactful(trainer: Trainer, corpus: Corpus) -> Tensor:
         # measure how the original fails past its window.
         rope = {name: getattr(extended.config, name) for name in ("rope_theta", "rope_scaling")}
         original.config = replace(original.config, **rope)
-    probe = trainer.stages[0]
-    return analyse(original, extended, probe, corpus, trainer.tokenizer, settings, trainer.run)
+    probe, tokenizer = trainer.stages[0], trainer.tokenizer
+    shifts = analyse(original, extended, probe, corpus, tokenizer, settings)
+    trainer.impactful = recipe.impactful_types(*shifts, settings.top, settings.min_count)
+    if settings.weigh:
+        trainer.type_weights = recipe.loss_weights(*shifts, settings.min_count)
+    write_analysis(trainer.run.path, tokenizer, *shifts, trainer.impactful, settings)
 
 
 # ---- 6. The story ------------------------------------------------------------------------------
@@ -423,7 +349,7 @@ def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
     trainer.train(probe, corpus)
 
     if settings.analyses and trainer.impactful is None:
-        trainer.impactful = find_impactful(trainer, corpus)
+        find_types(trainer, corpus)
         trainer.save()
 
     trainer.train(extend, corpus)
@@ -431,7 +357,7 @@ def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
         save_pretrained(trainer.model, run.path / "extended", tokenizer_from=settings.model)
 
     trainer.train(replay, replay_corpus)
-    trainer.bar.close()
+    trainer.metrics.bar.close()
     save_pretrained(trainer.model, run.path / "replayed", tokenizer_from=settings.model)
 
     recipe.merge(settings.model, run.path / "replayed", run.path / "merged", settings.merge_weight)
@@ -440,33 +366,14 @@ def run_stages(trainer: Trainer, corpus: Corpus, replay_corpus: Corpus) -> None:
     run.publish(run.path / "merged")
 
 
-def export(settings: Settings, options: RunOptions, vocab_size: int) -> None:
+def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None:
     """Write the samples that the run would train on to the folder --export, without training."""
     check_exportable(settings, options)
     tokenizer = load_tokenizer(settings.model)
-    check_fits(tokenizer, vocab_size)
-    impactful = read_impactful(settings.impactful, vocab_size) if settings.impactful else None
-    corpora = load_texts(settings, tokenizer)
-
-    def samples(stage: Stage, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        corpus = corpora[stage.name == "replay"]
-        return draw(stage, step, corpus, tokenizer, settings, impactful)
-
-    about, data = sample_settings(settings, impactful, corpora), contents(settings)
-    stages = plan_stages(settings)
-    write_samples(Path(options.export), about, data, stages, learning_rate, samples)
-
-
-def prepare(model: Llama, config: LlamaConfig, settings: Settings) -> Llama:
-    """The original as it is trained: under the new RoPE, with the memory options on."""
-    rope = settings.rope_base, settings.target_len, settings.new_scaling
-    model.config = config.with_rope(*rope)
-    model.activation_checkpointing = True
-    model.keep_attention = settings.keep_attention
-    model.layer_inputs = LayerInputsOnHost() if settings.offload_inputs else None
-    for block in model.model["layers"]:
-        block.mlp.split = settings.split_mlp
-    return model
+    check_fits(tokenizer, config.vocab_size)
+    impactful, _ = read_types(settings, config.vocab_size, recipe.loss_weights)
+    texts = load_texts(settings, tokenizer, recipe.rarely_ends)
+    write_samples(settings, options, tokenizer, texts, impactful, learning_rate, draw)
 
 
 def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: str) -> None:
@@ -480,22 +387,21 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     if run.finished():
         log(f"{options.out} holds this run, finished: nothing to do")
         return
-    model_hash = Hashes(run.path / "hashes.json").of_model(settings.model)
-    original = {"path": settings.model, "sha256": model_hash}
-    run.check_data([*contents(settings), original], options.resume)
-    corpus, replay_corpus = load_texts(settings, tokenizer)
-    impactful = None
-    if settings.impactful:
-        impactful = read_impactful(settings.impactful, config.vocab_size)
+    run.check_data(settings, options.resume)
+    corpus, replay_corpus = load_texts(settings, tokenizer, recipe.rarely_ends)
+    impactful, type_weights = read_types(settings, config.vocab_size, recipe.loss_weights)
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
-    log_device(device, kernels.in_words(), is_toy_model(settings.model))
-    checks.log_run(settings, stages, corpus)
-    trainer = Trainer(prepare(model, config, settings), tokenizer, settings, options, run)
-    trainer.impactful = impactful
+    checks.log_run(device, settings, stages, corpus)
+    # the original as it is trained: under the new RoPE, and with the memory options on
+    rope = settings.rope_base, settings.target_len, settings.new_scaling
+    model.config = config.with_rope(*rope)
+    set_levers(model, settings)
+    trainer = Trainer(model, tokenizer, settings, options, run)
+    trainer.impactful, trainer.type_weights = impactful, type_weights
     with run.running(kept, options.resume, trainer):
         run_stages(trainer, corpus, replay_corpus)
         run.write_settings(kept, status="done", **provenance(started))
@@ -511,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
         there = machine(options.plan or HERE, device, options.out)
         settings = resolve(flags | {"model": folder}, config, there)
         if options.export:
-            return export(settings, options, config.vocab_size)
+            return export(config, settings, options)
         if options.plan:
             plan = make_plan(config, settings, options, plan_stages(settings), there, flags)
             print(table(plan), flush=True)

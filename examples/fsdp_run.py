@@ -3,8 +3,8 @@ Trainer with FSDP in two processes, each holding half of the weights, against tr
 
     python examples/fsdp_run.py     # the toy on 2 cores, gloo -> assets/results/fsdp.json
 
-In turn: train.py; the same with each batch in reverse order, which is the same sum rounded
-otherwise and so tells what rounding does to these losses; `train.py --export`; and then
+In turn: train.py; the same with each batch in reverse order, to see how much rounding alone
+changes these losses; `train.py --export`; and then
 
     torchrun --nproc_per_node 2 examples/fsdp_run.py --samples DIR --losses FILE
 
@@ -70,7 +70,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def extended(config, settings: dict):
-    """transformers' config with what train.py changes in it. A scaling of the RoPE stays, unless
+    """transformers' config with train.py's changes: window and theta. A RoPE scaling stays, unless
     the run has a new one."""
     config.max_position_embeddings = settings["target_len"]
     rope = config.rope_parameters | (settings.get("rope_scaling") or {})
@@ -113,7 +113,7 @@ def worker(folder: Path, losses: Path | None, mask: bool) -> None:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings["batch_sequences"] // processes,
         learning_rate=settings["lr"],
-        weight_decay=settings["weight_decay"],  # transformers, too, spares norms
+        weight_decay=settings["weight_decay"],  # not of norms, as here
         adam_beta1=0.9,
         adam_beta2=0.999,
         adam_epsilon=1e-8,

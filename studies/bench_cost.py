@@ -1,10 +1,10 @@
 """Cost of one training step: transformers and this project on the same model, tokens and dtype.
 
-    python studies/bench_cost.py --model models/smollm2 --tokens 4992 --out assets/results/cost.json
+    python studies/bench_cost.py    # SmolLM2, 4,992 tokens -> assets/results/cost.json
 
 Two worker processes hold one model each and take steps in turn (A B A B ...), so that a machine
-that is shared and noisy treats both alike. A step is forward, backward, clipping and AdamW on one
-sample with gapped position ids. transformers runs with its own gradient checkpointing, its own
+that is shared and noisy affects both equally. A step is forward, backward, clipping and AdamW on
+one sample with gapped position ids. transformers runs with its own gradient checkpointing, its own
 loss and SDPA attention. Memory is what a step needs above weights, gradients and optimizer state:
 peak resident size during the step minus resident size before it, when those three already exist.
 Linux only (/proc).
@@ -17,20 +17,15 @@ JSON already is not measured again; with all of them there, only fit and figure 
 
 import argparse
 import ctypes
-import json
 import math
-import multiprocessing
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
+from common import RESULTS, in_processes, read_json, write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import linear_cross_entropy, load_pretrained
 from support.memory.optimizer import MasterAdamW
 from support.system.bad_input import BadInput
@@ -100,7 +95,7 @@ def worker(kind: str, folder: str, dtype: torch.dtype, pipe) -> None:
     while tokens := pipe.recv():
         ids = torch.randint(0, 256, (1, tokens))
         spread = (torch.arange(tokens) * 16384 // tokens)[None]
-        forward_backward(short, positions)  # and so do the gradients
+        forward_backward(short, positions)  # makes the gradients
         reset_peak()
         before = resident_gib()
         started = time.perf_counter()
@@ -113,11 +108,7 @@ def worker(kind: str, folder: str, dtype: torch.dtype, pipe) -> None:
 
 def in_turns(model: str, dtype: torch.dtype, rounds: list[int]) -> dict[str, list[dict]]:
     """A step of each per round, A B A B ...; rounds holds the tokens of each."""
-    context = multiprocessing.get_context("spawn")
-    pipes, rows = {}, {kind: [] for kind in KINDS}
-    for kind in rows:
-        pipes[kind], child = context.Pipe()
-        context.Process(target=worker, args=(kind, model, dtype, child), daemon=True).start()
+    pipes, rows = in_processes(worker, KINDS, model, dtype), {kind: [] for kind in KINDS}
     for tokens in rounds:
         for kind, pipe in pipes.items():
             pipe.send(tokens)
@@ -131,8 +122,8 @@ def in_turns(model: str, dtype: torch.dtype, rounds: list[int]) -> dict[str, lis
 def measure(model: str, tokens: int, dtype: torch.dtype, steps: int) -> dict:
     warm_up = max(64, tokens // 8)
     timed = in_turns(model, dtype, [warm_up, *[tokens] * steps])
-    # For memory once more, with an allocator that gives freed tensors back at once: else the peak
-    # is that of its free lists too. (It costs time, so those steps are not timed.)
+    # Memory is measured in a second run, whose allocator returns freed tensors at once: otherwise
+    # the peak would include its free lists. (That costs time, so those steps are not timed.)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     held = {kind: rows[-1] for kind, rows in in_turns(model, dtype, [warm_up, tokens]).items()}
     seconds = {kind: [r["seconds"] for r in rows[1:]] for kind, rows in timed.items()}
@@ -171,9 +162,9 @@ def fit(rows: list[dict], kind: str) -> dict:
 
 
 def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, out: Path) -> dict:
-    """One pair of steps per length and round; the rows that `out` holds already stay, and with
-    nothing measured so does what it says of their commit and machine."""
-    found = json.loads(out.read_text()) if out.is_file() else {"rows": []}
+    """One pair of steps per length and round. Rows that `out` holds already are kept, and so are
+    their commit and machine if nothing is measured."""
+    found = read_json(out) or {"rows": []}
     rows, notes, started = found["rows"], found.setdefault("notes", []), time.time()
     for tokens in lengths:
         n = 1 if tokens >= 8192 else rounds
@@ -181,7 +172,7 @@ def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, o
             continue
         try:
             timed = in_turns(model, dtype, [max(64, tokens // 8), *[tokens] * n])
-        except EOFError:  # a worker is gone, most likely for want of memory
+        except EOFError:  # a worker died, most likely out of memory
             notes.append(f"{tokens} tokens: a worker was killed; not run")
             continue
         for ours, theirs in zip(*(timed[k][1:] for k in KINDS), strict=True):
@@ -190,7 +181,7 @@ def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, o
             )
         found = {"rows": rows, "notes": notes, "model": model, "dtype": str(dtype)[6:]}
         found |= provenance(started)
-        out.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(out, found, indent=2)
     if not rows:
         raise BadInput(f"no length was measured: {'; '.join(notes)}")
     measured = sorted({r["tokens"] for r in rows})
@@ -206,7 +197,7 @@ def by_length(model: str, lengths: list[int], dtype: torch.dtype, rounds: int, o
 
 
 def draw(found: dict, path: Path) -> None:
-    """Milliseconds a token: every length counts alike, and the fit is a + b T."""
+    """Milliseconds a token: every length has the same weight, and the fit is a + b T."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -242,20 +233,18 @@ def main(argv=None) -> None:
     p.add_argument("--out", type=Path, help="JSON file to write")
     with report_errors():
         args, started = p.parse_args(argv), time.time()
+        dtype = getattr(torch, args.dtype)
         if args.lengths:
-            out = args.out or Path("assets/results/cost_by_length.json")
-            dtype = getattr(torch, args.dtype)
+            out = args.out or RESULTS / "cost_by_length.json"
             found = by_length(args.model, args.lengths, dtype, min(args.steps, 2), out)
-            out.write_text(json.dumps(found, indent=2) + "\n")
+            write_json(out, found, indent=2)
             draw(found, out.with_suffix(".png"))
             return
-        result = measure(args.model, args.tokens, getattr(torch, args.dtype), args.steps)
         settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
-        text = json.dumps({"settings": settings, **result, **provenance(started)}, indent=2)
-        print(text)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(text + "\n")
+        result = measure(args.model, args.tokens, dtype, args.steps)
+        out = args.out or RESULTS / "cost.json"
+        write_json(out, {"settings": settings, **result, **provenance(started)}, indent=2)
+        print(out.read_text())
 
 
 if __name__ == "__main__":

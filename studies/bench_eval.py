@@ -4,18 +4,17 @@
 
 The same prompts, 4 lengths x 5 depths, in turns within one run: a row (5 depths) of ours, then the
 same row by transformers, then the next row the other way round, so that a machine that is shared
-and noisy treats both alike. Ours is what eval_needle.py does (prefill in chunks, the common
+and noisy affects both equally. Ours is what eval_needle.py does (prefill in chunks, the common
 beginning of the depths once); transformers prefills each prompt, with SDPA attention and its own
 cache. Both in worker processes of their own, so that each has its own peak of memory.
 """
 
 import argparse
-import multiprocessing
 import time
 from pathlib import Path
 
 import torch
-from common import read_json, write_json
+from common import in_processes, read_json, write_json
 
 from eval_needle import TASKS, Haystack, SharedPrefix, make_sample
 from model import load_pretrained, load_tokenizer
@@ -80,13 +79,7 @@ def same_run(args) -> list:
 
 def measure(args, done: dict) -> dict:
     """Rows by length: what each of the two needed. Written after each row; those there stay."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for kind in ("ours", "transformers"):
-        pipes[kind], child = context.Pipe()
-        processes.append(context.Process(target=worker, args=(kind, args.model, child)))
-        processes[-1].daemon = True
-        processes[-1].start()
+    pipes = in_processes(worker, ("ours", "transformers"), args.model)
     for pipe in pipes.values():
         pipe.send((512, [0.5]))  # warms up
         pipe.recv()
@@ -102,8 +95,6 @@ def measure(args, done: dict) -> dict:
         write_json(args.out.with_suffix(".rows"), {"of": same_run(args), "rows": done})
     for pipe in pipes.values():
         pipe.send(None)
-    for process in processes:
-        process.join()
     return done
 
 

@@ -4,7 +4,7 @@
 
 Each part writes its result to --out at once. Parts that are there are skipped, so the same command
 goes on where it was cut off; a part that failed is recorded, and tried again by the next call. The
-parts stand in the order of their worth, each with its seconds: --minutes runs those that fit.
+parts come in order of importance, each with its seconds: --minutes runs those that fit.
 --parts picks some. --toy is the same at a size for two CPU cores, and a test runs it. --cap_GB
 emulates a smaller card on a larger one. Parts that assets/results/gpu.json lacks: not run yet.
 """
@@ -51,7 +51,7 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_GB * 1e9 / total))
 
     def parts(self) -> dict[str, tuple[float, functools.partial]]:
-        """Name -> (seconds, work), the most wanted first. Seconds: measured on an H200 where
+        """Name -> (seconds, work), the most important first. Seconds: measured on an H200 where
         assets/results/gpu.json has the part, else estimated."""
         sample, target = self.lengths
         step, small = functools.partial(self.step, tokens=sample), self.small

@@ -1,11 +1,12 @@
-"""What the studies share: commands run one after the other, models that are made once, rows of
-models that are kept as soon as they are there, and their table and figure.
+"""Shared by the studies: running commands, making each model once, keeping a row as soon as it is
+measured, and the table and figure of the rows.
 
 Importing this file lets a study import the repository's own files and tests/helpers.
 """
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -23,8 +24,14 @@ from support.needles.intervals import clustered, mean_of, paired  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
-RESULTS = Path("assets/results")  # in ROOT, where a study works
-OF_RUN = ("seconds", "peak_GiB", "commit", "hardware", "threads")  # of run.json, kept in a row
+RESULTS = ROOT / "assets" / "results"
+OF_RUN = (
+    "seconds",
+    "peak_GiB",
+    "commit",
+    "hardware",
+    "threads",
+)  # fields of run.json that a row keeps
 
 
 def run(command: str) -> None:
@@ -49,11 +56,22 @@ def write_json(file: Path, found: dict, indent: int | None = None) -> None:
     write_atomically(file, json.dumps(found, indent=indent) + "\n")
 
 
+def in_processes(work, kinds: tuple[str, ...], *args) -> dict:
+    """Start work(kind, *args, pipe) in a process for each kind -> kind -> our end of its pipe,
+    whose recv() raises EOFError once that process is gone."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for kind in kinds:
+        pipes[kind], theirs = context.Pipe()
+        context.Process(target=work, args=(kind, *args, theirs), daemon=True).start()
+        theirs.close()
+    return pipes
+
+
 # ---- models ----
 
 
 def train_into(out: Path, flags: str) -> dict:
-    """run.json of a finished train.py with these flags: run now, gone on with, or there already.
+    """run.json of train.py with these flags, which is run, resumed, or found finished in `out`.
     SystemExit if the folder holds a run of other settings."""
     made = read_json(out / "run.json")
     if made and not same_recipe(made["settings"], flags):
@@ -75,7 +93,7 @@ def retheta(
 
 
 def settings_of(flags: str) -> dict:
-    """All settings that these flags come to with train.py as it is now."""
+    """All settings that train.py, as it is now, makes of these flags."""
     return train.as_kept(*resolved(flags.split()))
 
 
@@ -86,13 +104,13 @@ def resolved(flags: list[str]) -> tuple[train.Settings, train.RunOptions]:
 
 
 def copy_record(run: Path, to: Path) -> None:
-    """run.json of a run, with paths as seen from the repository: what is kept names no machine."""
+    """Copy run.json, with paths relative to the repository, so that the copy names no machine."""
     to.write_text((run / "run.json").read_text().replace(f"{ROOT}/", ""))
 
 
 def recipe_in(settings: dict) -> dict:
-    """Of all settings those that a result depends on, wherever it was made; paths as seen from the
-    repository, so that what is kept names no machine."""
+    """The settings that a result depends on, whatever the machine; paths relative to the
+    repository, so that a record names no machine."""
     own = ("impactful", "model", "out", "plan", "resume", "device", "save_minutes", "no_saves")
     own += ("keep_stages", "optimizer", "keep_attention", "offload_inputs")  # change no result
     kept = {k: v for k, v in settings.items() if k not in own}
@@ -100,8 +118,8 @@ def recipe_in(settings: dict) -> dict:
 
 
 def same_recipe(recorded: dict, flags: str) -> bool:
-    """Was this recorded with the settings that the flags come to now? A setting that only one of
-    the two versions of train.py knows says nothing."""
+    """Do the flags now give the settings that were recorded? A setting that only one of the two
+    versions of train.py knows is not compared."""
     now, then = recipe_in(settings_of(flags)), recipe_in(recorded)
     return all(now[k] == then[k] for k in now.keys() & then.keys())
 
@@ -110,7 +128,7 @@ def same_recipe(recorded: dict, flags: str) -> bool:
 
 
 def by_text(results: list[dict], field: str = "score") -> dict[str, list[list[float]]]:
-    """length -> one list a text: `field` of each of its answers."""
+    """length -> a list for each text: `field` of each of its answers."""
     found: dict[str, dict[int, list[float]]] = {}
     for r in results:
         if r["task"] != "loss":
@@ -148,12 +166,26 @@ def lead(ours: dict, other: dict, length: int, field: str = "scores") -> dict:
     }
 
 
+def gain(found: dict | None, scale: float, how: str) -> str:
+    """A lead and its interval, in percentage points (scale 100) or nats; empty for None.
+
+    >>> gain({"mean": 0.25, "interval_95": (0.125, 0.375)}, 100, "+.1f")
+    '+25.0 (+12.5 to +37.5)'
+    """
+    if found is None:
+        return ""
+    mean, low, high = (format(scale * x, how) for x in (found["mean"], *found["interval_95"]))
+    return f"{mean} ({low} to {high})"
+
+
 # ---- rows of models ----
 
 WORDS = {  # how a recorded row or label is shown in tables and figures, in their order
     "none": "plain positions",
     "pose": "PoSE",
     "rpes": "random positions",
+    "endprompt": "EndPrompt",
+    "cream": "CREAM",
     "longrecipe": "LongRecipe",
     "extended": "LongRecipe, after extend",
     "replayed": "LongRecipe, after replay",
@@ -214,13 +246,13 @@ class Table:
         return sorted(names, key=place)
 
     def report(self, names: list[str] | None = None) -> None:
-        """A line a row: means over the seeds; intervals draw whole texts again (clustered). The
-        last columns: longrecipe under the same theta less this row, on the same texts."""
+        """Print a line for each row: means over the seeds, intervals over whole texts (clustered).
+        Last columns: longrecipe under the same theta minus this row, on the same texts."""
         runs = self.read()["runs"]
         head = "".join(f"{f'found at {n:,}':>20}{'nats':>8}" for n in self.lengths)
         print(f"{'':30}{'seeds':>6}{'minutes':>9}{head}{'longrecipe leads, %':>24}{'nats':>24}")
         for name in names or self.shown():
-            seeds, ours = runs[name], runs.get(self.reference(name), {})
+            seeds = runs[name]
             minutes = sum(one.get("seconds", 0) for one in seeds.values()) / len(seeds) / 60
             line = f"{in_words(name):30}{len(seeds):>6}{minutes:>9.1f}"
             for length in map(str, self.lengths):
@@ -228,18 +260,20 @@ class Table:
                 line += f"{mean_of(texts):.1%} [{low:.0%},{high:.0%}]".rjust(20)
                 nats = texts_of(seeds, length, "nats")
                 line += f"{mean_of(nats):8.2f}" if nats else " " * 8
-            for field, scale in (("scores", 100), ("nats", 1)):
-                line += self.ahead(ours, seeds, field, scale).rjust(24) if ours != seeds else ""
-            print(line)
+            line += gain(self.lead_over(name), 100, "+.3g").rjust(24)
+            print(line + gain(self.lead_over(name, "nats"), 1, "+.3g").rjust(24))
 
-    def ahead(self, ours: dict, other: dict, field: str, scale: float) -> str:
-        """`lead` in words, or nothing where the two have no seed with that field in common."""
-        rows = [{seed: r for seed, r in row.items() if field in r} for row in (ours, other)]
-        if not rows[0].keys() & rows[1].keys():
-            return ""
-        found = lead(*rows, self.lengths[1], field)
-        mean, low, high = (scale * x for x in (found["mean"], *found["interval_95"]))
-        return f"{mean:+.3g} [{low:+.3g},{high:+.3g}]"
+    def lead_over(self, name: str, field: str = "scores") -> dict | None:
+        """By how much longrecipe under the same theta is above a row at the target: `lead` in the
+        seeds where both have the field; None if there is no such seed."""
+        runs = self.read()["runs"]
+        ours, other = (
+            {seed: row for seed, row in runs.get(who, {}).items() if field in row}
+            for who in (self.reference(name), name)
+        )
+        if name == self.reference(name) or not ours.keys() & other.keys():
+            return None
+        return lead(ours, other, self.lengths[1], field)
 
     @staticmethod
     def reference(name: str) -> str:

@@ -32,7 +32,7 @@ MODES = (
 
 
 def one(folder: str, flags: str) -> tuple[str, dict]:
-    """(the levers that are on, the plan) on an H100, whose host is not looked at."""
+    """(the levers that are on, the plan) on an H100; its host is not checked."""
     given, options = train.parse(["--model", folder, "--plan", "H100", *flags.split()])
     config = LlamaConfig.from_dir(folder)
     there = machine.machine("H100", "cuda", options.out)
@@ -42,15 +42,39 @@ def one(folder: str, flags: str) -> tuple[str, dict]:
     return plan.as_flags(made["levers"]), made
 
 
+def summary(rows: dict, chosen: str) -> dict:
+    """What docs/memory.md says of the rows: AdamW on the GPU, and the chosen row against its run
+    at full length; samples of probe and extension, and their seconds at the speed of gpu.json."""
+    plain, ours = rows["adamw --keep_attention"], rows[chosen]
+    state = sum(plain["bytes"]["device"][part] for part in ("weights", "gradients", "optimizer"))
+    seconds, full_s = (plan.extension_s(p["stages"]) for p in (ours, ours["full_length"]))
+    saved = [1 - short / long for short, long in ours["one_sample"].values()]
+    samples = sum(ours["stages"][name]["sequences"] for name in ("probe", "extend"))
+    parts = json.loads((OUT.parent / "gpu.json").read_text())["parts"]
+    return {
+        "state": state,
+        "state_over_device": state / plain["there"]["device"],
+        "flops_saved": [min(saved), max(saved)],
+        "seconds_saved": 1 - seconds / full_s,
+        "full_length_s": full_s,
+        "full_length_bytes": sum(ours["full_length"]["bytes"]["device"].values()),
+        "flops_per_s": ours["rate"]["flops_per_s"],
+        "replay_s": ours["stages"]["replay"]["seconds"],
+        "samples": samples,
+        "samples_s": samples * parts[machine.MEASURED_STEP]["seconds_per_sequence"],
+    }
+
+
 def main() -> None:
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA3_8B))
         rows = dict(one(folder, f"{flags} --no-split_mlp") for flags in MODES)
         chosen, made = one(folder, "")
-        rows[chosen] = made  # no lever given: those of full length are free as well
+        rows[chosen] = made  # nothing given: full length chooses its levers as well
         without = one(folder, "--no_saves")[1]["bytes"]["disk"]
     made = {"chosen": chosen, "rows": rows, "disk_without_saves": without}
+    made["summary"] = summary(rows, chosen)
     made["commit"] = provenance(started)["commit"]
     OUT.write_text(json.dumps(made, indent=1) + "\n")
 

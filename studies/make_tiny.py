@@ -2,8 +2,8 @@
 
     python studies/make_tiny.py --out assets/tiny      # resumable: the same command goes on
 
-What it learns: to predict Python source, and to recall the second word of a pair that stands up to
-8,192 tokens back, given the first. A tiny model does not find that by itself, so its lessons grow:
+What it learns: to predict Python source, and to recall the second word of a pair up to 8,192
+tokens back, given the first. A tiny model does not find that by itself, so its lessons grow:
     copy      random pieces, a block of them twice: copying ("induction") forms
     text      Python source alone, with such blocks
     128       text with word pairs and questions, plain positions
@@ -46,8 +46,8 @@ CONFIG = LlamaConfig(
     head_dim=64,
     max_position_embeddings=8192,
     rope_theta=10_000.0,
-    # subtle: tied, because "what I read is what I say" is then the identity: copying forms within
-    # some 600 steps, by which untied weights have not begun (LOG.md)
+    # subtle: tied, so that to repeat a token is the identity: copying forms within some 600 steps.
+    # With untied weights it has not even begun by then (LOG.md)
     tie_word_embeddings=True,
     raw={"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
 )
@@ -99,7 +99,7 @@ def copy_sample(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     ids = torch.randint(CONFIG.vocab_size, (tokens,), generator=generator)
     ids[second : second + size] = ids[first : first + size]
     scored = torch.zeros(tokens, dtype=torch.bool)
-    scored[second + 1 : second + size] = True  # its first piece cannot be known
+    scored[second + 1 : second + size] = True  # its first piece cannot be predicted
     return ids, scored
 
 
@@ -186,7 +186,7 @@ def make_batch(name: str, text: Tensor, weaver: LessonWeaver, generator) -> list
 
 def loss_of(model: Llama, ids, positions, scored, plain) -> tuple[Tensor, dict]:
     """Mean over what can be looked up, plus twice the mean over plain text: so few tokens are
-    scored that one common mean would hardly hear them."""
+    scored that they would hardly count in one common mean."""
     hidden, targets = model.hidden(ids, positions)[:, :-1], ids[:, 1:]
     total, parts = torch.zeros(()), {}
     for name, mask in (("scored", scored[:, 1:]), ("text", plain[:, 1:])):

@@ -4,7 +4,7 @@ docs/equations.md names for it: `python studies/mutate.py` (minutes; --tags E5 E
 A mutant is one wrong text in place of a right one: a flipped sign, an off-by-one, a dropped factor.
 It is killed if the named test fails, or else another test of the same file. The table goes to
 assets/results/mutants.json. tests/test_docs.py checks that each tag has two mutants or more, that
-their right text stands under its tag, and that the table is of this list: so it fails when a line
+their right text is under its tag, and that the table is of this list: so it fails when a line
 changes, until this is run again.
 """
 
@@ -47,11 +47,11 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E4": (
         "recipe.py",
-        ("per_type_sum / count.clamp(min=1)", "per_type_sum"),
+        ("torch.where(often, per_type_sum / count.clamp(min=1)", "torch.where(often, per_type_sum"),
         ("mean.argsort(descending=True", "mean.argsort(descending=False"),
         ("covered_before < top", "covered_before <= top"),
         ("cumsum(0) - count[order]", "cumsum(0)"),
-        ("count >= max(1, min_count)", "count > max(1, min_count)"),
+        ("often = count >= max(1,", "often = count > max(1,"),
     ),
     "E5": (
         "recipe.py",
@@ -83,7 +83,8 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     "E9": (
         "model.py",
         ("lse - logits.gather", "lse + logits.gather"),
-        ("[:, 0] * valid).sum()", "[:, 0]).sum()"),
+        ("[:, 0] * w).sum()", "[:, 0]).sum()"),
+        ("[:, 0] * w).sum()", "[:, 0] * valid).sum()"),
         ("index, -torch.ones_like(lse)", "index, torch.ones_like(lse)"),
     ),
     "E10": (
@@ -127,8 +128,10 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E17": (
         "train.py",
-        ("loss = loss_sum / valid", "loss = loss_sum / int((targets != -100).sum())"),
-        ("loss = loss_sum / valid", "loss = loss_sum / targets.numel()"),
+        ("loss = loss_sum / total_weight", "loss = loss_sum / float(weight.sum())"),
+        ("loss = loss_sum / total_weight", "loss = loss_sum / targets.numel()"),
+        ("weights=weight.to(device)", "weights=None"),
+        ("type_weights[targets.clamp(min=0)]", "type_weights[targets.clamp(min=0)].roll(1)"),
         ("total += float(loss.detach())", "total = float(loss.detach())"),
     ),
     "E18": (
@@ -176,27 +179,60 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),
         ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T - L - 1"),
     ),
+    "E26": (
+        "recipe.py",
+        ("h = L // 3 if uniform(0, 1, generator) == 0 else", "h ="),
+        ("min(4 * T // L, L // 3)", "min(4, L // 3)"),
+        ("2 * T / L], dtype", "T / L], dtype"),
+        ("mean, sigma = 1 + T / L,", "mean, sigma = T / L,"),
+        ("u = below + (above - below) * torch", "u = torch"),
+        ("int(a * L / 2)", "int(a * L)"),
+        ("h + (m - 1) * W // L, W - h - 1", "h + m * W // L, W - h - 1"),
+        ("h + (m - 1) * W // L, W - h - 1", "h + (m - 1) * W // L, T - h - 1"),
+        ("positions[h : h + m] += last - (h + m - 1)", "positions[h : h + m] += last - (h + m)"),
+        ("positions[h + m :] += T - L", "positions[h + m :] += T - L - 1"),
+    ),
+    "E27": (
+        "model.py",
+        ("L0 / (2 * math.pi * turns)", "L0 / (math.pi * turns)"),
+        ("/ (2 * math.log(theta))", "/ math.log(theta)"),
+        ("return 1 - ((i - first)", "return 1 - ((i - last)"),
+        ("((last - first) or 0.001)", "(last - first + 1)"),
+    ),
+    "E28": (
+        "model.py",
+        ("return 1 + 0.1 * m", "return 1 - 0.1 * m"),
+        ('max(1, scaling["factor"])', 'scaling["factor"]'),
+        ('growth(scaling["mscale"]) / growth', 'growth(scaling["mscale"]) * growth'),
+    ),
+    "E29": (
+        "recipe.py",
+        (".exp().clamp(max=MAX_WEIGHT)", ".exp()"),
+        (".exp().clamp(max=MAX_WEIGHT)", ".neg().exp().clamp(max=MAX_WEIGHT)"),
+        ("weight.where(count >= max(1, min_count), 1.0)", "weight"),
+    ),
 }
 
 
-# Lines of train.py that hold no formula: each wrong text has to fail one of TRAIN_TESTS.
+# Lines of the training that hold no formula: each wrong text has to fail one of TRAIN_TESTS.
 TRAIN_TESTS = [
     "tests/test_train.py::test_a_sample_is_drawn_from_seed_step_and_number_alone",
     "tests/test_train.py::test_every_setting_reaches_its_place",
 ]
+LEVERS = "support/memory/activations.py"
 TRAIN_MUTANTS = (
-    ("settings.seed * 1_000_003 + step +", "settings.seed * 1_000_003 +"),
-    ("analyse(original, extended, probe", "analyse(extended, original, probe"),
-    ('"first_position": settings.base_len', '"first_position": 0'),
-    ("settings.lr, settings.weight_decay", "settings.lr, 0.0"),
-    ("self.optimizer.step(lr, settings.clip,", "self.optimizer.step(lr, 1e9,"),
-    ("step - first, settings.warmup_steps, first)", "step - first, 0, first)"),
-    ("model.activation_checkpointing = True", "model.activation_checkpointing = False"),
-    ("model.keep_attention = settings.keep_attention", "model.keep_attention = False"),
-    ("LayerInputsOnHost() if settings.offload_inputs else None", "None"),
-    ("return stage.lr * (1 - step / stage.steps)", "return stage.lr"),
-    ("trainer.train(replay, replay_corpus)", "trainer.train(replay, corpus)"),
-    ('run.path / "merged", settings.merge_weight)', 'run.path / "merged", 0.5)'),
+    ("train.py", "settings.seed * 1_000_003 + step +", "settings.seed * 1_000_003 +"),
+    ("train.py", "analyse(original, extended, probe", "analyse(extended, original, probe"),
+    ("train.py", '"first_position": settings.base_len', '"first_position": 0'),
+    ("train.py", "settings.lr, settings.weight_decay", "settings.lr, 0.0"),
+    ("train.py", "self.optimizer.step(lr, settings.clip,", "self.optimizer.step(lr, 1e9,"),
+    ("train.py", "step - first, settings.warmup_steps, first)", "step - first, 0, first)"),
+    (LEVERS, "model.activation_checkpointing = True", "model.activation_checkpointing = False"),
+    (LEVERS, "model.keep_attention = settings.keep_attention", "model.keep_attention = False"),
+    (LEVERS, "LayerInputsOnHost() if settings.offload_inputs else None", "None"),
+    ("train.py", "return stage.lr * (1 - step / stage.steps)", "return stage.lr"),
+    ("train.py", "trainer.train(replay, replay_corpus)", "trainer.train(replay, corpus)"),
+    ("train.py", 'run.path / "merged", settings.merge_weight)', 'run.path / "merged", 0.5)'),
 )
 
 
@@ -207,11 +243,11 @@ def mutate_train() -> None:
         if fails(copy, TRAIN_TESTS):
             raise SystemExit("error: the tests fail before anything is broken")
         survivors = 0
-        for right, wrong in TRAIN_MUTANTS:
-            line_of("train.py", right)
-            who = killer(copy, "train.py", right, wrong, TRAIN_TESTS)
+        for file, right, wrong in TRAIN_MUTANTS:
+            line_of(file, right)
+            who = killer(copy, file, right, wrong, TRAIN_TESTS)
             survivors += who is None
-            print(f"train.py: {right!r} -> {wrong!r}: {who or 'SURVIVES'}", flush=True)
+            print(f"{file}: {right!r} -> {wrong!r}: {who or 'SURVIVES'}", flush=True)
     raise SystemExit(1 if survivors else 0)
 
 
@@ -244,7 +280,7 @@ def fails(folder: Path, tests: list[str]) -> bool:
 
 
 def killer(folder: Path, file: str, right: str, wrong: str, tests: list[str]) -> str | None:
-    """Who notices the wrong text: the named tests, or the files they are in. None: nobody."""
+    """The tests that fail with the wrong text: those named, or else their files. None: no test."""
     path = folder / file
     text = path.read_text()
     path.write_text(text.replace(right, wrong))

@@ -97,7 +97,12 @@ def measure_all(commands: dict[str, str]) -> dict:
         found["results"] = read_json(out / "needle_results.json")
     found["disk_GB"] = {name: round(size, 2) for name, size in disk.items()}
     found["dtype"] = trained["settings"]["dtype"]
-    keep = ("torch", "python", "hardware", "threads")  # the copy is no checkout: commit from here
+    keep = (
+        "torch",
+        "python",
+        "hardware",
+        "threads",
+    )  # the copy has no git: the commit is this checkout's
     return found | {k: trained[k] for k in keep} | {"commit": provenance(0)["commit"]}
 
 

@@ -1,4 +1,4 @@
-"""Which part of the recipe does what? The tiny model from 8,192 tokens to a longer window, often.
+"""Which part of the recipe does what? The tiny model is extended again and again, with changes.
 
     python studies/tiny_study.py                   # to 32,768; resumable: rows that are there stay
     python studies/tiny_study.py --report          # only the table, from the JSON in assets/
@@ -44,7 +44,7 @@ from recipe import METHODS, merge, ntk_rope_base, train_length
 from support.data.sources import load_toy_text
 from support.data.toy import ToyCorpus, answerable
 from support.huggingface.config import yarn_scaling
-from support.runs.flags import read_impactful
+from support.runs.analysis import read_impactful
 from support.system.bad_input import BadInput
 from support.system.console import report_errors
 
@@ -62,6 +62,8 @@ SETTINGS = {
     "prefix": "--prefix {same}",
     "full": "--method full --select first",  # all of a text: nothing to select
     "select random": "--select random",
+    # its own probe and analysis come out as longrecipe's: the same steps and seeds
+    "weigh": "--weigh --select random",
     "select digits": "--select digits",
     "select first": "--select first",
     "analysis against the old base": "--no-log_softmax --no-rebased_analysis",
@@ -106,7 +108,7 @@ def folder(name: str, seed: int, args) -> Path:
 
 
 def theta_of(name: str, target: int) -> float:
-    """Of a row whose flags do not say it."""
+    """The theta of a row whose flags do not name it."""
     if "paper" in name:
         return ntk_rope_base(THETA, 64, WINDOW, target)
     stays = "yarn" in name or "old base" in name.partition(",")[2]

@@ -10,8 +10,8 @@ data/          text: files as documents of tokens; toy: the toy task; sources: w
 memory/        activations, optimizer: the levers; kernels: attention on a GPU, what is compiled;
                count: bytes and FLOPs; machine: what is there; choose: levers that fit;
                table: `--plan`
-runs/          settings, flags, checks: what train.py is told; run_folder: out/; export: samples as
-               files
+runs/          settings, flags, checks: what train.py is told; run_folder: out/; metrics, analysis:
+               files in it; export: samples as files
 needles/       tasks: what is hidden, in which words; haystack; settings: what to do, who is judged;
                results: needle.jsonl; intervals, summary: what they say; report, figures; cost
 explain/       command: `python recipe.py`; words, figure, positions, distances: what it says

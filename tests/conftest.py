@@ -13,7 +13,7 @@ import torch
 from smollm2 import fetch_essays, fetch_model
 
 torch.set_num_threads(2)
-# a shell lets its jobs in the background ignore Ctrl-C; the tests of Ctrl-C want it as in front
+# A shell makes its background jobs ignore Ctrl-C; the tests of Ctrl-C need it handled as usual.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,6 +1,6 @@
 """Bad input to the commands, in one table: one `error:` line, exit code 2, nothing written.
 
-(What the evaluation refuses in its grid and templates stands in test_eval_needle.py.)"""
+(What the evaluation refuses in its grid and templates is in test_eval_needle.py.)"""
 
 import inspect
 import json
@@ -84,8 +84,8 @@ BAD_FOLDERS = {
     "extra tensors": (lambda f: edit_config(f, num_hidden_layers=1), "extra"),
     "unknown family": (lambda f: edit_config(f, model_type="gpt_neox"), "model_type 'gpt_neox'"),
     "unknown rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
-        "rope type 'yarn'",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "su", "rope_theta": 1e4}),
+        "rope type 'su' is not supported \\(default, linear, llama3, yarn are\\)",
     ),
     "old spelling of rope": (
         lambda f: edit_config(f, rope_parameters=None, rope_scaling={"type": "dynamic"}),
@@ -150,6 +150,7 @@ TRAIN = [
     ("--impactful pyproject.toml", "pyproject.toml is not valid JSON"),
     ("--impactful nowhere.json", "--impactful nowhere.json does not exist"),
     ("--method none --train_len 64", "--method none never leaves the old window"),
+    ("--weigh", "--weigh needs --log_softmax"),
     ("--resume", "nothing to resume"),
     ("--steps many", "argument --steps: invalid int value: 'many'"),
     ("--method yarn", "argument --method: invalid choice: 'yarn'"),

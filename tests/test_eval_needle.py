@@ -28,7 +28,7 @@ from model import BadInput, LlamaConfig, generate, load_pretrained, load_tokeniz
 from support.memory.count import forward_flops, training_flops
 from support.needles.cost import kv_cache_bytes
 from support.needles.figures import draw_curves, draw_heatmap
-from support.needles.haystack import CITIES, Hidden, load_haystack
+from support.needles.haystack import Hidden, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.results import KEY, Results
 from support.needles.summary import gain, gains, summarise, versus
@@ -57,7 +57,7 @@ def real_haystack(smollm2_dir, essays_dir):
 @settings(max_examples=60, deadline=None)
 def test_prompts_are_exact(haystack, name, length, depth, seed):
     """[E11] Prompt and answer budget are `length` tokens; also where the haystack has to repeat.
-    Keys and values stand in their needles and nowhere else."""
+    Keys and values are in their needles and nowhere else."""
     task = TASKS[name]
     length = max(length, 6000) if name == "common_words" else length
     sample = make_sample(task, haystack, length, depth, f"{seed}")
@@ -110,15 +110,22 @@ def test_several_keys_are_asked_for_in_one_question(haystack):
     assert re.search(r"numbers for \w+ are:$", texts["multivalue"])
 
 
-def test_a_key_that_the_haystack_holds_is_drawn_again(toy_dir):
-    task = dataclasses.replace(TASKS["niah_single"], keys=("Ada", "Bob", "Zoe"))
-    stack = Haystack(PROSE, load_tokenizer(toy_dir))
-    for seed in range(6):  # Ada and Bob are in the story
-        ids = make_sample(task, stack, 900, 0.5, f"{seed}").ids.tolist()
-        assert stack.tokenizer.decode(ids).endswith("number for Zoe is:")
+def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
+    """Keys, values and numbers; compared after NFC, without case."""
+    tokenizer, niah = load_tokenizer(toy_dir), TASKS["niah_single"]
+    story, cafe = Haystack(PROSE, tokenizer), Haystack("A CAFÉ is here. " * 99, tokenizer)
+    task = dataclasses.replace(niah, keys=("Ada", "Bob", "Zoe"))  # Ada and Bob are in the story
+    tea = dataclasses.replace(niah, values=("Cafe\u0301", "tea"))
+    for seed in range(6):
+        ids = make_sample(task, story, 900, 0.5, f"{seed}").ids.tolist()
+        assert tokenizer.decode(ids).endswith("number for Zoe is:")
+        assert make_sample(tea, cafe, 700, 0.5, f"{seed}").expected == ["tea"]
     none_left = dataclasses.replace(task, keys=("Ada", "Bob"))
-    with pytest.raises(ValueError, match="the haystack holds all but 0 of the needles' 1 words"):
-        make_sample(none_left, stack, 900, 0.5, "0")
+    with pytest.raises(BadInput, match="the haystack holds all but 0 of the needles' 1 words"):
+        make_sample(none_left, story, 900, 0.5, "0")
+    (number,) = make_sample(niah, story, 600, 0.5, "s").expected
+    spoiled = Haystack(f"The number {number} is here. " + PROSE, tokenizer)
+    assert make_sample(niah, spoiled, 600, 0.5, "s").expected != [number]
 
 
 def test_controls_leave_out_the_needles_or_all_but_the_needle(haystack):
@@ -191,14 +198,6 @@ def test_a_task_whose_answer_is_empty_is_refused(haystack):
         make_sample(task, haystack, 900, 0.5, "0")
 
 
-def test_answers_are_compared_after_nfc(toy_dir):
-    assert score(["Café"], "Cafe\u0301.") == 1.0
-    task = dataclasses.replace(TASKS["niah_single"], values=("Cafe\u0301", "tea"))
-    stack = Haystack("A CAFÉ is here. " * 99, load_tokenizer(toy_dir))
-    for seed in range(4):
-        assert make_sample(task, stack, 700, 0.5, f"{seed}").expected == ["tea"]
-
-
 @pytest.mark.parametrize("case", ["digits merged", "one short essay", "not ASCII", "uuids"])
 def test_cases_nobody_tuned_for(case, toy_dir, tmp_path):
     """Tokenizers that merge digits, a haystack that repeats hundreds of times, another script,
@@ -228,8 +227,9 @@ def test_cases_nobody_tuned_for(case, toy_dir, tmp_path):
         assert len(stack.tokenizer.encode(" 4821906")) < 7
 
 
-def test_needles_stand_between_sentences(real_haystack):
-    """Seen in the decoded text: before each needle a sentence ends, after it text goes on."""
+def test_needles_are_between_sentences_of_a_text_that_is_not_encoded_again(real_haystack):
+    """Seen in the decoded text: before each needle a sentence ends, after it text goes on. The
+    haystack's own tokens are in the prompt untouched, in order, around the needle."""
     for seed in range(20):
         sample = make_sample(TASKS["multikey"], real_haystack, 1500, 0.5, f"{seed}")
         text = real_haystack.tokenizer.decode(sample.ids.tolist())
@@ -239,15 +239,10 @@ def test_needles_stand_between_sentences(real_haystack):
             assert end in ".!?", before[-40:]
         for after in parts[1:]:
             assert after[after.index(".") + 1].isspace()
-
-
-def test_ids_are_never_encoded_again_as_a_whole(real_haystack):
-    """The haystack's own tokens stand in the prompt untouched, in order, around the needle."""
     sample = make_sample(TASKS["niah_single"], real_haystack, 2048, 0.5, "x")
     hay = real_haystack.ids.unfold(0, 400, 1)
     for begin in (100, 1200):
-        piece = sample.ids[begin : begin + 400]
-        assert (hay == piece).all(dim=1).any()
+        assert (hay == sample.ids[begin : begin + 400]).all(dim=1).any()
 
 
 def test_the_depths_of_a_text_share_everything_else(haystack):
@@ -270,31 +265,13 @@ def test_a_bos_comes_once_and_only_if_the_tokenizer_adds_one(haystack, toy_dir, 
         assert int((ids == bos).sum()) == expected and (ids[0] == bos) == bool(expected)
 
 
-def test_a_length_below_the_frame_is_refused(haystack):
-    with pytest.raises(
-        ValueError, match="--lengths 60 is too short: .* this prompt takes at least"
-    ):
-        make_sample(TASKS["niah_single"], haystack, 60, 0.5, "0")
-
-
-def test_the_answer_is_redrawn_if_the_haystack_holds_it(toy_dir):
-    rng = random.Random("s")
-    rng.sample(CITIES, 1)
-    first = str(rng.randint(1_000_000, 9_999_999))
-    tokenizer = load_tokenizer(toy_dir)
-    plain = make_sample(TASKS["niah_single"], Haystack(PROSE, tokenizer), 600, 0.5, "s")
-    assert plain.expected == [first]
-    spoiled = Haystack(f"The number {first} is here. " + PROSE, tokenizer)
-    assert make_sample(TASKS["niah_single"], spoiled, 600, 0.5, "s").expected != [first]
-
-
 # ---- scores ------------------------------------------------------------------------------------
 
 
 def test_score_by_hand():
-    """[E19]"""
+    """[E19] Case and the form of an accent do not count."""
     assert score(["123"], "is 123.") == 1 and score(["123"], "is 12 3") == 0
-    assert score(["AbC", "x"], "abc") == 0.5
+    assert score(["AbC", "x"], "abc") == 0.5 and score(["Café"], "Cafe\u0301.") == 1
 
 
 def test_wilson_by_hand():
@@ -307,16 +284,19 @@ def test_wilson_by_hand():
 def test_multiquery_interval_draws_whole_haystacks():
     """[E22] Two haystacks, one all right and one all wrong: resampling gives 0, 1/2 or 1, while
     Wilson on the 16 answers, taken for independent, would be far too sure."""
-    row = {"model": "m", "length": 100}
-    rows = [row | {"task": "multiquery", "repeat": r, "score": float(r)} for r in (0, 1)] * 8
-    assert summarise(rows)[0]["interval_95"] == [0.0, 1.0]
+    row = {"model": "m", "length": 100, "task": "multiquery"}
+    rows = [row | {"repeat": r, "score": float(r)} for r in (0, 1)] * 8
+    assert summarise(rows)[0]["interval_95"] == [0.0, 1.0] and wilson(8, 16)[0] > 0.2
     agree = [r | {"score": 1.0} for r in rows]  # two haystacks that agree prove little
     assert summarise(agree)[0]["interval_95"] == [round(x, 3) for x in wilson(16, 16)]
     assert summarise(rows)[0]["texts"] == 2 and summarise(rows)[0]["n"] == 16
     one = [r | {"repeat": 0} for r in rows]
     assert summarise(one)[0]["interval_95"] == [round(x, 3) for x in wilson(8, 16)]
-    low, high = resampled([[1.0, 0.0]] * 50)
-    assert low == high == 0.5
+    cells = summarise(
+        [r | {"depth": i // 2} for i, r in enumerate(rows)], ("model", "task", "depth")
+    )
+    assert [c["interval_95"] for c in cells] == [[round(x, 3) for x in wilson(1, 2)]] * 8
+    assert resampled([[1.0, 0.0]] * 50) == (0.5, 0.5)
 
 
 def test_text_loss_equals_the_plain_way(toy_dir):
@@ -384,44 +364,62 @@ def test_nats_of_the_answer_are_those_of_a_whole_forward(toy_dir, haystack, name
 SEED_300 = "0/niah_single/300/0"  # seed, task, length, repeat
 
 
-def run(*more, toy_dir, prose_file, out):
-    eval_needle.main(
-        [
-            *f"--model {toy_dir} --haystack {prose_file} --lengths 300 400 --depths 0 1".split(),
-            *f"--n 2 --out {out}".split(),
-            *more,
-        ]
-    )
-    return [json.loads(x) for x in (out / "needle.jsonl").read_text().splitlines()]
+@pytest.fixture
+def judge(toy_dir, prose_file, tmp_path):
+    """judge(flags) -> the results in needle.jsonl. Of a repeated flag the last one counts."""
+
+    def run(flags="", model=toy_dir, out=tmp_path / "out"):
+        grid = "--lengths 300 400 --depths 0 1 --n 2"
+        argv = f"--model {model} --haystack {prose_file} --out {out} {grid} {flags}"
+        eval_needle.main(argv.split())
+        return [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
+
+    return run
 
 
-def test_the_command_writes_rows_table_and_figure(toy_dir, prose_file, tmp_path, capsys):
-    rows = run("--loss", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+@pytest.fixture
+def refused(judge, tmp_path, capsys):
+    """refused(flags) -> the one error line; exit code 2, nothing announced, nothing written."""
+
+    def run(flags, **more):
+        with pytest.raises(SystemExit) as stop:
+            judge(flags, **more)
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and not (tmp_path / "out").exists()
+        assert sum(line.startswith("error:") for line in lines) == 1
+        assert not any(line.startswith("haystack:") for line in lines)
+        return lines[-1]
+
+    return run
+
+
+def results_of(out) -> dict:
+    return json.loads((out / "needle_results.json").read_text())
+
+
+def test_the_command_writes_rows_table_and_figure(judge, toy_dir, tmp_path, capsys):
+    rows, out = judge("--loss"), tmp_path / "out"
     assert len(rows) == 2 * 2 * 2 + 2 * 2
     for row in rows:
         assert row["seconds"] >= 0 and row["seed"] == 0 and row["model"] == toy_dir.name
     needles = [r for r in rows if r["task"] == "niah_single"]
     assert all(r["score"] == score(r["expected"], r["output"]) for r in needles)
     assert all(r["answer_logprob"] < 0 < r["answer_tokens_scored"] for r in needles)
-    summary = json.loads((tmp_path / "needle_results.json").read_text())
-    assert {(e["task"], e["length"], e["n"]) for e in summary["table"]} == {
-        ("niah_single", 300, 4),
-        ("niah_single", 400, 4),
-        ("loss", 300, 2),
-        ("loss", 400, 2),
-    }
-    losses = [e["mean"] for e in summary["table"] if e["task"] == "loss"]
-    assert {e["nats"] < 0 for e in summary["table"] if e["task"] != "loss"} == {True}
+    table = results_of(out)["table"]
+    cells = {(task, n) for task in ("niah_single", "loss") for n in (300, 400)}
+    assert {(e["task"], e["length"]) for e in table} == cells
+    for e in table:
+        assert e["n"] == 4 and e["nats"] < 0 if e["task"] != "loss" else e["n"] == 2
+    losses = [e["mean"] for e in table if e["task"] == "loss"]
     assert all(4 < x < 15 for x in losses)  # a random model: about ln 400 = 6 or worse
     for name in ("needle", "nats", "curves"):
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert "niah_single (found" in (said := capsys.readouterr().out)
     assert "niah_single (log-probability of an answer, nats)" in said and "theta" in said
 
 
-def test_cells_already_there_are_not_run_again(toy_dir, prose_file, tmp_path, monkeypatch):
-    rows = run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    path = tmp_path / "needle.jsonl"
+def test_cells_already_there_are_not_run_again(judge, tmp_path, monkeypatch):
+    rows, path = judge(), tmp_path / "out" / "needle.jsonl"
     lines = path.read_text().splitlines()
     old = json.loads(lines[2])  # by a version that measured no nats: measured again
     del old["answer_logprob"]
@@ -429,31 +427,29 @@ def test_cells_already_there_are_not_run_again(toy_dir, prose_file, tmp_path, mo
     path.write_text("\n".join(kept) + "\n" + lines[3][:40])  # killed while writing line 4
     measured, original = [], eval_needle.measure
     monkeypatch.setattr(eval_needle, "measure", lambda *a: measured.append(1) or original(*a))
-    again = run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    again = judge()
     assert len(measured) == len(rows) - 2
-    assert again[2] == old
-    again = [again[i] for i in (0, 1, 3, *range(4, len(again)))]
+    assert again.pop(2) == old
 
     def without_time(rows):
         return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
     assert without_time(again) == without_time(rows)
-    run("--n", "3", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    judge("--n 3")
     assert len(measured) == len(rows) - 2 + 4  # only the new repeats
 
 
 @pytest.mark.parametrize("theta", [1e7, 1e4])
 def test_the_untrained_row_comes_by_itself_where_the_run_changed_theta(
-    theta, toy_dir, prose_file, tmp_path, capsys
+    theta, judge, toy_dir, tmp_path, capsys
 ):
     """It has the original's weights under the result's theta: a model of its own."""
-    other, result, out = load_pretrained(toy_dir), tmp_path / "result", tmp_path / "eval"
+    other, result = load_pretrained(toy_dir), tmp_path / "result"
     other.config = other.config.with_rope(theta, 512)
     save_pretrained(other, result, tokenizer_from=toy_dir)
     (result / "run.json").write_text(json.dumps({"settings": {"model": str(toy_dir)}}))
-    flags = f"--model {result} --loss --lengths 300 --depths 0 --n 1 --haystack {prose_file}"
-    eval_needle.main(f"{flags} --out {out}".split())
-    found = results_of(out)
+    judge("--loss --lengths 300 --depths 0 --n 1", model=result)
+    found = results_of(tmp_path / "out")
     labels = ["original", *(["untrained"] if theta == 1e7 else []), "result"]
     assert list(found["models"]) == labels
     losses = {e["model"]: e["mean"] for e in found["table"] if e["task"] == "loss"}
@@ -464,76 +460,68 @@ def test_the_untrained_row_comes_by_itself_where_the_run_changed_theta(
     assert re.search(rf"\nresult +{theta:,.0f} +512 ", capsys.readouterr().out)
 
 
-def test_any_of_several_end_tokens_stops_an_answer(toy_dir, prose_file, tmp_path):
-    folder, where = tmp_path / "m", {"prose_file": prose_file}
+def test_any_of_several_end_tokens_stops_an_answer(judge, haystack, toy_dir, tmp_path):
+    folder, flags = tmp_path / "m", "--lengths 300 --depths 0 --n 1"
     shutil.copytree(toy_dir, folder)
-    flags = "--lengths 300 --depths 0 --n 1".split()
-    (before,) = run(*flags, toy_dir=folder, out=tmp_path / "a", **where)
-    tokenizer = load_tokenizer(folder)
-    first = make_sample(TASKS["niah_single"], Haystack(PROSE, tokenizer), 300, 0.0, SEED_300).ids
-    ends = [tokenizer.eos_id, generate(load_pretrained(folder), first, 1)[0]]
+    (before,) = judge(flags, model=folder, out=tmp_path / "a")
+    first = make_sample(TASKS["niah_single"], haystack, 300, 0.0, "0/niah_single/300/0").ids
+    ends = [haystack.tokenizer.eos_id, generate(load_pretrained(folder), first, 1)[0]]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    (after,) = run(*flags, toy_dir=folder, out=tmp_path / "b", **where)
+    (after,) = judge(flags, model=folder, out=tmp_path / "b")
     assert before["output"] and after["output"] == ""
     assert after["answer_logprob"] == before["answer_logprob"]
 
 
-def test_several_tasks_and_repeated_flags(toy_dir, prose_file, tmp_path):
-    flags = "--tasks multikey niah_single multikey --lengths 600 500 500 --depths 1 0 0".split()
-    rows = run(*flags, toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    assert len(rows) == 2 * 2 * 2 * 2 and {r["task"] for r in rows} == {"multikey", "niah_single"}
-    summary = json.loads((tmp_path / "needle_results.json").read_text())
-    assert [e["length"] for e in summary["table"]] == [500, 600] * 2
-    for task in ("multikey", "niah_single"):
-        assert (tmp_path / f"needle_{task}.png").read_bytes()[:4] == b"\x89PNG"
+def test_several_tasks_and_repeated_flags(judge, tmp_path, capsys):
+    tasks = ["multikey", "multivalue", "multiquery", "needles_8"]
+    rows = judge(f"--tasks {' '.join(tasks)} multikey --n 1 --lengths 900 800 800 --depths 1 0 0")
+    assert len(rows) == 2 * (3 * 2 + 8) and {r["task"] for r in rows} == set(tasks)
+    parts = {(i + 0.5) / 8 for i in range(8)}
+    assert {r["depth"] for r in rows if r["task"] == "needles_8"} == parts
+    table = results_of(tmp_path / "out")["table"]
+    assert [e["length"] for e in table if e["task"] != "NIAH(M)"] == [800, 900] * 4
+    for task in tasks:
+        assert (tmp_path / "out" / f"needle_{task}.png").read_bytes()[:4] == b"\x89PNG"
+    said = capsys.readouterr()
+    assert "\nmultiquery (found" in said.out and "\nneedles_8, each in turn (found" in said.out
+    assert "NIAH(M) (found" in said.out and "the mean of multikey, multivalue" in said.out
+    # 2 x 2 layers x 2 heads x 12 x 900 tokens x 4 bytes
+    assert "key-value cache at 900 tokens: 0.00 GiB (float32)" in said.err
+    assert "to do: 28 prompts of 23,800 tokens together" in said.err
+    assert "--depths is not for needles_8: the needles divide the text among them" in said.err
+    assert "a short prompt is read at" in said.err
 
 
-def test_what_some_row_would_refuse_is_refused_before_the_first(
-    toy_dir, prose_file, tmp_path, capsys
-):
-    """A sliding window shorter than the longest prompt; a length that only some keys fit into."""
-    folder = tmp_path / "mistral"
-    shutil.copytree(toy_dir, folder)
-    config = json.loads((folder / "config.json").read_text())
-    changes = {"model_type": "mistral", "sliding_window": 350}
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    flags = f"--haystack {prose_file} --out {tmp_path / 'out'} --depths 0.5 --n 8 --lengths"
-    frames = []
-    for repeat in range(8):
-        with pytest.raises(ValueError, match="at least (\\d+) tokens") as error:
-            stack = Haystack(PROSE, load_tokenizer(toy_dir))
-            make_sample(TASKS["niah_single"], stack, 20, 0.5, f"0/niah_single/20/{repeat}")
-        frames.append(int(re.search(r"at least (\d+)", str(error.value))[1]))
-    assert len(set(frames)) > 1  # keys of different length
-    for model, lengths in ((folder, "300 400"), (toy_dir, str(min(frames)))):
-        with pytest.raises(SystemExit) as stop:
-            eval_needle.main(f"--model {model} {flags} {lengths}".split())
-        assert stop.value.code == 2 and not (tmp_path / "out").exists()
-    err = capsys.readouterr().err
-    assert "sliding_window 350 is shorter than --lengths 400" in err and "is too short" in err
-    assert "haystack:" not in err  # nothing is announced that does not come
+def test_a_prompt_that_cannot_be_made_is_refused_before_the_first_is_run(refused, haystack):
+    """Each length and text has its own keys, so a later prompt may not fit where the first does."""
 
-
-def test_every_length_is_checked_before_the_first_row(toy_dir, prose_file, tmp_path, capsys):
-    """Other lengths have other keys: the shortest may fit where a longer one does not."""
-    stack = Haystack(PROSE, load_tokenizer(toy_dir))
-
-    def fits(length: int) -> bool:
+    def fits(length: int, repeat: int = 0) -> bool:
         try:
-            make_sample(TASKS["niah_single"], stack, length, 0.0, f"0/niah_single/{length}/0")
-        except ValueError:
+            row_seed = f"0/niah_single/{length}/{repeat}"
+            return bool(make_sample(TASKS["niah_single"], haystack, length, 0.0, row_seed))
+        except BadInput:
             return False
-        return True
 
-    first = next(n for n in range(20, 300) if fits(n) and not fits(n + 1))
-    flags = f"--model {toy_dir} --haystack {prose_file} --out {tmp_path / 'out'} --n 1"
-    with pytest.raises(SystemExit):
-        eval_needle.main(f"{flags} --lengths {first} {first + 1}".split())
-    assert f"--lengths {first + 1} is too short" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    n = next(n for n in range(20, 300) if fits(n) and not fits(n + 1))
+    assert f"--lengths {n + 1} is too short" in refused(f"--n 1 --lengths {n} {n + 1}")
+    n = next(n for n in range(20, 300) if fits(n, 0) and not fits(n, 1))
+    assert f"--lengths {n} is too short" in refused(f"--n 2 --lengths {n}")
 
 
-def test_ctrl_c_keeps_the_rows_and_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
+def test_a_model_that_cannot_be_compared_is_refused(refused, toy_dir, tmp_path):
+    shutil.copytree(toy_dir, tmp_path / "other")
+    write_tokenizer(tmp_path / "other", PROSE[:700], 300)
+    error = refused(f"--compare {tmp_path / 'other'}")
+    assert "its tokenizer or vocabulary is not that of --model" in error
+    shutil.copytree(toy_dir, tmp_path / "mistral")
+    config = json.loads((toy_dir / "config.json").read_text())
+    config |= {"model_type": "mistral", "sliding_window": 350}
+    (tmp_path / "mistral" / "config.json").write_text(json.dumps(config))
+    error = refused("", model=tmp_path / "mistral")
+    assert "sliding_window 350 is shorter than --lengths 400" in error
+
+
+def test_ctrl_c_keeps_the_rows_and_says_so(judge, tmp_path, monkeypatch, capsys):
     measured, original = [], eval_needle.measure
 
     def stopping(*args):
@@ -544,28 +532,23 @@ def test_ctrl_c_keeps_the_rows_and_says_so(toy_dir, prose_file, tmp_path, monkey
 
     monkeypatch.setattr(eval_needle, "measure", stopping)
     with pytest.raises(SystemExit) as stop:
-        run(toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+        judge()
     assert stop.value.code == 130
+    kept = tmp_path / "out" / "needle.jsonl"
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"interrupted; the results written are kept in {tmp_path / 'needle.jsonl'};"
-        " the same command goes on from there"
+        f"interrupted; the results written are kept in {kept}; the same command goes on from there"
     )
-    assert len((tmp_path / "needle.jsonl").read_text().splitlines()) == 3
+    assert len(kept.read_text().splitlines()) == 3
 
 
-def test_a_haystack_that_repeats_is_announced(toy_dir, prose_file, tmp_path, capsys):
+def test_a_haystack_that_repeats_is_announced(judge, toy_dir, tmp_path, capsys):
     tokens = len(load_tokenizer(toy_dir).encode(PROSE))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "needle.jsonl").touch()  # an empty file of results is fine
     for longest in (tokens, tokens + 1):
-        flags = f"--tasks --loss --n 1 --lengths 300 {longest}".split()
-        run(*flags, toy_dir=toy_dir, prose_file=prose_file, out=touched(tmp_path / f"{longest}"))
+        judge(f"--tasks --loss --n 1 --lengths 300 {longest}")
         warned = f"shorter than --lengths {longest}, so it repeats" in capsys.readouterr().err
         assert warned == (longest > tokens)
-
-
-def touched(folder):
-    folder.mkdir()
-    (folder / "needle.jsonl").touch()
-    return folder
 
 
 def test_the_default_haystack_is_found_from_any_folder(essays_dir, tmp_path, monkeypatch):
@@ -574,48 +557,43 @@ def test_the_default_haystack_is_found_from_any_folder(essays_dir, tmp_path, mon
     assert source == "data/essays" and sorted(essays_dir.glob("*.txt"))[0].read_text() in text
 
 
-def test_a_model_with_another_tokenizer_is_not_compared(toy_dir, prose_file, tmp_path, capsys):
-    shutil.copytree(toy_dir, tmp_path / "other")
-    write_tokenizer(tmp_path / "other", PROSE[:700], 300)
-    with pytest.raises(SystemExit):
-        run(
-            "--compare",
-            str(tmp_path / "other"),
-            toy_dir=toy_dir,
-            prose_file=prose_file,
-            out=tmp_path,
-        )
-    assert "its tokenizer or vocabulary is not that of --model" in capsys.readouterr().err
+BAD_TEMPLATES = [
+    ({"nedle": "x"}, "unknown field 'nedle'"),
+    ({"needle": "no braces"}, "needle must hold {key} and {value}"),
+    ({"needle": "{key} {value} {more}"}, "only {key} and {value} may be in braces"),
+    ({"needle": "{key} {value} {"}, "only {key} and {value} may be in braces"),
+    ({"question": "What?", "answer": ""}, "neither question nor answer holds {key}"),
+    ({"keys": "Anna"}, "keys is 'Anna', expected: list"),
+    ({"keys": []}, "keys must be a list of words"),
+    ({"keys": ["Anna", "Anna"]}, "keys holds a word twice"),
+    ({"values": ["a", " "]}, "values must be a list of words, none of them empty"),
+    ({"values": ["\u00e9b", "e\u0301b"]}, "values holds a word twice"),
+    ({"n": True}, "n is True, expected: int"),
+    ({"needles": 0}, "needles is 0, expected: int"),
+    ({"values": ["zyx"], "needles": 2, "task": "multiquery"}, "holds all but 1 of the needles'"),
+    ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "has 2 needles, but only 1 keys"),
+    ({"task": "sing"}, "task 'sing' is none of"),
+]
 
 
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (
-            "--model nowhere",
-            "model folder nowhere does not exist",
-        ),
-        ("--lengths 300 50", "--lengths 50 is too short"),
+        ("--model nowhere", "model folder nowhere does not exist"),
+        ("--lengths 300 50", "--lengths 50 is too short: with its keys this prompt takes at least"),
         ("--lengths 1", "--lengths 1 must be at least 2 tokens"),
         ("--tasks", "--tasks without a name takes --loss"),
         ("--haystack nowhere.txt", "nowhere.txt does not exist"),
-        ("--lengths 50", "--lengths 50 is too short"),
         ("--depths 0.5 1.5", "--depths 1.5 must be within 0..1"),
         ("--depths nan", "--depths nan must be within 0..1"),
-        (
-            "--out README.md --lengths 500",
-            "--out README.md is a file; a folder for the results is needed",
-        ),
+        ("--out README.md", "--out README.md is a file; a folder for the results is needed"),
         ("--n 0", "--n 0 must be at least 1"),
+        *BAD_TEMPLATES,
     ],
 )
-def test_bad_input_is_one_line(flags, match, toy_dir, prose_file, tmp_path, capsys):
-    argv = f"--model {toy_dir} --haystack {prose_file} --out {tmp_path / 'out'} {flags}".split()
-    with pytest.raises(SystemExit) as stop:
-        eval_needle.main(argv)
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
-    assert stop.value.code == 2 and len(lines) == 1 and match in lines[0]
-    assert not (tmp_path / "out").exists()
+def test_bad_input_is_one_line(flags, match, refused, tmp_path):
+    flags = template(tmp_path, **flags) if isinstance(flags, dict) else flags
+    assert match in refused(flags)
 
 
 def test_without_a_result_the_error_says_who_makes_it(tmp_path, monkeypatch, capsys):
@@ -625,13 +603,14 @@ def test_without_a_result_the_error_says_who_makes_it(tmp_path, monkeypatch, cap
     assert "error: folder out, which train.py makes, does not exist" in capsys.readouterr().err
 
 
-def write_template(tmp_path, **fields):
-    path = tmp_path / "needle.json"
+def template(folder, **fields) -> str:
+    """The flag for a template with these fields."""
+    path = folder / "needle.json"
     path.write_text(json.dumps(fields))
-    return str(path)
+    return f"--template {path}"
 
 
-def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp_path, capsys):
+def test_a_template_replaces_wording_words_and_defaults(judge, tmp_path, capsys):
     fields = {
         "needle": "The code of {key} is {value}!",
         "question": "\nWhich code has {key}?",
@@ -642,92 +621,48 @@ def test_a_template_replaces_wording_words_and_defaults(toy_dir, prose_file, tmp
         "task": "multiquery",
         "ask": "each",
         "needles": 2,
-        "n": 1,
     }
-    eval_needle.main(
-        f"--model {toy_dir} --template {write_template(tmp_path, **fields)} --lengths 300"
-        f" --haystack {prose_file} --out {tmp_path / 'out'}".split()
-    )
-    rows = [json.loads(x) for x in (tmp_path / "out" / "needle.jsonl").read_text().splitlines()]
-    assert [r["depth"] for r in rows] == [0.75, 0.25] and {r["task"] for r in rows} == {
-        "multiquery"
-    }
+    rows = judge(f"{template(tmp_path, **fields)} --lengths 300 --n 1")
+    assert [r["depth"] for r in rows] == [0.75, 0.25]
+    assert {r["task"] for r in rows} == {"multiquery"}
     assert {r["expected"][0] for r in rows} == {"zyx", "wvu"}
     said = capsys.readouterr().out
     assert "\nmultiquery, each in turn (found" in said and "a question and an answer for" in said
 
 
-@pytest.mark.parametrize(
-    ("fields", "match"),
-    [
-        ({"nedle": "x"}, "unknown field 'nedle'"),
-        ({"needle": "no braces"}, "needle must hold {key} and {value}"),
-        ({"needle": "{key} {value} {more}"}, "only {key} and {value} may be in braces"),
-        ({"needle": "{key} {value} {"}, "only {key} and {value} may be in braces"),
-        ({"question": "What?", "answer": ""}, "neither question nor answer holds {key}"),
-        ({"keys": "Anna"}, "keys is 'Anna', expected: list"),
-        ({"keys": []}, "keys must be a list of words"),
-        ({"keys": ["Anna", "Anna"]}, "keys holds a word twice"),
-        ({"values": ["a", " "]}, "values must be a list of words, none of them empty"),
-        ({"values": ["\u00e9b", "e\u0301b"]}, "values holds a word twice"),
-        ({"n": True}, "n is True, expected: int"),
-        ({"needles": 0}, "needles is 0, expected: int"),
-        (
-            {"values": ["zyx"], "needles": 2, "task": "multiquery"},
-            "holds all but 1 of the needles'",
-        ),
-        ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "has 2 needles, but only 1 keys"),
-        ({"task": "sing"}, "task 'sing' is none of"),
-    ],
-)
-def test_a_bad_template_is_one_line(fields, match, toy_dir, prose_file, tmp_path, capsys):
-    argv = f"--model {toy_dir} --template {write_template(tmp_path, **fields)} --lengths 500"
-    with pytest.raises(SystemExit) as stop:
-        eval_needle.main(f"{argv} --haystack {prose_file} --out {tmp_path / 'out'}".split())
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and match in error.splitlines()[-1], error
-    assert not (tmp_path / "out").exists()
-
-
-def test_lengths_and_compare_come_from_the_run(toy_dir, prose_file, tmp_path):
-    """All defaults: the model that train.py began with beside its result, old window .. new; the
-    original gets --n_beyond texts past its window."""
+def test_the_grid_and_who_is_compared_come_from_the_template_and_the_run(
+    toy_dir, prose_file, tmp_path
+):
+    """All defaults: the original beside the result, from the old window to the new one, with the
+    template's n; the original gets --n_beyond texts past its window."""
     model, window, base = load_pretrained(toy_dir), 256, str(tmp_path / "base")
-    for folder, length in ((base, window), (tmp_path / "out", 4 * window)):
+    for folder, length in ((base, window), (tmp_path / "result", 4 * window)):
         model.config = model.config.with_rope(1e4, length)
         save_pretrained(model, folder, tokenizer_from=toy_dir)
-    (tmp_path / "out" / "run.json").write_text(json.dumps({"settings": {"model": base}}))
+    (tmp_path / "result" / "run.json").write_text(json.dumps({"settings": {"model": base}}))
+    template(tmp_path / "result", n=2, n_beyond=9)
     eval_needle.main(
-        f"--model {tmp_path / 'out'} --haystack {prose_file} --depths 0.5 --n 2"
-        " --n_beyond 1".split()
+        f"--model {tmp_path / 'result'} --haystack {prose_file} --depths 0.5 --n_beyond 1".split()
     )
-    lines = (tmp_path / "out" / "needle.jsonl").read_text().splitlines()
-    rows, counts = [json.loads(line) for line in lines], {}
-    for r in rows:
-        counts[r["model"], r["length"]] = counts.get((r["model"], r["length"]), 0) + 1
-    base, result = "original", "out"
-    assert counts == {
-        (base, window): 2,
-        (base, 2 * window): 1,
-        (base, 4 * window): 1,
-        (result, window): 2,
-        (result, 2 * window): 2,
-        (result, 4 * window): 2,
-    }
+    lines = (tmp_path / "result" / "needle.jsonl").read_text().splitlines()
+    counts = Counter((r["model"], r["length"] // window) for r in map(json.loads, lines))
+    ours = {("result", times): 2 for times in (1, 2, 4)}
+    assert counts == ours | {("original", 1): 2, ("original", 2): 1, ("original", 4): 1}
 
 
 # ---- the figure --------------------------------------------------------------------------------
 
 
-def draw(monkeypatch, tmp_path, lengths, names, **options):
+def draw(monkeypatch, tmp_path, lengths, **options):
     """The heat-map of three models: nothing, half, all found -> the matplotlib figure."""
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: figures.append(f) or save(f, *a, **k))
     windows = {
-        "models/base": 512,
-        **dict.fromkeys(("a/very/long/folder/name/of/a/model", "c"), 9999),
+        "base": 512,
+        "a/very/long/folder/name/of/a/model": 9999,
+        "in quite a few words": 9999,
     }
     rows = [
         {"model": m, "task": "t", "length": n, "depth": d, "score": float((i, j % 2) > (1, 0))}
@@ -738,7 +673,7 @@ def draw(monkeypatch, tmp_path, lengths, names, **options):
     ]
     for i, row in enumerate(rows):
         row |= {"answer_logprob": -float(i % 4), "expected": ["7"]}
-    draw_heatmap(tmp_path / "h.png", rows, "t", windows, names, **options)
+    draw_heatmap(tmp_path / "h.png", rows, "t", windows, **options)
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
     figures[0].draw_without_rendering()  # saved at another resolution: lay it out again
     return figures[0]
@@ -746,7 +681,7 @@ def draw(monkeypatch, tmp_path, lengths, names, **options):
 
 @pytest.mark.parametrize("lengths", [(300,), (300, 600), (300, 500, 600, 700, 800, 900, 131072)])
 def test_labels_of_the_heatmap_do_not_overlap(lengths, tmp_path, monkeypatch):
-    figure = draw(monkeypatch, tmp_path, lengths, {"c": "a title of quite a few words, in words"})
+    figure = draw(monkeypatch, tmp_path, lengths)
     axes = figure.axes[:-1]  # the last is the colour bar
     titles = [a.title.get_window_extent() for a in axes]
     ticks = [t.get_window_extent() for a in axes for t in a.get_xticklabels()]
@@ -766,11 +701,12 @@ def test_no_needle_is_drawn_farther_than_the_text_is_long(tmp_path, monkeypatch)
 
 
 def test_the_heatmap_can_be_read(tmp_path, monkeypatch):
-    """Panels in the order and under the names given; contrast of at least 4.5 in every cell; the
-    line at the end of the trained window only where it is, and explained."""
-    figure = draw(monkeypatch, tmp_path, (300, 600), {"models/base": "base"})
+    """Panels in the given order; contrast of at least 4.5 in every cell; the line at the end of the
+    trained window only where it is, and explained; nats on a scale of their own."""
+    figure = draw(monkeypatch, tmp_path, (300, 600))
     axes = figure.axes[:-1]
-    assert [a.get_title().split("\n")[0] for a in axes] == ["base", "a/very/long/folder", "c"]
+    first_lines = [a.get_title().split("\n")[0] for a in axes]
+    assert first_lines == ["base", "a/very/long/folder", "in quite a few"]
     assert [len(a.lines) for a in axes] == [2, 0, 0]
     assert "dashed line: end of the trained window" in figure.get_supxlabel()
     assert "n = 4 per cell" in axes[0].get_title()
@@ -781,13 +717,8 @@ def test_the_heatmap_can_be_read(tmp_path, monkeypatch):
         levels.append({"black": 0.0, "white": 1.0}[text.get_color()])
         assert (max(levels) + 0.05) / (min(levels) + 0.05) > 4.5
     assert {t.get_color() for a in axes for t in a.texts} == {"black", "white"}
-    whole = draw(monkeypatch, tmp_path, (300, 400), {})
-    assert "dashed" not in whole.get_supxlabel()
-
-
-def test_the_heatmap_can_show_nats(tmp_path, monkeypatch):
-    figure = draw(monkeypatch, tmp_path, (300, 600), {}, in_nats=True)
-    *axes, bar = figure.axes
+    assert "dashed" not in draw(monkeypatch, tmp_path, (300, 400)).get_supxlabel()
+    *axes, bar = draw(monkeypatch, tmp_path, (300, 600), in_nats=True).axes
     assert {text.get_text() for a in axes for text in a.texts} == {"-1.50"}  # mean of 0 to -3
     assert axes[0].images[0].get_clim() == (-3.0, 0.0) and "nats" in bar.get_ylabel()
 
@@ -817,39 +748,32 @@ def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, real_haystack):
 # ---- what a run says, keeps and refuses --------------------------------------------------------
 
 
-def results_of(out) -> dict:
-    return json.loads((out / "needle_results.json").read_text())
-
-
-def test_a_small_run_later_hides_nothing_of_a_larger_one(toy_dir, prose_file, tmp_path, capsys):
+def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path, capsys):
     """One folder, three runs: the rows of the same setup stay in table and figure; another seed is
     another setup, and said to be there."""
-    where = {"toy_dir": toy_dir, "prose_file": prose_file, "out": tmp_path}
-    run(**where)
-    table = results_of(tmp_path)["table"]
-    run("--lengths", "350", "--n", "1", "--depths", "0.333", **where)
-    later = results_of(tmp_path)
+    out = tmp_path / "out"
+    judge()
+    table = results_of(out)["table"]
+    judge("--lengths 350 --n 1 --depths 0.333")
+    later = results_of(out)
     assert [e for e in later["table"] if e["length"] != 350] == table
-    assert {(e["length"], e["depth"]) for e in later["cells"]} == {
-        *((n, d) for n in (300, 400) for d in (0.0, 1.0)),
-        (350, 0.333),
-    }
+    cells = {(n, d) for n in (300, 400) for d in (0.0, 1.0)} | {(350, 0.333)}
+    assert {(e["length"], e["depth"]) for e in later["cells"]} == cells
     assert later["overall"][0]["n"] == 9 and len(later["overall"]) == 1
-    run("--tasks", "passkey", **where)
-    assert {e["task"] for e in results_of(tmp_path)["table"]} == {"passkey", "niah_single"}
-    assert (tmp_path / "needle_passkey.png").is_file()
+    judge("--tasks passkey")
+    assert {e["task"] for e in results_of(out)["table"]} == {"passkey", "niah_single"}
+    assert (out / "needle_passkey.png").is_file()
     capsys.readouterr()
-    run("--seed", "5", "--lengths", "300", **where)
-    assert [e["n"] for e in results_of(tmp_path)["table"]] == [4]
+    judge("--seed 5 --lengths 300")
+    assert [e["n"] for e in results_of(out)["table"]] == [4]
     assert "17 results there are of other models or settings" in capsys.readouterr().err
 
 
-def test_controls_measure_the_gain_on_the_same_texts(toy_dir, prose_file, tmp_path, capsys):
-    flags = ("--needle_alone", "--tasks", "niah_single", "common_words", "--lengths", "6000")
-    results = run(*flags, "--n", "2", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    without = [r for r in results if r["model"] == "no needles"]
+def test_controls_measure_the_gain_on_the_same_texts(judge, toy_dir, tmp_path, capsys):
+    results = judge("--needle_alone --tasks niah_single common_words --lengths 6000")
+    without, out = [r for r in results if r["model"] == "no needles"], tmp_path / "out"
     assert [r["score"] for r in without] == [0.0, 0.0]  # one a text, none for common words
-    found = results_of(tmp_path)
+    found = results_of(out)
     assert list(found["models"]) == [toy_dir.name]  # a control is not a model
     whole, alone = found["gains"]
     assert (whole["model"], alone["model"]) == (toy_dir.name, "needle alone")
@@ -862,8 +786,8 @@ def test_controls_measure_the_gain_on_the_same_texts(toy_dir, prose_file, tmp_pa
     assert alone["mean"] == pytest.approx(mean("needle alone") - mean("no needles"), abs=1e-6)
     assert whole["share_of_short_text"] == whole["mean"] / alone["mean"]
     assert "with its needles" in capsys.readouterr().out
-    assert (tmp_path / "nats.png").is_file() and not list(tmp_path.glob("*common_words.png"))
-    run("--controls", "--lengths", "300", toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
+    assert (out / "nats.png").is_file() and not list(out.glob("*common_words.png"))
+    judge("--controls --lengths 300")
     assert "without --compare DIR only the one without needles" in capsys.readouterr().err
 
 
@@ -906,22 +830,20 @@ def test_models_are_compared_text_by_text_on_the_same_prompts():
     assert [student(n) for n in (5, 30)] == pytest.approx([2.571, 2.042], abs=4e-3)
 
 
-def test_a_result_of_a_model_changed_anywhere_is_measured_again(
-    toy_dir, prose_file, tmp_path, capsys
-):
+def test_a_result_of_a_model_changed_anywhere_is_measured_again(judge, toy_dir, tmp_path, capsys):
     """One element of one small norm; the same bytes at another time are the same model."""
-    folder, out, where = tmp_path / "m", tmp_path / "out", {"prose_file": prose_file}
+    folder = tmp_path / "m"
     shutil.copytree(toy_dir, folder)
-    before = len(run(toy_dir=folder, out=out, **where))
+    before = len(judge(model=folder))
     model = load_pretrained(folder)
     model.model.norm.weight.data[7] += 1e-3
     save_pretrained(model, tmp_path / "changed")
     shutil.copy(tmp_path / "changed" / "model.safetensors", folder)
-    assert len(run(toy_dir=folder, out=out, **where)) == 2 * before
+    assert len(judge(model=folder)) == 2 * before
     shutil.copy(toy_dir / "model.safetensors", folder)
-    assert len(run(toy_dir=folder, out=out, **where)) == 2 * before
+    assert len(judge(model=folder)) == 2 * before
     assert "every result was measured before" in capsys.readouterr().err
-    assert not list(folder.glob("needle*"))  # nothing is kept in a model folder of others
+    assert not list(folder.glob("needle*"))  # nothing is kept in the folder of another's model
 
 
 def test_niah_m_is_the_mean_of_its_three_tasks():
@@ -938,34 +860,6 @@ def test_niah_m_is_the_mean_of_its_three_tasks():
     assert not any(e["task"] == "NIAH(M)" for e in summarise(rows[:4]))
 
 
-def test_depths_of_one_haystack_are_no_independent_samples():
-    """Two haystacks x 5 depths, one all found and one not: as unsure as two samples are."""
-    row = {"model": "m", "task": "niah_single", "length": 9}
-    rows = [row | {"repeat": r, "depth": d, "score": float(r)} for r in (0, 1) for d in range(5)]
-    assert summarise(rows)[0]["interval_95"] == [0.0, 1.0]
-    assert wilson(5, 10)[0] > 0.2
-    cells = summarise(rows, ("model", "task", "length", "depth"))
-    assert [c["interval_95"] for c in cells] == [[round(x, 3) for x in wilson(1, 2)]] * 5
-
-
-def test_several_tasks_print_niah_m_cache_and_what_is_ignored(
-    toy_dir, prose_file, tmp_path, capsys
-):
-    tasks = "--tasks multikey multivalue multiquery needles_8 --lengths 800 --n 1".split()
-    rows = run(*tasks, toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    assert {r["depth"] for r in rows if r["task"] == "needles_8"} == {
-        (i + 0.5) / 8 for i in range(8)
-    }
-    said = capsys.readouterr()
-    assert "\nmultiquery (found" in said.out and "\nneedles_8, each in turn (found" in said.out
-    assert "NIAH(M) (found" in said.out and "the mean of multikey, multivalue" in said.out
-    # 2 x 2 layers x 2 heads x 12 x 800 tokens x 4 bytes
-    assert "key-value cache at 800 tokens: 0.00 GiB (float32)" in said.err
-    assert "to do: 14 prompts of 11,200 tokens together" in said.err
-    assert "--depths is not for needles_8: the needles divide the text among them" in said.err
-    assert "a short prompt is read at" in said.err
-
-
 def test_the_cache_of_an_8b_at_128k_is_16_gib():
     config = LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128, 131_072)
     assert kv_cache_bytes(config, 131_072, torch.bfloat16) == 16 * 2**30
@@ -979,11 +873,10 @@ def test_the_cache_of_an_8b_at_128k_is_16_gib():
     assert halves == forward_flops(config, 0, 4096)
 
 
-def test_a_template_can_be_a_whole_ruler_task(toy_dir, prose_file, tmp_path):
+def test_a_template_can_be_a_whole_ruler_task(judge, haystack, tmp_path):
     """Task text, several needles in words of its own, one question for all, the answer's beginning
     and RULER's fixed budget of 128 tokens: the prompt around the haystack is theirs, literally."""
-    fields = {
-        "task": "multiquery",
+    own = {
         "intro": "Some codes are hidden within the following text. Memorize them.\n",
         "needle": "A code for {key} is: {value}.",
         "question": "\nWhat are all the codes for {key}?",
@@ -993,25 +886,17 @@ def test_a_template_can_be_a_whole_ruler_task(toy_dir, prose_file, tmp_path):
         "values": "uuids",
         "answer_tokens": 128,
         "haystack": "noise",
-        "n": 1,
     }
-    flags = f"--template {write_template(tmp_path, **fields)} --lengths 900 --depths 0.333"
-    eval_needle.main(f"--model {toy_dir} {flags} --haystack {prose_file} --out {tmp_path}".split())
-    row = json.loads((tmp_path / "needle.jsonl").read_text())
-    assert len(row["expected"]) == 3 and len(set(row["expected"])) == 3
-    assert all(
-        re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", v) for v in row["expected"]
-    )
+    flags = template(tmp_path, task="multiquery", **own)
+    (row,) = judge(f"{flags} --lengths 900 --depths 0.333 --n 1")
+    uuid = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    assert len(set(row["expected"])) == 3 and all(re.fullmatch(uuid, v) for v in row["expected"])
     assert row["depth"] == 0.333 and len(row["true_depths"]) == 3
-    own = {"keys": tuple(fields["keys"])}
-    for name in ("intro", "needle", "question", "answer", "needles", "values", "answer_tokens"):
-        own[name] = fields[name]
-    task = dataclasses.replace(TASKS["multiquery"], haystack="noise", **own)
-    stack = Haystack(PROSE, load_tokenizer(toy_dir))
-    ids = make_sample(task, stack, 900, 0.333, "0/multiquery/900/0").ids
+    task = dataclasses.replace(TASKS["multiquery"], **own | {"keys": tuple(own["keys"])})
+    ids = make_sample(task, haystack, 900, 0.333, "0/multiquery/900/0").ids
     assert hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12] == row["prompt"]
-    text = stack.tokenizer.decode(ids.tolist())
-    assert len(ids) == 900 - 128 and text.startswith(fields["intro"])
+    text = haystack.tokenizer.decode(ids.tolist())
+    assert len(ids) == 900 - 128 and text.startswith(own["intro"])
     assert text.count("The lamp is lit.") > 4 and "says that" not in text  # noise, not the prose
     keys = re.search(r"\nWhat are all the codes for (.+)\? The codes for (.+) are$", text)
     first, second, last = keys[1].replace("and ", "").split(", ")
@@ -1020,45 +905,33 @@ def test_a_template_can_be_a_whole_ruler_task(toy_dir, prose_file, tmp_path):
         assert text.count(f"A code for {key} is: {value}.") == 1
 
 
-def test_what_a_template_says_for_its_own_task_is_not_lost_in_silence(
-    toy_dir, prose_file, tmp_path, capsys
-):
-    path = write_template(tmp_path, task="multiquery", needles=2, intro="Codes.")
-    flags = f"--template {path} --tasks multikey --lengths 500 --n 1"
-    run(*flags.split(), toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    said = capsys.readouterr().err
-    assert f"{path} is for its task multiquery, and not for --tasks multikey" in said
-    path = write_template(tmp_path, needles=2)  # of no task: of every one
-    rows = run(*flags.split(), toy_dir=toy_dir, prose_file=prose_file, out=tmp_path)
-    assert {len(r["true_depths"]) for r in rows} == {2, 4}
+def test_what_a_template_says_for_its_own_task_is_not_lost_in_silence(judge, tmp_path, capsys):
+    flags = template(tmp_path, task="multiquery", needles=2, intro="Codes.")
+    flags += " --tasks multikey --lengths 500 --n 1"
+    judge(flags)
+    told = "needle.json is for its task multiquery, and not for --tasks multikey"
+    assert told in capsys.readouterr().err
+    template(tmp_path, needles=2)  # without a task: for all
+    assert {len(r["true_depths"]) for r in judge(flags)} == {2, 4}
     assert "and not for --tasks" not in capsys.readouterr().err
 
 
-def test_one_essay_one_haystack_one_depth(toy_dir, tmp_path, capsys):
+def test_one_essay_one_haystack_one_depth(judge, tmp_path):
     """A folder with one short essay, --n 1, a depth and a length that are multiples of nothing."""
     (tmp_path / "essays").mkdir()
     (tmp_path / "essays" / "only.txt").write_text("Ein Aufsatz über Öl. Er ist kurz! Schluß.\n")
     flags = "--n 1 --lengths 613 --depths 0.333 --tasks niah_single multikey_hard passkey"
-    eval_needle.main(
-        f"--model {toy_dir} --haystack {tmp_path / 'essays'} {flags} --out {tmp_path}".split()
-    )
-    rows = [json.loads(line) for line in (tmp_path / "needle.jsonl").read_text().splitlines()]
+    rows = judge(f"{flags} --haystack {tmp_path / 'essays'}")
     assert [(r["length"], r["depth"]) for r in rows] == [(613, 0.333)] * 3
     assert all(0.2 < r["true_depth"] <= 0.333 for r in rows)
-    assert "so it repeats" in capsys.readouterr().err
 
 
 def test_any_answer_is_read_again_and_a_line_without_its_end_is_kept(tmp_path):
-    def row(i):
-        return dict.fromkeys(KEY, i) | {"output": "a\u2028b\x85c\n"}
-
-    results = Results(tmp_path)
-    results.add(row(1))
-    results.add(row(2))
+    rows = [dict.fromkeys(KEY, i) | {"output": "a\u2028b\x85c\n"} for i in range(4)]
     path = tmp_path / "needle.jsonl"
-    path.write_text(path.read_text().removesuffix("\n"))
-    results = Results(tmp_path)
-    assert list(results.known.values()) == [row(1), row(2)]
-    results.add(row(3))
-    results.add(row(4))
-    assert list(Results(tmp_path).known.values()) == [row(i) for i in (1, 2, 3, 4)]
+    for half in (rows[:2], rows[2:]):
+        results = Results(tmp_path)
+        for row in half:
+            results.add(row)
+        path.write_text(path.read_text().removesuffix("\n"))
+    assert list(Results(tmp_path).known.values()) == rows

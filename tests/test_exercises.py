@@ -11,32 +11,32 @@ from fresh_copy import ROOT, environment, fresh_copy
 
 EXERCISES = Path(__file__).resolve().parents[1] / "examples/exercises"
 sys.path.insert(0, str(EXERCISES))
+import new_theta  # noqa: E402
 import pose_defect  # noqa: E402
-import rope_base  # noqa: E402
 
 from model import LlamaConfig  # noqa: E402
 from recipe import METHODS, ntk_rope_base  # noqa: E402
 
 
-def test_the_derived_rope_base_is_the_papers(capsys):
+def test_the_derived_theta_is_the_papers(capsys):
     """To all digits of table 4; by a way that does not use the formula."""
-    rope_base.main()
+    new_theta.main()
     out = capsys.readouterr().out
-    assert all(name in out for name in rope_base.PAPER)
-    for numbers, paper in rope_base.PAPER.values():
-        found = rope_base.base_by_bisection(*numbers)
+    assert all(name in out for name in new_theta.PAPER)
+    for numbers, paper in new_theta.PAPER.values():
+        found = new_theta.theta_by_bisection(*numbers)
         assert round(found / 1e6, 1) == paper
         assert abs(found / ntk_rope_base(*numbers) - 1) < 1e-9
 
 
-def test_under_the_papers_base_no_pair_meets_a_new_angle():
-    """README says so of the toy at 131,072; it holds for the paper's models as well. With the old
-    base, and with one raised by T / L0 only, some do."""
+def test_under_the_papers_theta_no_pair_meets_a_new_angle():
+    """docs/method.md says so of the toy at 131,072 tokens and of the paper's models. Under the old
+    theta, and under one raised by T / L0 only, some do."""
     tiny = LlamaConfig.from_dir(ROOT / "assets" / "tiny")
     toy = (tiny.rope_theta, tiny.head_dim, tiny.max_position_embeddings, 131_072, None)
-    for theta, d, L0, T, f in [toy, *(numbers for numbers, _ in rope_base.PAPER.values())]:
-        bases = theta, theta * T / L0, ntk_rope_base(theta, d, L0, T, f)
-        counts = [rope_base.pairs_with_new_angles(theta, base, d, L0, T) for base in bases]
+    for theta, d, L0, T, f in [toy, *(numbers for numbers, _ in new_theta.PAPER.values())]:
+        thetas = theta, theta * T / L0, ntk_rope_base(theta, d, L0, T, f)
+        counts = [new_theta.pairs_with_new_angles(theta, new, d, L0, T) for new in thetas]
         assert counts[0] > 0 and counts[1] > 0 and counts[2] == 0
 
 
@@ -81,8 +81,8 @@ def test_a_position_method_of_your_own_is_a_small_patch(tmp_path):
         return done.stdout
 
     run("git", "apply", str(patch))
-    wanted = "bins or positions_increase or same_tokens"
-    said = run(sys.executable, "-m", "pytest", "tests/test_recipe.py", "-k", wanted)
+    chosen = "bins or positions_increase or same_tokens"
+    said = run(sys.executable, "-m", "pytest", "tests/test_recipe.py", "-k", chosen)
     # its own, that of the tokens, and one for each method (bins instead of full)
     assert f"\n{len(METHODS) + 2} passed" in said, said
     assert "bins" in run(sys.executable, "recipe.py", "--target_len", "9000", "--train_len", "900")

@@ -165,6 +165,7 @@ def test_what_an_export_refuses(trained, toy_dir, prose_file, tmp_path, capsys):
     (busy / "note.txt").write_text("mine")
     for folder, given, match in (
         (tmp_path / "new", plain, r"needs the impactful types beforehand: --impactful FILE.*--out"),
+        (tmp_path / "new", [*argv, "--weigh", "--log_softmax"], "not weights of their losses"),
         (tmp_path / "new", [*argv, "--plan"], "goes with neither --resume nor --plan"),
         (tmp_path / "new", [*argv, "--train_len", "1"], "--train_len 1 must be between 2"),
         (tmp_path / "new", [*argv, "--figure", "r.png"], "unrecognized arguments: --figure r.png"),

@@ -28,7 +28,7 @@ from model import load_pretrained, load_tokenizer
 from support.data import sources as corpora
 from support.needles.results import Results
 from support.runs import run_folder as run_state
-from support.runs.flags import read_impactful
+from support.runs.analysis import read_impactful
 from support.runs.run_folder import RunFolder
 from support.system.bad_input import BadInput
 from support.system.signals import signals_raise
@@ -42,7 +42,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def place(toy_dir, prose_file, tmp_path_factory):
-    """A folder with a model and a text, as seen from there: what a run's relative paths mean."""
+    """A folder with a model and a text, in which runs start: their relative paths lead from it."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(toy_dir, folder / "model")
     shutil.copy(prose_file, folder / "prose.txt")

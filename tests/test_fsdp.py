@@ -57,7 +57,7 @@ def test_an_export_that_is_not_complete_is_refused(tmp_path):
 
 
 def test_what_the_engine_is_given_keeps_the_scaling_of_the_rope():
-    """Another base and window, as train.py leaves them in the config of its result."""
+    """Another theta and window, as train.py leaves them in the config of its result."""
     transformers = pytest.importorskip("transformers")
     scaling = {"rope_type": "linear", "factor": 2.0}
     config = transformers.LlamaConfig(rope_parameters={**scaling, "rope_theta": 1e4})

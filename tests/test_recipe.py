@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ class ByteTokenizer:
 
 
 def test_logit_shift_equals_a_slow_loop(tmp_path):
-    """[E2] [E3] extended minus base, of the realised token, at the position before it."""
+    """[E2] [E3] extended minus original, of the realised token, at the position before it."""
     models = []
     for name, theta in (("a", 1e4), ("b", 3e5)):
         rope = {"rope_type": "default", "rope_theta": theta}
@@ -109,6 +110,20 @@ def test_impactful_types_by_hand():
         impactful_types(total, count, 0.0)
     with pytest.raises(ValueError, match="no token was counted"):
         impactful_types(total, count * 0)
+
+
+@pytest.mark.parametrize("min_count", [1, 3])
+def test_loss_weights_equal_a_slow_loop(min_count):
+    """[E29] Bounded by 5, and 1 for what was not seen often enough."""
+    total = 6 * torch.randn(300, generator=generator(0), dtype=torch.float64)
+    count = torch.randint(0, 7, (300,), generator=generator(1))
+    expected = [
+        min(math.exp(float(s) / int(n)), 5.0) if n >= min_count else 1.0
+        for s, n in zip(total, count, strict=True)
+    ]
+    found = recipe.loss_weights(total, count, min_count)
+    assert found.dtype == torch.float32 and found.tolist() == pytest.approx(expected, rel=1e-6)
+    assert found.max() == 5 and (found[count < min_count] == 1).all() and 0 < found.min() < 0.5
 
 
 def test_impactful_types_covers_the_share_and_no_type_more():
@@ -362,7 +377,7 @@ def test_positions_increase_and_stay_below_the_target(method):
     # Drawn afresh, or always the same. Fewer than 45 different draws of 50 has a chance below 1e-6
     # for pose, the coarsest.
     assert len(set(drawn)) == 1 or len(set(drawn)) > 45
-    assert len(set(drawn)) > 45 or method not in ("pose", "rpes", "longrecipe")
+    assert len(set(drawn)) > 45 or method not in ("pose", "cream", "rpes", "longrecipe")
 
 
 def test_longrecipe_jumps_only_at_segments_and_every_gap_has_the_same_mean():
@@ -420,15 +435,16 @@ def test_prefix_keeps_a_contiguous_uniform_beginning():
         prefixes.append(run)
     mean = sum(prefixes) / 4000
     # r ~ U{1..300}: mean 150.5, std 86.6, standard error 1.37; the run may go on to the end of a
-    # segment whose gap is 0 or by the segment it stands in (never where jumps came before): 6
+    # segment whose gap is 0 or by the segment it is in (never where jumps came before): 6
     # errors + 1 token
     assert abs(mean - 150.5) < 6 * 1.37 + 1 and max(prefixes) <= 320
     with pytest.raises(ValueError, match="prefix belongs to method longrecipe"):
         sample_position_ids("pose", 6, 20, None, g, prefix=True)
 
 
-def chi_square(counts: torch.Tensor) -> float:
-    expected = counts.sum() / len(counts)
+def chi_square(counts: torch.Tensor, shares: torch.Tensor | None = None) -> float:
+    """Against equal shares if none are given."""
+    expected = counts.sum() * (1 / len(counts) if shares is None else shares)
     return float(((counts - expected) ** 2 / expected).sum())
 
 
@@ -469,6 +485,55 @@ def test_endprompt_puts_the_last_tokens_at_the_end():
         assert sample_position_ids("endprompt", L, T).tolist() == slow
     with pytest.raises(BadInput, match="endprompt needs more than --train_len 20"):
         sample_position_ids("endprompt", 20, 500)
+
+
+def slow_cream(L: int, T: int, gen: torch.Generator) -> list[int]:
+    """Their steps one by one, the Gaussian by the standard library."""
+    head = L // 3 if torch.randint(2, (1,), generator=gen) == 0 else min(int(4 * T / L), L // 3)
+    gaussian = NormalDist(1 + T / L, 3)
+    u = float(torch.rand((), dtype=torch.float64, generator=gen))
+    inside = gaussian.cdf(2 * T / L) - gaussian.cdf(2)
+    W = max(L, min(T, int(gaussian.inv_cdf(gaussian.cdf(2) + u * inside) / 2 * L)))
+    first_last = head + (L - 2 * head - 1) * W // L
+    last = int(torch.randint(first_last, W - head, (1,), generator=gen))
+    middle = range(last - (L - 2 * head) + 1, last + 1)
+    return [*range(head), *middle, *range(T - head, T)]
+
+
+@given(st.integers(1, 700), st.integers(0, 3000), st.integers(0, 99))
+@settings(max_examples=300, deadline=None)
+def test_cream_equals_its_slow_twin(L, more, seed):
+    """[E26] Any length of a sample and of a target, next to each other too."""
+    p = sample_position_ids("cream", L, L + more, None, generator(seed))
+    assert p.tolist() == slow_cream(L, L + more, generator(seed))
+    assert (p.diff() > 0).all() and p[0] >= 0 and p[-1] < L + more
+    assert more or p.tolist() == list(range(L))
+
+
+def test_cream_draws_a_truncated_gaussian():
+    """Half of the samples have long heads: of 6,000, further than 6 standard deviations (39) off
+    by accident: 2e-9. Then, for either head, the middle's last position against the sum over the
+    density: chi-square, 10 bins of equal chance, 9 degrees of freedom, above 60 by accident: 2e-9.
+    Their code's Gaussian, with what is outside at its two ends, gives more than 1,000."""
+    L, T, g = 600, 2000, generator()
+    lasts: dict[int, list[int]] = {200: [], 13: []}
+    for _ in range(6000):
+        p = sample_position_ids("cream", L, T, None, g)
+        head = 200 if int(p[L - 100]) == T - 100 and int(p[L - 200]) == T - 200 else 13
+        lasts[head].append(int(p[L - head - 1]))
+    assert abs(len(lasts[200]) - 3000) < 6 * 39
+    for head, found in lasts.items():
+        chance = torch.zeros(T, dtype=torch.float64)
+        for a in torch.linspace(2, 2 * T / L, 4001).tolist():
+            W = int(a * L / 2)
+            lowest = head + (L - 2 * head - 1) * W // L
+            weight = NormalDist(1 + T / L, 3).pdf(a)
+            chance[lowest : W - head] += weight / (W - head - lowest)
+        upto = (chance / chance.sum()).cumsum(0)
+        bins = (upto * 10).long().clamp(max=9)  # of each position
+        counts = torch.bincount(bins[torch.tensor(found)], minlength=10)
+        shares = torch.stack([(chance * (bins == i)).sum() for i in range(10)]) / chance.sum()
+        assert chi_square(counts, shares) < 60
 
 
 def test_positions_refuse():
@@ -544,7 +609,7 @@ def test_sample_length_is_30_percent_rounded_up_to_whole_blocks():
     assert train_length(131_072) == 39_424
 
 
-# ---- 5. and 6. RoPE base, merge ----------------------------------------------------------------
+# ---- 6. and 7. theta, merge --------------------------------------------------------------------
 
 
 def test_rope_base_gives_the_papers_table():
@@ -838,7 +903,7 @@ def new_angles_one_by_one(old: float, now: float, old_len: int, target_len: int)
 @pytest.mark.parametrize("times", [2, 16])
 @pytest.mark.parametrize("theta", [500.0, 10_000.0])
 def test_new_angles_equal_a_brute_force_over_positions(old_len, times, theta):
-    """Before and after the change of base; and for a base that is changed too little."""
+    """Before and after the change of theta; and for a theta that is changed too little."""
     target, freq = old_len * times, inverse_frequencies(24, theta)
     bases = (theta, theta * 2, ntk_rope_base(theta, 24, old_len, target))
     some = []
@@ -863,7 +928,7 @@ def test_the_borders_of_a_new_angle():
 
 
 def test_the_toys_and_the_papers_angles():
-    """README says that under the paper's base no pair of the toy's meets a new angle."""
+    """docs/method.md: under the paper's theta no pair of the toy's meets a new angle."""
     toy = coverage.angles(TINY, 131_072, inverse_frequencies, ntk_rope_base)
     assert (int(toy.before.sum()), int(toy.after.sum()), len(toy.old)) == (7, 0, 32)
     assert toy.thetas == (10_000, ntk_rope_base(10_000, 64, 8192, 131_072))
@@ -874,7 +939,7 @@ def test_the_toys_and_the_papers_angles():
     [(5e5, 128, 8192, 131_072, 29), (5e5, 128, 8192, 81_920, 29), (1e6, 128, 32_768, 131_072, 24)],
 )
 def test_new_angles_in_the_papers_settings(theta, head_dim, old_len, target, before):
-    """Llama 3 and Qwen2 (LOG.md): none under the paper's base, all of them under x T / L0."""
+    """Llama 3 and Qwen2 (LOG.md): none under the paper's theta, all of them under x T / L0."""
     old = inverse_frequencies(head_dim, theta)
     bases = (theta, theta * target / old_len, ntk_rope_base(theta, head_dim, old_len, target))
     new = (inverse_frequencies(head_dim, base) for base in bases)

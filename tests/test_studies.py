@@ -37,6 +37,8 @@ def test_a_row_of_the_study_takes_the_analysis_of_longrecipe_under_its_own_base(
         for name in ("longrecipe", "pose")
     )
     assert {k for k in ours if ours[k] != other[k]} == {"method"}  # the very same tokens
+    weigh = common.recipe_in(common.settings_of(tiny_study.flags_of("weigh", 1, args)))
+    assert {k for k in ours if ours[k] != weigh[k]} == {"select", "weigh"}  # the same analysis
 
 
 def test_a_recipe_is_the_same_until_a_setting_differs_that_both_versions_know():
@@ -69,7 +71,7 @@ def test_rows_are_kept_at_once_and_the_table_tells_them_apart(tmp_path, capsys):
     table.report()
     line = capsys.readouterr().out.splitlines()[-1]
     # by hand: hits +0.5, +0.5, +1; nats +2, +2, +3
-    assert line.startswith("plain positions") and "+66.7 [" in line and "+2.33 [" in line
+    assert line.startswith("plain positions") and "+66.7 (" in line and "+2.33 (" in line
     table.draw("hand-made")
     assert (tmp_path / "rows.png").is_file()
 

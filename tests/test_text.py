@@ -2,10 +2,9 @@
 
 import bz2
 import gzip
-import io
-import itertools
 import json
 import lzma
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import recipe
 import train
 from model import load_tokenizer
 from support.data.sources import load_tokens
-from support.data.text import TAIL, Corpus, cut_pieces, read_pieces
+from support.data.text import Corpus
 
 
 @pytest.fixture(scope="module")
@@ -90,39 +89,28 @@ def test_plain_text_is_read_in_every_form(name, content, tokenizer, tmp_path):
     assert documents(load_tokens([str(tmp_path / name)], tokenizer)) == [tokenizer.encode("Ada.\n")]
 
 
+def test_links_in_a_folder_are_followed_once_and_named_where_they_lead_nowhere(tokenizer, tmp_path):
+    for name in ("data", "linked", "linked/.hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "data" / "there").symlink_to(tmp_path / "linked")
+    (tmp_path / "linked" / "back").symlink_to(tmp_path / "data")
+    os.mkfifo(tmp_path / "data" / "pipe.txt")  # opening it would wait
+    found = documents(load_tokens([str(tmp_path / "data")], tokenizer))
+    assert [tokenizer.decode(d) for d in found] == ["data", "linked"]
+    for target in ("gone", "b.txt"):  # nowhere, and itself
+        (tmp_path / "data" / "b.txt").unlink(missing_ok=True)
+        (tmp_path / "data" / "b.txt").symlink_to(tmp_path / "data" / target)
+        with pytest.raises(OSError, match="data/b.txt"):
+            load_tokens([str(tmp_path / "data")], tokenizer)
+
+
 def test_documents_are_joined_only_on_request(tokenizer, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"Text {i}.")
     one = documents(load_tokens([str(tmp_path)], tokenizer, join=True))
     assert [tokenizer.decode(d) for d in one] == ["Text 0.\n\n\nText 1.\n\n\nText 2."]
     assert len(documents(load_tokens([str(tmp_path)], tokenizer))) == 3
-
-
-def test_pieces_of_a_large_file_give_the_ids_of_the_whole(tokenizer, tmp_path, smollm2_dir):
-    file = tmp_path / "large.txt"
-    text = (PROSE + "x = 3.14  # wide   gaps\n\n\té 你好 " * 50 + "word" * 900) * 2
-    file.write_text(text)
-    pieces = list(read_pieces(file, characters=777))
-    assert "".join(pieces) == text and len(pieces) > 100
-    for tok in (tokenizer, load_tokenizer(smollm2_dir)):
-        assert [i for p in pieces for i in tok.encode(p)] == tok.encode(text)
-    assert all(re.search(r"\w$", a) and re.match(r" \w", b) for a, b in itertools.pairwise(pieces))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["我能吞下玻璃而不伤身体，因为我练习过很多年。" * 400, "1,22,333;" * 1000, "é\n" * 4000],
-)
-def test_pieces_of_a_text_without_spaces_give_the_ids_of_the_whole(text, tokenizer):
-    pieces = list(cut_pieces(io.StringIO(text), characters=500))
-    assert "".join(pieces) == text and len(pieces) > 5
-    assert [i for p in pieces for i in tokenizer.encode(p)] == tokenizer.encode(text)
-
-
-@pytest.mark.parametrize("text", ["我" * 50_000, " " * 50_000, "-" * 50_000, "a" * 50_000])
-def test_pieces_are_bounded_where_nothing_says_where_to_cut(text):
-    pieces = list(cut_pieces(io.StringIO(text), characters=5000))
-    assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * 5000 + TAIL
 
 
 def test_windows_are_uniform_over_the_tokens(tokenizer, tmp_path):
@@ -193,6 +181,21 @@ def test_too_short_texts_name_the_flags_that_the_caller_has(toy_dir, tmp_path, c
         ("a.zip", b"PK", "unpack it first"),
         ("a.tar.gz", b"x", "unpack it first"),
         ("a.npy.gz", b"x", "unpack it first"),
+        ("a.npz", b"PK", "save its token ids as a.npy"),
+        ("a.txt.gz", b"text", "a.txt.gz is damaged or not a .gz file"),
+        ("a.txt.gz", gzip.compress(b"text") + b"text", "a.txt.gz is damaged or not a .gz file"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), "a.jsonl.gz is damaged"),
+        ("a.jsonl.bz2", b"text", "a.jsonl.bz2 is damaged or not a .bz2 file"),
+        ("a.txt.xz", b"text", "a.txt.xz is damaged or not a .xz file"),
+        ("a.md", b"version https://git-lfs.github.com/spec/v1\noid x", "a.md is a git-lfs pointer"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        ("a.txt", "It\u2019s".encode("cp1252"), "a.txt is not UTF-8 .*iconv"),
+        ("a.txt", "Ada".encode("utf-16-le"), "a.txt holds zero bytes"),
+        ("a.jsonl", LINES.replace(b"\n", b"\r"), "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", LINES + b"\0\0\n", "a.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'{"text": {"text": "x"}}', 'line 1: .* a "text" that is {"text": "x"}'),
+        ("a.jsonl", b'{"text": "x", "id": %s}' % (b"9" * 5000), "line 1: not JSON .*4300 digits"),
+        ("a.json", b'{"text": ["x", "y"]}', 'line 1: .* a "text" that is \\["x", "y"\\]'),
         ("a.bin", np.arange(9, dtype=np.uint32).tobytes(), "every second id is 0"),
         ("a.bin", np.arange(9, dtype=np.int64).tobytes(), "every second id is 0"),
         ("a.bin", b"\x01", "whole uint16"),

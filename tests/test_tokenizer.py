@@ -1,7 +1,9 @@
 """huggingface/tokenizer.py against the `tokenizers` library, which made the files it reads."""
 
 import base64
+import itertools
 import json
+import random
 import sys
 import time
 import zipfile
@@ -11,9 +13,11 @@ from conftest import PROSE, write_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from smollm2 import download
+from tokenizers import Tokenizer
 
 from model import load_tokenizer
 from support.data.sources import standard_library_text, standard_library_topics
+from support.data.text import encode_pieces
 from support.huggingface.tokenizer import LLAMA3_SPLIT, LibraryTokenizer, check_fits
 from support.system.bad_input import BadInput
 
@@ -35,7 +39,7 @@ GAPS_SPLIT = r" ?[^\s.,!?]+"
 def train_tokenizer(folder, kind: str):
     """A small tokenizer with the settings of a real family, trained on several scripts:
     (ours, that of `tokenizers`)."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as pre
 
     def split(pattern: str, behavior: str = "isolated", invert: bool = False):
@@ -155,6 +159,49 @@ def test_ids_equal_on_ten_thousand_texts(pair):
     round_trips(pair, 10_000)
 
 
+RNG = random.Random(0)
+LONG = {  # text: whether its parts are joined without encoding all of it at once
+    PROSE[:40_000] + "x = 3.14  # wide   gaps\n\n\té 你好 " * 50 + "word" * 900: True,
+    "我能吞下玻璃而不伤身体，因为我练习过很多年。" * 2000: True,
+    ",".join(str(i) for i in range(9000)): True,
+    SCRIPTS.replace(" ", "") * 150: True,
+    "".join(RNG.choices("0123456789abcdef", k=40_000)): None,  # one word: WordPiece takes it whole
+    "".join(RNG.choice("ab.…-") * RNG.randint(1, 30) for _ in range(2500)): None,
+    "-" * 40_001: False,
+    "ᚠ" * 40_000: False,
+}
+
+
+def pieces_of(text: str, characters: int) -> list[str]:
+    return [text[i : i + characters] for i in range(0, len(text), characters)]
+
+
+def test_pieces_of_a_long_text_give_the_ids_of_the_whole(pair):
+    tokenizer, theirs = pair
+    for text, joined in LONG.items():
+        parts = list(encode_pieces(pieces_of(text, 5001), tokenizer))
+        ids = list(itertools.chain.from_iterable(parts))
+        whole = theirs.encode(text, add_special_tokens=False).ids
+        if type(theirs.model).__name__ == "Unigram" and "-" in text:  # equally likely divisions
+            assert tokenizer.decode(ids) == tokenizer.decode(whole) and sorted(ids) == sorted(whole)
+        else:
+            assert ids == whole
+        assert joined is None or (len(parts) > 4) == joined
+
+
+def test_pieces_of_any_length_give_the_ids_of_the_whole(pair, monkeypatch):
+    """Characters of all scripts at random, hardly a space among them."""
+    monkeypatch.setattr("support.data.text.TAIL", 300)
+    characters = sorted(set(SCRIPTS + ".,!?()'’-|…。、0123456789\n") - {" "})
+    for seed in range(24):
+        rng = random.Random(seed)
+        kinds = rng.sample(characters, (3, 9, 40, len(characters))[seed % 4])
+        text = "".join(rng.choices(kinds, k=3000))
+        pieces = pieces_of(text, rng.randint(400, 1600))
+        ids = list(itertools.chain.from_iterable(encode_pieces(pieces, pair[0])))
+        assert ids == pair[0].encode(text), seed
+
+
 def test_a_lone_surrogate_is_a_replacement_character(pair):
     ours = pair[0]
     assert ours.encode("a \ud83d b") == ours.encode("a \ufffd b")
@@ -191,6 +238,7 @@ def test_special_token_strings_are_data_everywhere(pair):
         ({"add_bos_token": False}, None, False),
         ({}, "template", True),
         ({}, "sequence", True),
+        ({}, "roberta", True),
     ],
 )
 def test_a_bos_is_added_only_where_the_checkpoint_does(settings_, post, adds, tmp_path):
@@ -204,6 +252,7 @@ def test_a_bos_is_added_only_where_the_checkpoint_does(settings_, post, adds, tm
     data["post_processor"] = {
         None: None,
         "template": template,
+        "roberta": {"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]},
         "sequence": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]},
     }[post]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
@@ -257,8 +306,6 @@ def write_sentencepiece_style(folder):
 
 
 def test_sentencepiece_style_goes_through_the_library(tmp_path, monkeypatch):
-    from tokenizers import Tokenizer
-
     write_sentencepiece_style(tmp_path)
     ours, theirs = load_tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert isinstance(ours, LibraryTokenizer)
@@ -336,12 +383,33 @@ def test_every_id_that_ends_a_text_is_known(tmp_path):
     assert tokenizer.eos_id == 1 and sorted(tokenizer.eos_ids) == [1, 7, 8, 9]
 
 
+def test_added_tokens_are_counted_on_from_the_vocabulary_as_tokenizers_does(tmp_path):
+    """Whatever the file says: after a gap, in another order, with an id that is taken."""
+    theirs = write_tokenizer(tmp_path, PROSE, 300)
+    theirs.add_tokens(["<think>", "<a>", "<b>"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokens = data["added_tokens"]
+    for token, new_id in zip(tokens[2:], (1000, 5, 700), strict=True):
+        token["id"] = new_id
+    tokens.append(tokens[2] | {"content": ""})
+    edit_tokenizer(tmp_path, added_tokens=tokens[:2] + tokens[:1:-1])
+    ours, theirs = load_tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ours.encode("<think><a> <b>") == theirs.encode("<think><a> <b>").ids
+    assert (ours.vocab_size, ours.bos_id) == (theirs.get_vocab_size(), 0)
+
+
 def test_an_added_token_beyond_the_model_is_named(tmp_path):
     tokenizer = write_tokenizer(tmp_path, PROSE, 300)
     tokenizer.add_special_tokens(["[PAD]"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(BadInput, match=r"resized for an added token \('\[PAD\]' has id 300\)"):
         check_fits(load_tokenizer(tmp_path), 300)
+
+
+# `tokenizers` panics: the prefix is longer than what it is to be taken from
+PANIC = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+PANIC = {"model": PANIC | {"continuing_subword_prefix": "##"}}
 
 
 @pytest.mark.parametrize(
@@ -352,8 +420,9 @@ def test_an_added_token_beyond_the_model_is_named(tmp_path):
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [7]}},
         {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}},
         {"model": {"type": "BPE", "vocab": {}, "merges": []}},
-        {"added_tokens": [{"content": "x"}]},
+        {"added_tokens": [{"id": 5}]},
         {"added_tokens": 5},
+        PANIC,
     ],
 )
 def test_damaged_files_are_a_value_error(change, tmp_path):

@@ -3,22 +3,27 @@ input."""
 
 import dataclasses
 import json
+import math
 import re
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import PROSE, make_hf_llama, write_tokenizer
 
+import eval_needle
 import recipe
 import train
 from model import Llama, LlamaConfig, load_pretrained, load_tokenizer, save_pretrained
-from support.data.sources import load_tokens
+from support.data.sources import load_texts, load_tokens
 from support.data.text import Corpus
+from support.data.toy import TINY
 from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
 from support.runs.flags import as_kept, base_of_run, check_same, settings_of
+from support.runs.settings import TOY
 from support.system.ahead import made_ahead
 from support.system.bad_input import BadInput
 
@@ -27,8 +32,8 @@ CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 # ---- accumulation ------------------------------------------------------------------------------
 
 
-def test_four_times_one_equals_one_times_four_at_unequal_lengths():
-    """[E17] Normalised by the valid tokens of the whole step: same loss and gradients (float64)."""
+def unequal_batches() -> list[tuple[torch.Tensor, ...]]:
+    """Four micro-batches of one sequence, then the same as one of four, padded."""
     torch.manual_seed(0)
     lengths = [5, 12, 30, 17]
     ids = [torch.randint(97, (1, n)) for n in lengths]
@@ -37,20 +42,47 @@ def test_four_times_one_equals_one_times_four_at_unequal_lengths():
     padded.append(torch.full((4, 30), -100))
     for row, (x, _, y) in enumerate(singles):
         padded[0][row, : x.shape[1]], padded[2][row, : x.shape[1]] = x, y
-    results = []
-    for batches in (singles, [tuple(padded)]):
-        torch.manual_seed(1)
-        model = Llama(CONFIG).double()
-        loss = train.accumulate(model, batches)
-        results.append((loss, [p.grad for p in model.parameters()]))
-    (loss_a, grads_a), (loss_b, grads_b) = results
-    assert abs(loss_a - loss_b) < 1e-10
-    for a, b in zip(grads_a, grads_b, strict=True):
-        # angles are fp32 inside, equal in both; the rest is float64
-        assert (a - b).abs().max() < 1e-10
+    return singles, [tuple(padded)]
+
+
+def accumulated(batches, type_weights=None, dtype=torch.float64) -> tuple[float, list]:
+    """(loss, gradients) of the same model."""
+    torch.manual_seed(1)
+    model = Llama(CONFIG).to(dtype)
+    loss = train.accumulate(model, batches, type_weights=type_weights)
+    return loss, [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_four_times_one_equals_one_times_four_at_unequal_lengths(weighted):
+    """[E17] Normalised by the whole step, and equal to a slow loop over its targets: same loss and
+    gradients (float64). A weight belongs to the type of the target, not of the input."""
+    singles, padded = unequal_batches()
+    type_weights = torch.rand(97) * 5 if weighted else None
+    torch.manual_seed(1)
+    model, total, weight = Llama(CONFIG).double(), 0.0, 0.0
+    for ids, positions, targets in singles:
+        for logits, target in zip(model(ids, positions)[0], targets[0], strict=True):
+            if target != -100:
+                w = float(type_weights[target]) if weighted else 1.0
+                total, weight = total - w * logits.log_softmax(-1)[target], weight + w
+    (total / weight).backward()
+    for batches in (singles, padded):
+        loss, grads = accumulated(batches, type_weights)
+        assert abs(loss - float(total.detach() / weight)) < 1e-10
+        for a, p in zip(grads, model.parameters(), strict=True):
+            # angles are fp32 inside, equal in both; the rest is float64
+            assert (a - p.grad).abs().max() < 1e-10
     # the usual mistake, the mean of the four means, is far away
-    means = [train.accumulate(Llama(CONFIG).double(), [s]) for s in singles]
-    assert abs(sum(means) / 4 - loss_a) > 1e-4
+    means = [accumulated([single], type_weights)[0] for single in singles]
+    assert abs(sum(means) / 4 - loss) > 1e-4
+
+
+def test_weights_of_1_change_no_bit_of_a_step():
+    singles, _ = unequal_batches()
+    loss, grads = accumulated(singles, dtype=torch.float32)
+    same_loss, same_grads = accumulated(singles, torch.ones(97), torch.float32)
+    assert loss == same_loss and all(map(torch.equal, grads, same_grads))
 
 
 def test_a_step_without_targets_is_refused():
@@ -290,7 +322,7 @@ def test_transformers_opens_the_result(finished):
         assert (hf(ids).logits - load_pretrained(finished)(ids)).abs().max() < 1e-4
 
 
-def weights(folder) -> bytes:
+def model_bytes(folder) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -324,8 +356,8 @@ def test_ctrl_c_saves_and_resume_goes_on(
     assert told == f"interrupted; saved up to step {stop_at} in {out / 'state.pt'}"
     monkeypatch.setattr(train, "accumulate", original)
     train.main([*argv.split(), "--keep_stages"])
-    assert weights(out) == weights(finished)
-    assert weights(out / "replayed") == weights(finished / "replayed")
+    assert model_bytes(out) == model_bytes(finished)
+    assert model_bytes(out / "replayed") == model_bytes(finished / "replayed")
     # stopped in the replay and without --keep_stages until then: the extended weights are gone
     assert (out / "extended").exists() == (stop_at < 6)
     same = ("stage", "step", "loss", "lr", "grad_norm")
@@ -351,7 +383,7 @@ def test_the_other_optimizers_resume_too(name, toy_dir, prose_file, tmp_path, mo
         train.main(["--resume", "--out", str(tmp_path / "out")])
     finally:
         torch.compiler.set_stance("default")
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
 
 
 def test_ctrl_c_before_the_first_step_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
@@ -402,7 +434,10 @@ def test_a_flag_that_an_older_run_knew_nothing_of_is_refused(finished, tmp_path,
     edited_run(finished, tmp_path, log_softmax=None, top=None)
     before = settings_of(tmp_path)
     assert "log_softmax" not in before and "top" not in before
-    for flags in ([], ["--top", "0.2", "--save_minutes", "1"]):  # its default is no change
+    for flags in (
+        [],
+        ["--top", "0.2", "--save_minutes", "1"],
+    ):  # giving the default changes nothing
         check_same(before, resumed(tmp_path, *flags))
     for flags in (["--log_softmax"], ["--top", "0.3"]):
         match = f"--resume with {flags[0]}: the run was begun by a version without that flag"
@@ -455,7 +490,7 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     """--impactful FILE: same table, same tokens from the extension on. --extended DIR: no probe."""
     file = str(finished / "impactful.json")
     train.main(command(toy_dir, prose_file, tmp_path / "a", "--impactful", file))
-    assert weights(tmp_path / "a") == weights(finished)  # the probe's two steps included
+    assert model_bytes(tmp_path / "a") == model_bytes(finished)  # the probe's two steps included
     err = capsys.readouterr().err
     assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
     assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64" in err
@@ -492,10 +527,23 @@ def test_types_that_are_seen_too_rarely_are_not_impactful(finished, toy_dir, pro
     assert found[1].items() < found[0].items() and len(found[1]) > 10
 
 
+def test_min_count_can_be_lowered_as_long_as_there_is_no_analysis(
+    toy_dir, prose_file, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        train.main(command(toy_dir, prose_file, out, "--min_count", "999999"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "no token type was seen 999999 times in the analysis, the most frequent one" in error
+    resume = ["--resume", "--out", str(out), "--min_count"]
+    train.main([*resume, "1"])
+    assert json.loads((out / "run.json").read_text())["settings"]["min_count"] == 1
+
+
 def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, prose_file, tmp_path):
-    """H' = the base's own weights under the new RoPE base: the shift is zero everywhere against the
-    re-based base, also where this run's own RoPE base is another one; against the base as it is,
-    the shift is the old base's failure past its window."""
+    """H' has the original's weights under a new theta. Against the original under that theta (even
+    if the run's own theta is another) the shift is zero everywhere; against the original under its
+    own theta it is not, as that fails past its window."""
     again = tmp_path / "again"
     more = ["--replay_steps", "0", "--steps", "1", "--extended", str(again)]
     model = load_pretrained(toy_dir)
@@ -517,6 +565,57 @@ def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, pr
     assert set(shifts[0]) == set(shifts[1]) == {0.0} and max(map(abs, shifts[2])) > 0.01
 
 
+WEIGH = ("--weigh", "--log_softmax", "--select", "random")
+
+
+def test_weigh_weighs_the_extension_by_the_shifts_of_the_probe(
+    toy_dir, prose_file, tmp_path, monkeypatch, bad
+):
+    """Probe and replay are plain. --impactful of the run gives the same weights, without an
+    analysis; a run that is stopped in the extension goes on with them."""
+    original, seen, out = train.accumulate, [], tmp_path / "out"
+
+    def recording(model, batch, after_each, type_weights):
+        seen.append(type_weights)
+        return original(model, batch, after_each, type_weights)
+
+    monkeypatch.setattr(train, "accumulate", recording)
+    train.main(command(toy_dir, prose_file, out, *WEIGH))
+    assert [w is None for w in seen] == [True] * 2 + [False] * 4 + [True] * 3
+    shifts = json.loads((out / "shifts.json").read_text())
+    weights = seen[2]
+    assert shifts["log_softmax"] is True and len(shifts["types"]) > 20
+    for v in range(len(weights)):
+        total, n = shifts["types"].get(str(v), (0.0, 1))
+        assert float(weights[v]) == pytest.approx(min(5, math.exp(total / n)), rel=1e-6)
+    assert weights.max() > 1.05 and weights.min() < 0.95
+
+    again = (*WEIGH, "--impactful", str(out / "impactful.json"))
+    train.main(command(toy_dir, prose_file, tmp_path / "again", *again))
+    assert all(torch.equal(w, weights) for w in seen[11:15])
+    assert model_bytes(tmp_path / "again") == model_bytes(out)
+    assert not (tmp_path / "again" / "shifts.json").exists()
+
+    monkeypatch.setattr(train, "accumulate", original)
+    stop_after(4, monkeypatch)
+    with pytest.raises(SystemExit):
+        train.main(command(toy_dir, prose_file, tmp_path / "stopped", *WEIGH))
+    monkeypatch.setattr(train, "accumulate", original)
+    monkeypatch.setattr(train, "analyse", lambda *_: pytest.fail("a second analysis"))
+    train.main(["--resume", "--out", str(tmp_path / "stopped")])
+    assert model_bytes(tmp_path / "stopped") == model_bytes(out)
+
+    new = {"out": tmp_path / "new"}
+    (out / "shifts.json").unlink()
+    bad(f"--weigh needs {out / 'shifts.json'}, which train.py writes beside", *again, **new)
+    for broken, said in (
+        ({"log_softmax": False}, "is not of an analysis with --log_softmax"),
+        ({"types": {"5": [1.0]}}, "shifts.json is not a shifts.json of a run"),
+    ):
+        (out / "shifts.json").write_text(json.dumps(shifts | broken))
+        bad(said, *again, **new)
+
+
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
     """A long run without a sentence end would leave longrecipe without a gap. It is not cut at its
     spaces, as a text that has no sentences at all is."""
@@ -528,7 +627,7 @@ def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
         lengths = {"target_len": 512, "train_len": 128, "replay_len": 64, "steps": 24}
         more = {"probe_steps": 0, "select": "first", "batch_sequences": 1}
         settings = train.Settings(model=str(toy_dir), data=[str(text)], **lengths, **more)
-        corpus, _ = train.load_texts(settings, tokenizer)
+        corpus, _ = load_texts(settings, tokenizer, recipe.rarely_ends)
         assert corpus.at_spaces == at_spaces
         stage = train.plan_stages(settings)[1]
         drawn = [next(train.draw(stage, i, corpus, tokenizer, settings, None)) for i in range(24)]
@@ -542,17 +641,71 @@ def test_a_finished_run_says_so_and_is_left_alone(finished, toy_dir, prose_file,
     assert "finished: nothing to do" in capsys.readouterr().err and snapshot(finished) == before
 
 
-def test_scaled_rope_asks_for_a_base_and_keeps_its_scaling(toy_dir, prose_file, tmp_path, bad):
-    folder = tmp_path / "llama3"
+OF_QWEN = {"factor": 4.0, "original_max_position_embeddings": 32_768}  # Qwen2.5's card
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("linear", {"factor": 2.0}), ("yarn", OF_QWEN)])
+def test_scaled_rope_asks_for_a_base_and_keeps_its_scaling(
+    kind, fields, toy_dir, prose_file, tmp_path, bad
+):
+    folder = tmp_path / "scaled"
     shutil.copytree(toy_dir, folder)
-    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    edit_config(folder, rope_parameters=scaling)
-    bad("scales its RoPE already \\(linear\\).*--rope_base", folder=folder)
+    scaling = {"type": kind, **fields}
+    edit_config(folder, rope_parameters=None, rope_theta=1e4, rope_scaling=scaling)
+    bad(f"scales its RoPE already \\({kind}\\).*--rope_base", folder=folder)
+    bad(f"\\({kind}\\), which --rope yarn would replace", "--rope", "yarn", folder=folder)
     train.main(command(folder, prose_file, tmp_path / "out", "--rope_base", "5e5"))
     config = LlamaConfig.from_dir(tmp_path / "out")
-    assert (config.rope_theta, config.rope_scaling["factor"]) == (5e5, 2.0)
+    assert (config.rope_theta, config.rope_scaling) == (5e5, {"rope_type": kind, **fields})
+    edit_config(folder, rope_scaling=None)
     edit_config(folder, model_type="mistral", sliding_window=500, rope_parameters=None)
     bad("sliding_window 500 is shorter than --target_len 512", folder=folder, out=tmp_path / "o2")
+
+
+def test_rope_yarn_from_the_command_to_transformers(toy_dir, prose_file, tmp_path, monkeypatch):
+    """Resumed after a stop; the rebased analysis compares under yarn; eval_needle.py's untrained
+    row has the original's weights under it."""
+    from transformers import AutoModelForCausalLM
+
+    out, compared = tmp_path / "out", []
+    logit_shift = recipe.logit_shift
+
+    def watched(original, *rest, **options):
+        compared.append(original.config)
+        return logit_shift(original, *rest, **options)
+
+    monkeypatch.setattr(recipe, "logit_shift", watched)
+    argv = command(toy_dir, prose_file, out, "--rope", "yarn", "--rebased_analysis")
+    train.main([*argv, "--plan"])
+    with monkeypatch.context() as stopping:
+        stopping.setattr(recipe, "impactful_types", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit):
+            train.main(argv)
+    train.main(["--resume", "--out", str(out)])
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig.from_dir(out)
+    assert (config.rope_theta, config.rope_scaling) == (10_000.0, scaling)
+    assert all((c.rope_theta, c.rope_scaling) == (10_000.0, scaling) for c in compared)
+    assert len(compared) == 4 and config.max_position_embeddings == 512
+    assert json.loads((out / "run.json").read_text())["settings"]["rope"] == "yarn"
+
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.randint(400, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(ids).logits - load_pretrained(out)(ids)).abs().max() < 1e-4
+
+    judge = f"--model {out} --loss --tasks --lengths 300 --n 1 --haystack {prose_file}"
+    eval_needle.main(judge.split())
+    found = json.loads((out / "needle_results.json").read_text())
+    losses = {e["model"]: e["mean"] for e in found["table"]}
+    untrained = load_pretrained(toy_dir)
+    untrained.config = untrained.config.with_rope(10_000.0, 512, scaling)
+    save_pretrained(untrained, tmp_path / "by_hand", tokenizer_from=toy_dir)
+    judge = judge.replace(str(out), str(tmp_path / "by_hand"))
+    eval_needle.main(judge.split())
+    found = json.loads((tmp_path / "by_hand" / "needle_results.json").read_text())
+    assert losses["untrained"] == found["table"][0]["mean"] != losses["original"]
+    assert list(losses) == ["original", "untrained", "out"]
 
 
 # ---- bad input: one `error:` line, exit code 2, nothing written --------------------------------
@@ -596,10 +749,10 @@ def test_resume_from_a_folder_without_settings_is_one_line(tmp_path, capsys):
 
 def test_without_a_model_the_toy_numbers_hold_and_with_one_the_papers():
     (toy, _), (real, _) = train.parse([]), train.parse(["--model", "x"])
-    assert toy == {k: v for k, v in train.TOY.items() if k != "save_minutes"}
+    assert toy == {k: v for k, v in TOY.items() if k != "save_minutes"}
     assert real == {"model": "x"} and train.parse(["--steps", "3"])[0] == toy | {"steps": 3}
     assert train.parse([])[1].save_minutes == 2 < train.parse(["--model", "x"])[1].save_minutes
-    same, _ = train.parse(["--model", f"./{train.TINY}/"])  # its folder, written in another way
+    same, _ = train.parse(["--model", f"./{TINY}/"])  # its folder, written in another way
     assert same == toy
     paper = train.Settings()
     assert (paper.steps, paper.batch_sequences, paper.lr) == (104, 96, 5e-5)
@@ -618,7 +771,7 @@ def test_the_toy_runs_through_all_stages(tmp_path, capsys):
     assert "toy model; for a real one: --model DIR" in log
     assert f"next: python eval_needle.py --model {tmp_path / 'out'}\n" in log
     assert (tmp_path / "out" / "needle.json").is_file()
-    assert base_of_run(tmp_path / "out") == [train.TOY["model"]]
+    assert base_of_run(tmp_path / "out") == [TOY["model"]]
 
 
 def test_a_folder_that_holds_another_run_is_refused(finished, bad):
@@ -657,7 +810,7 @@ def test_a_run_of_another_version_is_not_resumed(finished, bad, tmp_path):
 
 
 def test_nothing_is_drawn_below_the_error_line(toy_dir, prose_file, tmp_path, capsys):
-    """The open bar of the training is closed first (stderr is no terminal here)."""
+    """The open bar of the training is closed first (stderr is not a terminal here)."""
     flags = "--lr 1e30 --warmup_steps 0".split()
     with pytest.raises(SystemExit) as stop:
         train.main(command(toy_dir, prose_file, tmp_path / "out", *flags))

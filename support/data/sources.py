@@ -5,7 +5,11 @@ import itertools
 import os
 import platform
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from support.data import toy
 from support.data.text import (
@@ -21,14 +25,14 @@ from support.data.text import (
 from support.data.toy import TINY, ToyCorpus
 from support.system.console import log
 
-PIECES, PIECE_BYTES = 16, 1 << 14  # of a file that are hashed; up to their sum, all of it
+PIECES, PIECE_BYTES = 16, 1 << 14  # of a large file that are hashed
 
 
 # ---- text that is on every machine -------------------------------------------------------------
 
 
 def standard_library_topics() -> str:
-    """The chapters of the language reference that ship with Python: 110k to 165k tokens of prose,
+    """The chapters of the language reference that Python ships: 110k to 165k tokens of prose,
     depending on the tokenizer."""
     from pydoc_data.topics import topics
 
@@ -36,7 +40,7 @@ def standard_library_topics() -> str:
 
 
 def standard_library_files() -> tuple[Path, list[Path]]:
-    """Their folder, and the Python sources of the standard library, tests and tables left out."""
+    """(folder, files): the Python sources of the standard library, without tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = set("test tests idle_test site-packages dist-packages pydoc_data encodings".split())
     files = [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
@@ -50,7 +54,7 @@ def standard_library_sources() -> list[str]:
 
 def standard_library_text() -> str:
     """Every source of the standard library, each followed by a chapter of the language reference
-    (they come round again): long text that is on every machine."""
+    (which repeat): long text that is on every machine."""
     chapters = itertools.cycle(standard_library_topics().split(SEPARATOR))
     return SEPARATOR.join(
         part for source in standard_library_sources() for part in (source, next(chapters))
@@ -72,11 +76,7 @@ def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Token
     tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths)
     log_folders(paths)
     arrays = [f for f in files if kind_of(f) in (".npy", ".bin")]
-    texts = read_texts([f for f in files if f not in arrays])
-    if join:
-        separated = ((*([SEPARATOR] if i else []), *pieces) for i, pieces in enumerate(texts))
-        texts = iter([itertools.chain.from_iterable(separated)])
-    tokens.add_texts(texts, tokenizer)
+    tokens.add_texts(read_texts([f for f in files if f not in arrays]), tokenizer, join)
     for file in arrays:
         tokens.add_array(read_tokens(file, tokenizer.vocab_size))
     return tokens
@@ -114,6 +114,20 @@ def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
     return corpus, replay
 
 
+def load_texts(
+    args, tokenizer, rarely_ends: Callable[[Tensor, object], bool]
+) -> tuple[Corpus, Corpus]:
+    """load_corpora. Whether segments end at spaces as well is decided once for each text, by
+    recipe.rarely_ends, so that a stretch without sentences in an ordinary text (a long table) is
+    drawn again instead of being cut into words."""
+    corpora = load_corpora(args, tokenizer)
+    for corpus in corpora:
+        generators = (torch.Generator().manual_seed(i) for i in range(32))
+        windows = (corpus.window(args.target_len, generator) for generator in generators)
+        corpus.at_spaces = all(rarely_ends(ids, tokenizer) for ids in windows)
+    return corpora
+
+
 # ---- has it changed? ---------------------------------------------------------------------------
 
 
@@ -130,8 +144,8 @@ def contents(args) -> list[dict]:
 
 
 def changed(began: list[dict], now: list[dict]) -> str | None:
-    """Which of the two `contents` differ, and in what, so far as the former says it (an older
-    version wrote less down)."""
+    """Which paths differ between the two `contents`, and in what; compares what `began` records (an
+    older version recorded less)."""
     for then, here in zip(began, now, strict=False):
         for key in (k for k in here if k in then and k != "path"):
             if then[key] != here[key]:

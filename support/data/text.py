@@ -8,16 +8,21 @@
     .bin                                the ids of one document, uint16 where the vocabulary fits
 
 Any other file is refused; in a folder it is left out, and the log says how many of which kind.
-Memory stays flat however long a text is, except that a line of a .jsonl and a .json that is a list
-are held as a whole.
+Memory stays flat however long a text is, with three exceptions that are held as a whole: a line of
+a .jsonl, a .json that is a list, and a run of millions of characters in which no token ends at a
+place that is certain (see encode_pieces).
 """
 
 import bz2
 import collections
+import contextlib
+import functools
 import gzip
 import io
+import itertools
 import json
 import lzma
+import os
 import tempfile
 import zlib
 from array import array
@@ -25,9 +30,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import regex
 import torch
 
+from support.huggingface.config import check_no_pointer
 from support.system.bad_input import BadInput
 from support.system.console import log
 
@@ -81,13 +86,29 @@ def way_out(file: Path) -> str:
         return "unpack it first"
     if kind_of(file) in (".parquet", ".arrow", ".csv", ".tsv"):
         return 'write its texts to a .jsonl, {"text": ...} in each line (pandas: to_json)'
+    if kind_of(file) in (".npz", ".pt", ".pth", ".safetensors", ".pkl"):
+        return f"save its token ids as {file.stem}.npy"
     return f"save its text as plain text, for instance as {file.stem}.txt"
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files of a folder and the folders in it, sorted; not the hidden ones."""
-    found = (p for p in folder.rglob("*") if p.is_file())
-    return sorted(p for p in found if not any(n[0] == "." for n in p.relative_to(folder).parts))
+    """All files of a folder and the folders in it, linked ones too, sorted; not the hidden ones. A
+    link that leads nowhere is among them: reading it is an error."""
+    found, seen = [], set()
+
+    def stop(error: OSError):  # os.walk would leave out a folder that cannot be read
+        raise error
+
+    for path, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        seen.add(os.path.realpath(path))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if name[0] != "." and os.path.realpath(os.path.join(path, name)) not in seen
+        ]
+        files = (Path(path, name) for name in names if name[0] != ".")
+        found += [file for file in files if file.is_file() or file.is_symlink()]
+    return sorted(found)
 
 
 def left_out(folder: Path) -> str:
@@ -125,67 +146,56 @@ def read_texts(files: list[Path]) -> Iterator[Iterator[str]]:
         if kind_of(file) in IDS:
             raise BadInput(f"{file} holds token ids where text is needed")
         if kind_of(file) in RECORDS:
-            yield from (cut_pieces(io.StringIO(text)) for text in read_records(file))
+            yield from (pieces_of(io.StringIO(text)) for text in read_records(file))
         else:
             yield read_pieces(file)
 
 
-def read_pieces(file: Path, characters: int = 1 << 20) -> Iterator[str]:
-    """A text file in pieces of a few megabytes at most."""
+def pieces_of(stream, characters: int = 1 << 18) -> Iterator[str]:
+    """A text of any length in pieces, cut anywhere: encode_pieces puts the tokens together."""
+    return iter(functools.partial(stream.read, characters), "")
+
+
+@contextlib.contextmanager
+def opened(file: Path, mode: str, **options) -> Iterator:
+    """An open file, unpacked while it is read. BadInput names one that is not what its suffix says
+    or that is damaged."""
     try:
-        with PACKED.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig") as stream:
-            for piece in cut_pieces(stream, characters):
-                if "\0" in piece:
-                    raise BadInput(f"{file} holds zero bytes: it is not plain text in UTF-8")
-                yield piece
+        if file.is_file():  # a pipe can be read only once
+            check_no_pointer(file)
+        with PACKED.get(file.suffix.lower(), open)(file, mode, **options) as stream:
+            yield stream
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not UTF-8 text ({error}): {ICONV}") from error
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise BadInput(f"{file} is damaged: {error}") from error
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not a library's
+            raise
+        raise BadInput(f"{file} is damaged or not a {file.suffix} file: {error}") from error
 
 
-TAIL = 4096  # characters at the end of a piece where a place to cut is looked for
-# Between a word and the space before the next one every tokenizer begins a new token; between a
-# letter or digit and punctuation or a line break, nearly every one.
-CUTS = [regex.compile(r"(?<=\w) (?=\w)"), regex.compile(r"(?<=[\p{L}\p{N}])(?=(?!['’])\p{P}|\n)")]
-
-
-def cut_pieces(stream, characters: int = 1 << 20) -> Iterator[str]:
-    """A text in pieces of at most 2 * characters + TAIL. Encoded one by one they give the ids of
-    the whole text, except around two kinds of cut: within a word, where a text has neither spaces
-    nor punctuation for so long that nothing else is left; and at punctuation, with a tokenizer that
-    does not part words there (Unigram or Metaspace)."""
-    rest = ""
-    while chunk := stream.read(characters):
-        text = rest + chunk
-        begin = max(0, len(text) - TAIL)
-        matches = (match for cut in CUTS for match in cut.finditer(text, begin))
-        at = next((m.start() for m in matches if m.start() > 0), 0)
-        if at == 0 and len(text) > characters + TAIL:
-            at = len(text)
-        if at:
-            yield text[:at]
-        rest = text[at:]
-    yield rest
+def read_pieces(file: Path) -> Iterator[str]:
+    """A text file in pieces of a megabyte at most."""
+    with opened(file, "rt", encoding="utf-8-sig") as stream:
+        for piece in pieces_of(stream):
+            if "\0" in piece:
+                raise BadInput(f"{file} holds zero bytes: it is not plain text in UTF-8")
+            yield piece
 
 
 def read_records(file: Path) -> Iterator[str]:
     """The texts of a file of JSON objects: one in each line, or (.json) one value for all."""
-    try:
-        with PACKED.get(file.suffix.lower(), open)(file, "rb") as stream:
-            if kind_of(file) == ".json" and not is_record(stream.readline()):
-                stream.seek(0)
-                value = parse(stream.read(), str(file))
-                for number, record in enumerate(value if isinstance(value, list) else [value], 1):
-                    yield text_of(record, f"{file}, record {number}")
-                return
+    with opened(file, "rb") as stream:
+        if kind_of(file) == ".json" and not is_record(stream.readline()):
             stream.seek(0)
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    where = f"{file}, line {number}"
-                    yield text_of(parse(line, where), where)
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise BadInput(f"{file} is damaged: {error}") from error
+            value = parse(stream.read(), str(file))
+            for number, record in enumerate(value if isinstance(value, list) else [value], 1):
+                yield text_of(record, f"{file}, record {number}")
+            return
+        stream.seek(0)
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                yield text_of(parse(line, where), where)
 
 
 def is_record(line: bytes) -> bool:
@@ -240,7 +250,7 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     else:
         try:
             ids = np.lib.format.open_memmap(file, mode="r")
-        except ValueError as error:  # numpy has no class of its own for a damaged file
+        except ValueError as error:  # numpy raises this for a damaged file
             raise BadInput(f"{file} is not an array of token ids: {error}") from None
     if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2) or ids.size == 0:
         raise BadInput(f"{file} holds {ids.dtype} {ids.shape}, token ids are (N,) or (n, N)")
@@ -251,6 +261,72 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
             f" tokenizer's, or not stored as {ids.dtype.name}?"
         )
     return ids
+
+
+TAIL = 4096  # characters that are encoded on both sides of a border
+SURE, KINDS = 16, 4  # tokens in a row, and how many of them differ, where parts may be joined
+
+
+def encode_pieces(pieces: Iterable[str], tokenizer, continued: bool = False) -> Iterator[list[int]]:
+    """The ids of the text that the pieces make up, in parts, without ever holding all of it.
+
+    A token may reach over the border of two pieces, and what is beside it may decide where a token
+    ends. So the last TAIL characters before a border are encoded three times: after what precedes
+    them, alone, and before what follows. Tokens that are the same each time depend on neither side;
+    if there are SURE of them in a row, the parts are joined in their middle. Else (one character
+    repeated a million times, say) the pieces are encoded together, and memory grows with their
+    length. continued: see Tokenizer.encode.
+
+    subtle: a Unigram model may divide "-----" into "---" "--" or "--" "---", which are equally
+    likely; rounding decides, and so does the length of the whole run. Hence KINDS. (In a long text
+    of hundreds of such runs some may still be divided the other way round.)"""
+    pieces = iter(pieces)
+    text = next(pieces, "")
+    ids, done = tokenizer.encode(text, continued), 0  # of text; how many of them were yielded
+    # where no place is found, the next try comes at twice the length
+    while following := take(pieces, len(text) - TAIL):
+        tail = text[-TAIL:]
+        alone = tokenizer.encode(tail, continued=True)
+        behind = tokenizer.encode(tail + following, continued=True)
+        place = certain_place(ids[max(done, len(ids) - len(alone)) :], alone, behind)
+        if place is not None:
+            yield ids[done : len(ids) - len(alone) + place]
+            text, ids, done, continued = tail + following, behind, place, True
+        else:
+            text += following
+            ids = tokenizer.encode(text, continued)
+    yield ids[done:]
+
+
+def certain_place(before: list[int], alone: list[int], behind: list[int]) -> int | None:
+    """A place in `alone`, which should end `before` and begin `behind`, around which all three have
+    the same SURE tokens, of at least KINDS kinds; the one in the middle of all such places."""
+    first = len(alone) - common_beginning(before[::-1], alone[::-1])
+    last = common_beginning(alone, behind)
+    half = SURE // 2
+    places = range(first + half, last - half + 1)
+    for place in sorted(places, key=lambda place: abs(place - (first + last) // 2)):
+        if len(set(alone[place - half : place + half])) >= KINDS:
+            return place
+    return None
+
+
+def take(pieces: Iterator[str], characters: int) -> str:
+    """The next pieces, together at least so many characters, or all that are left."""
+    taken = ""
+    while len(taken) < max(1, characters) and (piece := next(pieces, None)) is not None:
+        taken += piece
+    return taken
+
+
+def common_beginning(a: list[int], b: list[int]) -> int:
+    """How many of the first ids are the same.
+
+    >>> common_beginning([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(different, min(len(a), len(b)))
 
 
 class Tokens:
@@ -272,15 +348,20 @@ class Tokens:
             self._rows.extend((len(self.parts), i * size, size))
         self.parts.append(ids.reshape(-1))
 
-    def add_texts(self, documents: Iterable[Iterable[str]], tokenizer) -> None:
-        store, total = tempfile.TemporaryFile(), 0  # noqa: SIM115 (lives as long as its map)
-        for pieces in documents:
-            begin = total
-            for i, piece in enumerate(pieces):
-                ids = np.array(tokenizer.encode(piece, continued=i > 0), dtype=np.int32)
-                store.write(ids.tobytes())
+    def add_texts(self, texts: Iterable[Iterable[str]], tokenizer, join: bool = False) -> None:
+        """Texts, each in pieces: documents of their own, or (join) one document together."""
+        store, total, begin = tempfile.TemporaryFile(), 0, 0  # noqa: SIM115 (its map needs it)
+        separator = tokenizer.encode(SEPARATOR, continued=True)
+        for i, pieces in enumerate(texts):
+            parts = encode_pieces(pieces, tokenizer, continued=join and i > 0)
+            for ids in itertools.chain([separator] if join and i else [], parts):
+                store.write(np.array(ids, dtype=np.int32).tobytes())
                 total += len(ids)
-            self._rows.extend((len(self.parts), begin, total - begin))
+            if not join:
+                self._rows.extend((len(self.parts), begin, total - begin))
+                begin = total
+        if join:
+            self._rows.extend((len(self.parts), 0, total))
         store.flush()
         if total:  # an empty file cannot be mapped, and no row then points into it
             self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
@@ -289,7 +370,7 @@ class Tokens:
 class Corpus:
     """Documents of at least min_tokens tokens, shorter ones are counted; `window` draws from them.
 
-    remedy: what the caller's flags can do where no document is long enough (BadInput)."""
+    remedy: which of the caller's flags help if no document is long enough (part of BadInput)."""
 
     at_spaces = False  # whether segments end at spaces as well: for texts without sentence ends
 
@@ -316,5 +397,5 @@ class Corpus:
         return torch.from_numpy(ids.astype(np.int64))
 
     def summary(self) -> str:
-        """Where the documents are from, how many tokens are used and what was left out."""
+        """Where the documents are from, how many tokens are used, and what was left out."""
         return f"{self.source}: {self.tokens:,} tokens, {self.too_short} documents too short"

@@ -51,8 +51,8 @@ QUESTIONS = (
     "\nThe table has",
     "\nSo we find",
 )
-PAIRS_A_LINE, TOKENS_A_PAIR = 8, 28  # of a ToyCorpus: dense, for few steps must do
-RARE = 1 / 2048  # a piece less frequent than this in the text can be a key
+PAIRS_A_LINE, TOKENS_A_PAIR = 8, 28  # of a ToyCorpus: dense, because steps are few
+RARE = 1 / 2048  # a piece rarer than this in the text can be a key
 
 
 @functools.cache
@@ -168,7 +168,7 @@ def answerable(text: str) -> tuple[int, int]:
     told, known, questions = set(), 0, 0
     for line in re.split(f"\n|{heads}", text):
         pairs = [p for p in re.findall(r"(\w+) (\w+)", line) if p[1] in needle()["values"]]
-        if "." in line:  # what tells ends so, what asks has none
+        if "." in line:  # pairs are told with a full stop, asked without
             told.update(pairs)
         else:
             questions += len(pairs)

@@ -1,5 +1,5 @@
-"""`python recipe.py`: what chapters 2 to 6 of recipe.py do to one text, told and drawn. recipe.py
-hands itself and model.py over, as support/ imports none of the four files."""
+"""`python recipe.py`: what chapters 2 to 6 of recipe.py do to one text, in words and as a figure.
+recipe.py passes itself and model.py, because support/ imports none of the four files."""
 
 from types import ModuleType
 
@@ -13,7 +13,8 @@ from support.explain import distances, figure, positions, words
 from support.huggingface.config import read_window
 from support.huggingface.hub import SMALL, local_folder
 from support.huggingface.tokenizer import load_tokenizer
-from support.runs.flags import Parser, read_impactful
+from support.runs.analysis import read_impactful
+from support.runs.flags import Parser
 from support.system.bad_input import BadInput
 from support.system.console import check_ranges, report_errors
 
@@ -21,17 +22,18 @@ from support.system.console import check_ranges, report_errors
 def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
     p = Parser("recipe.py", "What LongRecipe does to one text.")
     add = p.add_argument
-    add("--model", default=TINY, metavar="DIR", help="whose tokenizer and RoPE are used")
-    add("--text", metavar="FILE", help="a text (default: Python's language reference)")
-    add("--target_len", type=int, default=131_072, help="the new window, tokens")
-    add("--train_len", type=int, help="length of a sample, tokens (default: 30 %% of it)")
+    add("--model", default=TINY, metavar="DIR", help="model whose tokenizer and RoPE are used")
+    add("--text", metavar="FILE", help="a text file (default: Python's language reference)")
+    add("--target_len", type=int, default=131_072, metavar="N", help="the new window, tokens")
+    length = "length of a sample, tokens (default: 30 %% of --target_len)"
+    add("--train_len", type=int, metavar="N", help=length)
     impactful = "impactful.json (default: the model's own; without one, digits are taken)"
     add("--impactful", metavar="FILE", help=impactful)
-    add("--figure", default="recipe.png", metavar="PNG", help="where the figure goes")
+    add("--figure", default="recipe.png", metavar="PNG", help="file for the figure")
     add(
         "--positions", metavar="PNG", help="draw only where each method puts the tokens of a sample"
     )
-    add("--seed", type=int, default=0, help="of the sample")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sample")
     with report_errors():
         args = p.parse_args(argv)
         check_ranges(args, above_1=("target_len",), seed=("seed",))
@@ -50,14 +52,14 @@ def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
 
 
 def window_of(args, tokenizer, generator: torch.Generator) -> Tensor:
-    """Ids (target_len,), or as many as there are, of --text or of the default text."""
+    """Ids of --text or of the default text: (target_len,), or fewer if the text is shorter."""
     tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
     remedy = "give a longer --text, or lower --train_len or --target_len"
     return Corpus(tokens, args.train_len, remedy).window(args.target_len, generator)
 
 
 def explain(args, folder: str, model: ModuleType, recipe: ModuleType) -> None:
-    """Print and draw what is selected, where it is put, and what RoPE makes of it."""
+    """Print and draw which sentences are selected, their positions, and the angles of RoPE."""
     tokenizer = load_tokenizer(folder)
     generator = torch.Generator().manual_seed(args.seed)
     ids = window_of(args, tokenizer, generator)

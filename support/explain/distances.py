@@ -11,7 +11,7 @@ from support.huggingface.config import read_config
 from support.system.bad_input import BadInput
 
 DRAWS = 16  # samples of each method whose distances are counted
-FULL = "full length"  # what the methods are to replace: plain positions over the whole target
+FULL = "full length"  # plain positions over the whole target, which the methods replace
 
 # ---- which distances are trained ---------------------------------------------------------------
 

@@ -14,8 +14,8 @@ ZOOM, BINS = 300, 128  # positions shown one by one; bins of the distances
 
 
 def styles(labels: dict[str, str]) -> dict[str, dict]:
-    """Label, colour and line of FULL and of each method; longrecipe wide, below the others, as the
-    line of rpes runs along it."""
+    """Label, colour and line of FULL and of each method. The line of longrecipe is wide and below
+    the others, because the line of rpes nearly covers it."""
     thin, wide = {"linewidth": 1.3}, {"linewidth": 6, "alpha": 0.45, "zorder": 1.5}
     found = {FULL: {"label": "a text of the full length", "color": "black", "linestyle": "--"}}
     for i, (name, label) in enumerate(labels.items()):
@@ -112,7 +112,7 @@ def draw_distances(axis, lines: dict, distances: dict, old_window: int | None) -
     for method, line in lines.items():
         d = distances[method]
         y = np.add.reduceat(d.counts.numpy(), edges[:-1]) / np.diff(edges) / d.draws
-        y = np.where(y > 0, y, np.nan)  # never: no line
+        y = np.where(y > 0, y, np.nan)  # no line where there are no pairs
         axis.stairs(y, edges / 1024, baseline=None, **line)
     axis.set_yscale("log")
     axis.set_ylim(bottom=axis.get_ylim()[0] / 10)  # room for the legend
@@ -124,7 +124,7 @@ def draw_distances(axis, lines: dict, distances: dict, old_window: int | None) -
 
 
 def draw_coverage(axis, distances: dict[str, Distances]) -> None:
-    """Which distances the one sample trains, dark, and which not, white."""
+    """Which distances one sample trains: dark; the others are white."""
     target_len, draws = len(distances[FULL].counts), max(d.draws for d in distances.values())
     edges, names = bin_edges(target_len), list(distances)
     rows = [

@@ -34,9 +34,9 @@ def draw(
             if old_window and old_window < target_len:
                 mark_window(whole[i], old_window, target_len)
         end = target_len / 1000
-        whole[0].set(xlim=(0, end), ylim=(0, end), ylabel="position id (thousands)")
+        whole[0].set(xlim=(0, 1.04 * end), ylim=(0, 1.04 * end), ylabel="position id (thousands)")
         top = max(int(positions[ZOOM - 1]) for _, positions in samples.values())
-        zoom[0].set(xlim=(0, ZOOM), ylim=(0, 1.05 * top), ylabel="position id")
+        zoom[0].set(xlim=(0, ZOOM), ylim=(0, 1.05 * top), ylabel="position id", xticks=(0, 50, 100))
         note = {"xycoords": "axes fraction", "va": "top", "fontsize": 12}
         zoom[0].annotate("grey: every\nsecond sentence", (0.03, 0.97), **note)
         figure.suptitle(
@@ -53,7 +53,9 @@ def draw_sample(axis, positions: Tensor, target_len: int, color: str) -> None:
     axis.plot((0, end), (0, end), color="0.8", linestyle=":", linewidth=1.5)
     jumps = np.flatnonzero(np.diff(p) > end / 20) + 1
     for piece in np.split(np.arange(len(p)), jumps):  # no line across a large jump
-        style = {"color": color, "linewidth": 4, "solid_capstyle": "round", "clip_on": False}
+        # a piece too short for a line is a dot
+        style = {"marker": "o", "markersize": 8} if len(piece) < len(p) / 100 else {}
+        style |= {"color": color, "linewidth": 4, "solid_capstyle": "round"}
         axis.plot(piece / 1000, p[piece], **style)
     axis.annotate(f"{len(p):,} tokens", (0.98, 0.27), xycoords="axes fraction", ha="right")
     axis.set_xlabel("token (thousands)")

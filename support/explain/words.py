@@ -11,7 +11,7 @@ from support.explain.distances import Angles, Distances
 from support.huggingface.config import read_json
 from support.runs.flags import settings_of
 
-# what was found for SmolLM2, as an example, and for the embedded model
+# the recorded analyses of SmolLM2 and of the embedded model
 EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
 OF_THE_TOY = Path(TINY).parent / "results" / "tiny_128k" / "impactful.json"
 NO_ANALYSIS = f"""\
@@ -38,7 +38,7 @@ def mean_shifts(file: str | Path) -> dict[int, str]:
 
 
 def unit_of(file: str | Path | None) -> str:
-    """In what the shifts of an impactful.json are, where the run beside it tells; else "shift"."""
+    """Unit of the shifts in an impactful.json, from the run.json beside it; else "shift"."""
     beside = Path(file).with_name("run.json") if file else None
     if beside is None or not beside.is_file():
         return "shift"
@@ -49,8 +49,8 @@ def unit_of(file: str | Path | None) -> str:
 def tell_types(
     file: str | Path | None, impactful: Tensor, ids: Tensor, starts: Tensor, tokenizer
 ) -> None:
-    """The first of the impactful types, bool (V,), that the text holds, each with a sentence of it.
-    file: where they are from, by mean shift; None: types with a digit, by count."""
+    """Print the first impactful types, bool (V,), that occur in the text, each with a sentence.
+    file: where they are from, in order of mean shift; None: types with a digit, by count."""
     count = torch.bincount(ids, minlength=len(impactful))
     if file is None:
         print(NO_ANALYSIS)
@@ -80,7 +80,7 @@ def tell_types(
 def tell_selection(
     ids: Tensor, starts: Tensor, share: Tensor, taken: Tensor, kept: int, tokenizer, select: str
 ) -> None:
-    """What became of the segments (N,) of a text, and why: share of impactful tokens, taken."""
+    """Print what selection keeps of a text's segments (N,), by their share of impactful tokens."""
     hit = share > 0
     print(
         f"\ntext: {len(ids):,} tokens in {len(starts):,} segments;"
@@ -103,7 +103,7 @@ def mean_share(share: Tensor, of: Tensor) -> str:
 
 
 def tell_positions(found: dict[str, Distances]) -> None:
-    """Where each method puts the tokens of the sample, and which distances it trains."""
+    """Print where each method puts the tokens of the sample, and which distances it trains."""
     draws = max(d.draws for d in found.values())
     print(
         f"\n{'':>54}share of all distances that are trained\n"
@@ -119,7 +119,7 @@ def tell_positions(found: dict[str, Distances]) -> None:
 
 
 def tell_angles(angles: Angles | str) -> None:
-    """How many pairs of dimensions meet angles that the original model never saw."""
+    """Print how many pairs of dimensions meet angles that the original model never met."""
     if isinstance(angles, str):
         print(f"\n{angles}")
         return

@@ -27,8 +27,8 @@ Found = dict[str, tuple[Path, str]]  # our name of a tensor -> its file and its 
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors of a folder, in the order in which transformers reads them; none, if there
-    are none. Where there is a single file it is taken, whatever an index says."""
+    """The safetensors files of a folder, in the order in which transformers reads them; empty if
+    there are none. A single file is preferred to an index."""
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if not (path / INDEX).is_file():
@@ -43,9 +43,9 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def find_tensors(path: Path, tied: bool) -> Found:
-    """The tensors of a folder under the names of our Llama; of a tensor in two files the last
-    one. Left out: the angles of RoPE that older exports carry. tied: the head is the embedding, of
-    which the file holds one or the other, or both."""
+    """The tensors of a folder under the names of our Llama. If two files hold a tensor, the last
+    one counts. RoPE frequencies, which older exports carry, are left out. tied: the head is the
+    embedding; the folder may hold either of them or both."""
     files = weight_files(path)
     if not files:
         raise not_a_model(path, f"{SINGLE} and no {INDEX}")
@@ -83,7 +83,7 @@ def has_own_head(path: Path) -> bool:
     """Does the folder hold a head that is not its embedding? Then transformers leaves them untied,
     whatever config.json says."""
     files = weight_files(path)
-    if not files or not all(file.is_file() for file in files):  # --plan: config.json alone
+    if not files or not all(file.is_file() for file in files):  # --plan downloads config.json only
         return False
     found = find_tensors(path, tied=False)
     if HEAD not in found or EMBEDDING not in found:
@@ -94,7 +94,7 @@ def has_own_head(path: Path) -> bool:
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator:
-    """BadInput that names the file where the library finds it damaged."""
+    """Raises BadInput, naming the file, if the library finds it damaged."""
     check_no_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -114,11 +114,11 @@ def not_finite(value, name: str = "") -> Iterator[str]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in items:
             yield from not_finite(inner, f"{name}.{key}" if name else str(key))
-    elif hasattr(value, "__tensor_flatten__"):  # a subclass, say 8-bit states: what it is made of
+    elif hasattr(value, "__tensor_flatten__"):  # a subclass such as 8-bit states: its parts
         for attribute in value.__tensor_flatten__()[0]:
             yield from not_finite(getattr(value, attribute), name)
     elif isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
-        # NaN goes through both; unlike isfinite, no second tensor, and 20 times faster on a CPU
+        # NaN shows in both ends. isfinite would make a second tensor and take 20 times as long
         low, high = torch.aminmax(value.float() if value.element_size() == 1 else value)
         if not (low.isfinite() and high.isfinite()):
             yield name
@@ -183,7 +183,7 @@ def read_tensors(
                 f"{path}: tensor {name} has shape {tuple(tensor.shape)},"
                 f" config.json says {tuple(shapes[name])}"
             )
-        # subtle: get_tensor may be a view of the mapped file; a copy lets go of the mapping
+        # subtle: get_tensor may be a view of the mapped file; a copy releases the mapping
         state[name] = tensor.to(device=device, dtype=dtype, copy=True)
     return state
 
@@ -202,7 +202,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
             save_file(shard, file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, say
             raise OSError(f"{file} could not be written: {error}") from error
-        # subtle: safetensors leaves its private temporary file (mode 0600) in place of ours
+        # subtle: safetensors replaces our file by its private temporary file (mode 0600)
         file.chmod(mode)
         shards.append(list(shard))
         shard.clear()

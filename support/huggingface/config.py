@@ -28,15 +28,15 @@ def check_no_pointer(path: Path) -> None:
             raise BadInput(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
 
 
-# What the code of each supported family fixes (qkv_bias, qk_norm), and what it takes where
-# config.json is silent. Every other field is read.
+# What transformers' code fixes for each family (qkv_bias, qk_norm), and its defaults for fields
+# that config.json leaves out. Every other field is read.
 FAMILIES = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8},
     "qwen2": {"qkv_bias": True, "num_key_value_heads": 32},
     "qwen3": {"qk_norm": True, "num_key_value_heads": 32, "head_dim": 128},
 }
-# Fields that must have this value where they are given: nothing else is implemented.
+# Fields that must have this value if they are given: nothing else is implemented.
 FIXED = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
@@ -44,7 +44,7 @@ FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-# Fields of folders that hold something else than the plain weights of one model.
+# Fields that appear only in folders that do not hold the plain weights of one model.
 UNKNOWN = ("quantization_config", "compression_config", "transformers_weights", "per_layer_config")
 L0 = "original_max_position_embeddings"  # of RoPE: the window before it was scaled
 ROPE_FIELDS = {  # RoPE type -> the fields of its formula that must be given
@@ -54,7 +54,7 @@ ROPE_FIELDS = {  # RoPE type -> the fields of its formula that must be given
     "yarn": ("factor", L0),
 }
 YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-# Formats of models that are not read, by a file of theirs: what they are, and the way out.
+# Formats that are not supported, by the name of a file: what the format is, and what to do.
 OTHER_FORMATS = {
     "adapter_config.json": "an adapter of PEFT, which only changes another model: merge it into"
     " that model (merge_and_unload) and save the result",
@@ -83,8 +83,8 @@ LIMITS = {"num_hidden_layers": 1000, "max_position_embeddings": 2**31}  # others
 
 
 def positive(raw: dict, name: str, kind: type | tuple = int) -> float:
-    """A field that must be a positive number, and one that a model can have: a config.json of a few
-    bytes must not make us lay out 10^9 layers."""
+    """A field that must be a positive number of a plausible size: a config.json of a few bytes must
+    not make us build 10^9 layers."""
     value, limit = raw.get(name), LIMITS.get(name, 2**24) if kind is int else 1e15
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= limit:
         noun = "integer" if kind is int else "number"
@@ -179,7 +179,7 @@ def read_rope(raw: dict) -> tuple[float, dict | None]:
         raise BadInput(f"config.json: rope_theta must be above 1, found {theta}")
     if kind == "default":
         return theta, None
-    # that of config.json itself comes first
+    # config.json's own value goes before RoPE's
     rope[L0] = raw.get(L0, rope.get(L0, raw.get("max_position_embeddings")))
     if kind == "yarn" and rope.get("factor", 0) is None:  # null, as for transformers
         rope["factor"] = positive(raw, "max_position_embeddings") / positive(rope, L0, (int, float))
@@ -209,7 +209,7 @@ def yarn_scaling(old_len: int, new_len: int) -> dict:
 
 def read_heads(raw: dict, defaults: dict) -> dict:
     heads, width = positive(raw, "num_attention_heads"), positive(raw, "hidden_size")
-    # null stands for the derived value, a field that is not there for the family's own
+    # null means the derived value, a missing field means the family's default
     given = {name: value for name, value in (defaults | raw).items() if value is not None}
     kv_heads = positive({"num_key_value_heads": heads} | given, "num_key_value_heads")
     if heads % kv_heads:
@@ -236,7 +236,7 @@ def read_sliding_window(raw: dict, family: str) -> int | None:
     """Longest input that sees itself whole, None for no limit. (Longer inputs are refused.)"""
     if family == "llama" or (family.startswith("qwen") and not flag(raw, "use_sliding_window")):
         return None
-    window = raw.get("sliding_window", 4096)  # the value where config.json is silent
+    window = raw.get("sliding_window", 4096)  # the default of these families
     return None if window is None else positive({"sliding_window": window}, "sliding_window")
 
 
@@ -245,16 +245,16 @@ def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
     spellings. BadInput for a model that no supported family can express.
 
     subtle: readers older than transformers 5 know only rope_theta and fall back to 10,000 without
-    it; newer ones write rope_parameters. A file that holds one of them is read wrongly by
-    somebody."""
+    it; newer ones write rope_parameters. A file with only one of the two is misread by some
+    reader."""
     raw, scaling = fields["raw"], fields["rope_scaling"]
     family = raw.get("model_type") or family_of(fields)
     out = {"architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family}
-    if fields["sliding_window"] is not None:  # max_window_layers: the layers below it see all
+    if fields["sliding_window"] is not None:  # layers below max_window_layers see everything
         out |= {"use_sliding_window": True, "max_window_layers": 0}
         out["sliding_window"] = fields["sliding_window"]
     out |= {"hidden_act": "silu"} | raw
-    not_in_json = ("raw", "qkv_bias", "qk_norm", "sliding_window")  # the family, or raw, has them
+    not_in_json = ("raw", "qkv_bias", "qk_norm", "sliding_window")  # known from the family or raw
     out |= {name: value for name, value in fields.items() if name not in not_in_json}
     out.pop(L0, None)  # of the file that was read; `scaling` has it
     out["rope_parameters"] = (scaling or {"rope_type": "default"}) | {
@@ -282,7 +282,8 @@ def family_of(fields: dict) -> str:
 
 
 def check_extendable(config, target_len: int, rope: str, rope_base: float | None) -> None:
-    """BadInput where a longer window would not be seen, or the new theta cannot be computed."""
+    """Raises BadInput if the model could not see a longer window, or the new theta cannot be
+    computed."""
     if config.sliding_window is not None and config.sliding_window < target_len:
         raise BadInput(
             f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"

@@ -1,5 +1,5 @@
-"""A model folder of Hugging Face's, read and written: what model.py and recipe.py take from here,
-in one place."""
+"""Read, write and merge Hugging Face model folders: all that model.py and recipe.py need of this
+room."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 OURS = ("config.json", "model*.safetensors", checkpoint_files.INDEX, *TOKENIZER_FILES)
 # What extension changes in a config: a merged model has it from the tuned one.
 OF_THE_TUNED = {"raw", "rope_theta", "rope_scaling", "max_position_embeddings"}
-# Other names under which the small files keep the window; some engines take the least of them all.
+# Other names for the window in the small files; some engines take the smallest of all of them.
 WINDOWS = (
     "model_max_length",
     "tokenizer_model_max_length",
@@ -109,7 +109,7 @@ def write(
     another folder (None: those that `path` has already). BadInput if `path` holds other files."""
     source = Path(tokenizer_from or path)
     config = without_old_limits(config, config["max_position_embeddings"])
-    for name, token_id in special_ids(source).items():  # where the config names none
+    for name, token_id in special_ids(source).items():  # if the config names none
         if config.get(name) is None:
             config[name] = token_id
     with atomic.write_folder(path, replaces=OURS) as folder:
@@ -136,7 +136,7 @@ def edited(name: str, content: dict, config: dict) -> dict:
         cuts = (content.get("truncation") or {}).get("max_length", window) < window
         return content | {"truncation": None} if cuts else content
     out = without_old_limits(content, window)
-    if name == "generation_config.json":  # transformers asks this file alone where it is there
+    if name == "generation_config.json":  # transformers asks only this file if it exists
         ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
         return out | {k: v for k, v in ids.items() if v is not None and out.get(k) is None}
     if "auto_map" in content or content.get("tokenizer_class") == "TokenizersBackend":
@@ -147,7 +147,7 @@ def edited(name: str, content: dict, config: dict) -> dict:
 
 
 def without_old_limits(settings: dict, window: int) -> dict:
-    """No length in tokens below the window, and no code of a file that is not copied."""
+    """The settings with no length below the window, and no link to code that is not copied."""
     out = {k: v for k, v in settings.items() if k not in ("max_length", "auto_map")}
     short = [k for k in WINDOWS if isinstance(out.get(k), int | float) and out[k] < window]
     return out | dict.fromkeys(short, window)

@@ -33,5 +33,5 @@ class Hashes:
         return self.known[key][2]
 
     def save(self) -> None:
-        """Call it where something may be written."""
+        """Write the file. Apart from of_model, which is also called when nothing may be written."""
         write_atomically(self.file, json.dumps(self.known, indent=1) + "\n")

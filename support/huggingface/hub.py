@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.system.bad_input import BadInput
 
-CONFIG = ("config.json",)  # all that --plan needs
+CONFIG = ("config.json",)  # enough for --plan
 SMALL = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
 FILES = (*SMALL, "*.safetensors")
 
@@ -42,7 +42,7 @@ def local_folder(name: str, files: tuple[str, ...] = FILES) -> str:
 
 
 def near_names(path: Path) -> str:
-    """Of a path that leads nowhere: the folders most like the first part of it that is missing."""
+    """For a path that does not exist: the folders with names most like its first missing part."""
     while not path.parent.is_dir():
         path = path.parent
     beside = {f.name.lower(): str(f) for f in path.parent.iterdir() if f.is_dir()}

@@ -7,6 +7,7 @@ Text is data: special tokens are never made from it, their strings are encoded a
 """
 
 import base64
+import contextlib
 import functools
 import json
 import unicodedata
@@ -29,9 +30,9 @@ LLAMA3_SPLIT = (
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: character -> byte.
+    """GPT-2's printable substitutes for bytes: character -> byte.
 
-    >>> byte_alphabet()["A"], byte_alphabet()["Ġ"]  # Ġ stands for the space
+    >>> byte_alphabet()["A"], byte_alphabet()["Ġ"]  # Ġ represents the space
     (65, 32)
     """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -70,7 +71,7 @@ class Tokenizer:
     def _special_id(self, settings: dict, name: str) -> int | None:
         token = settings.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if token in self.added:
+        if isinstance(token, str) and token in self.added:
             return self.added[token]
         return next(iter(ids_in(settings.get(f"{name}_token_id"))), None)
 
@@ -132,8 +133,8 @@ class ByteLevelTokenizer(Tokenizer):
 
 
 class AddedTokens:
-    """Tokens that are one id wherever their text occurs: the leftmost first, of those that begin
-    there the longest. A special one hides what is in it, but stays text."""
+    """Tokens that are one id wherever their text occurs: the leftmost first, and the longest of
+    those that begin there. A special one takes the place of any inside it, but stays text."""
 
     def __init__(self, tokens: list[dict]):
         self._ids = {t["content"]: t["id"] for t in tokens if not t.get("special")}
@@ -159,16 +160,14 @@ class LibraryTokenizer(Tokenizer):
             from tokenizers import Tokenizer as Library
         except ImportError:
             raise BadInput(f"{reason}; `pip install tokenizers` reads it") from None
-        # what belongs to batches and to training stays out of a text's ids
+        # settings for batches and for training must not change a text's ids
         data = data | {"truncation": None, "padding": None}
         data["model"] = data["model"] | ({"dropout": None} if "dropout" in data["model"] else {})
         steps = {name: without_prefix(data.get(name)) for name in ("normalizer", "pre_tokenizer")}
-        try:
+        with errors_of_library("tokenizer.json is damaged"):
             self._whole, self._continued = (
                 Library.from_str(json.dumps(d)) for d in (data, data | steps)
             )
-        except Exception as error:  # the library has no class of its own
-            raise BadInput(f"tokenizer.json is damaged: {error}") from error
         for library in (self._whole, self._continued):
             library.encode_special_tokens = True  # text is data
         self._spelling = Spelling(data)
@@ -179,10 +178,9 @@ class LibraryTokenizer(Tokenizer):
 
     def _encode(self, text: str, continued: bool) -> list[int]:
         library = self._continued if continued else self._whole
-        try:
+        # such as a character for which a vocabulary has no token
+        with errors_of_library("the tokenizer cannot encode a text"):
             return library.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # such as a character for which a vocabulary has no token
-            raise BadInput(f"the tokenizer cannot encode a text: {error}") from error
 
     def decode(self, ids) -> str:
         if self._spelling.byte_level:  # the library would read added tokens as bytes too
@@ -190,8 +188,19 @@ class LibraryTokenizer(Tokenizer):
         return self._whole.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
+@contextlib.contextmanager
+def errors_of_library(what: str) -> Iterator[None]:
+    """`tokenizers` has no class of its own for errors, and its panics pass `except Exception`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise BadInput(f"{what}: {error}") from error
+
+
 def without_prefix(part):
-    """A normalizer or pre-tokenizer that takes the beginning of a text as any other place."""
+    """A normalizer or pre-tokenizer that treats the beginning of a text like any other place."""
     if isinstance(part, list):
         return [without_prefix(inner) for inner in part]
     if not isinstance(part, dict):
@@ -275,7 +284,7 @@ def from_bpe(data: dict, pattern: str, settings: dict) -> Tokenizer:
     to_id = {
         bytes(alphabet[c] for c in token): i
         for token, i in model["vocab"].items()
-        if all(c in alphabet for c in token)  # others no text gives: only as added tokens
+        if all(c in alphabet for c in token)  # no text gives any other, except as added tokens
     }
     ranks = {bytes([b]): b for b in range(256)}
     # subtle: tiktoken ranks the merged token, `tokenizers` the pair. The ids are the same, except
@@ -283,10 +292,12 @@ def from_bpe(data: dict, pattern: str, settings: dict) -> Tokenizer:
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         ranks.setdefault(bytes(alphabet[c] for c in left + right), len(ranks))
-    added = [
-        token | {"id": int(model["vocab"].get(token["content"], token["id"]))}
-        for token in data.get("added_tokens") or []
-    ]
+    # subtle: `tokenizers` ignores the "id" of an added token: it counts on from the vocabulary, so
+    # where the ids of a file have a gap it gives others
+    tokens = {t["content"]: t for t in data.get("added_tokens") or [] if t["content"]}
+    new = [content for content in tokens if content not in model["vocab"]]
+    new_id = {content: i for i, content in enumerate(new, len(model["vocab"]))}
+    added = [t | {"id": (model["vocab"] | new_id)[content]} for content, t in tokens.items()]
     if model.get("ignore_merges"):  # whole pieces of the vocabulary need no merges
         special = {token["id"] for token in added if token.get("special")}
         for token in sorted(to_id, key=to_id.get):
@@ -377,9 +388,11 @@ def ids_in(value) -> list[int]:
 
 
 def post_processor_adds(settings: dict, bos_id: int | None) -> bool:
-    """Does the tokenizer's own template start a single text with the BOS token?"""
+    """Does the tokenizer's own post-processor start a single text with the BOS token?"""
     post = settings.get("post_processor") or {}
     for step in post.get("processors", [post]):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing") and step["cls"][1] == bos_id:
+            return True
         if step.get("type") == "TemplateProcessing" and step.get("single"):
             name = step["single"][0].get("SpecialToken", {}).get("id")
             if bos_id in step.get("special_tokens", {}).get(name, {}).get("ids", []):

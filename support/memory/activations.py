@@ -124,7 +124,7 @@ class LayerInputsOnHost:
         if on_gpu(x.device):
             self.let_go()
             self.stream = self.stream or torch.cuda.Stream(x.device)
-            self.stream.wait_stream(torch.cuda.current_stream())  # x must be there
+            self.stream.wait_stream(torch.cuda.current_stream())  # until x is computed
             with torch.cuda.stream(self.stream):
                 host.copy_(x, non_blocking=True)
             self.leaving = x, self.stream.record_event()
@@ -150,7 +150,7 @@ class LayerInputsOnHost:
         self.let_go()
         x, arrived = self.ahead.pop(i, None) or self.fetch(i, host, device)
         torch.cuda.current_stream().wait_event(arrived)
-        if i > 0:  # the layer that is next in the backward pass, while this one computes
+        if i > 0:  # start the copy for the next layer of the backward pass
             before = self.buffer(i - 1, x)
             self.ahead[i - 1] = self.fetch(i - 1, before, device)
         return x
@@ -193,3 +193,12 @@ def unlock(address: int, pages: mmap.mmap) -> None:
 
 def check(code) -> None:
     torch.cuda.check_error(int(code))
+
+
+def set_levers(model, settings) -> None:
+    """Activation checkpointing on, and the three levers as the settings say."""
+    model.activation_checkpointing = True
+    model.keep_attention = settings.keep_attention
+    model.layer_inputs = LayerInputsOnHost() if settings.offload_inputs else None
+    for block in model.model["layers"]:
+        block.mlp.split = settings.split_mlp

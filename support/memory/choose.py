@@ -11,7 +11,7 @@ from support.memory.optimizer import NAMES, NEEDS_TORCHAO
 from support.system.bad_input import BadInput
 
 # Assumed, not measured
-DEVICE_EXTRA = {"cuda": 3e9, "cpu": 1.1e9}  # context, workspaces, fragmentation; libraries, text
+DEVICE_EXTRA = {"cuda": 3e9, "cpu": 1.1e9}  # context, fragmentation; libraries, text
 HOST_EXTRA = {"cuda": 3e9, "cpu": 0.0}  # Python, libraries, one tensor on its way
 ADVICE = "shorter samples (--train_len) or another --optimizer may need less"
 
@@ -21,8 +21,7 @@ def width(args) -> int:
 
 
 def needs(config, args, tokens: int, kind: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes by part on the device ("cuda" or "cpu") and on the host, for samples of so many
-    tokens."""
+    """(bytes by part on the device, on the host) for samples of `tokens`; kind: "cuda" or "cpu"."""
     levers = (args.optimizer, args.keep_attention, args.offload_inputs, args.split_mlp)
     device = budget.device_bytes(config, tokens, width(args), *levers, kind)
     host = budget.host_bytes(config, tokens, width(args), args.optimizer, args.offload_inputs)
@@ -50,9 +49,9 @@ def choose(config, settings, there: Machine, given: dict):
     """The settings with the levers chosen where `given` (name -> value) does not have them: the
     first combination that fits, or the one that needs least of the device.
 
-    In order of speed: attention computed again costs 10 % of the arithmetic, the optimizer on the
-    host 2 %, offloaded inputs nothing that can be planned for. Then comes 8-bit, which is another
-    optimizer, and last the MLP in pieces."""
+    Tried in order of speed: recomputing attention costs 10 % of the arithmetic, the optimizer on
+    the host 2 %, offloading inputs nothing that the plan can count. Then 8-bit, which is a
+    different optimizer, and last the MLP in pieces."""
     optimizers = NAMES if has_torchao() or not there.here else NAMES[:2]
     options = {"optimizer": optimizers, "keep_attention": (True, False)}
     options |= {"offload_inputs": (False, True), "split_mlp": (False, True)}
@@ -82,13 +81,13 @@ def at_full_length(config, settings, there: Machine, given: dict):
 
 
 def shortage(config, args, there: Machine) -> str | None:
-    """What memory does not suffice, in words; None if all does."""
+    """Which memory is too small, in words; None if all of it suffices."""
     device, host = (sum(part.values()) for part in needs(config, args, longest(args), there.kind))
     name = "GPU memory"
     if there.kind == "cpu":
         device, host, name = device + host, 0, "memory"
     if device > there.device:
-        return f"{name}: {size(device)} needed, {size(there.device)} there"
+        return f"{name}: {size(device)} needed, {size(there.device)} available"
     if there.host is not None and host > there.host:
         return f"host memory: {size(host)} needed, {size(there.host)} free"
     return None
@@ -103,7 +102,7 @@ def size(n: float) -> str:
 
 
 def check(config, args, options, there: Machine) -> None:
-    """BadInput where memory or disk does not suffice."""
+    """Raises BadInput if memory or disk does not suffice."""
     if args.optimizer == "adamw-8bit" and there.here and not has_torchao():
         raise BadInput(NEEDS_TORCHAO)
     short, advice = shortage(config, args, there), ADVICE

@@ -31,7 +31,7 @@ CHUNK = 2048  # tokens of the loss at a time, see model.linear_cross_entropy
 
 
 def layer_parameters(config) -> int:
-    """Of all layers, matrices only."""
+    """Parameters in the matrices of all layers."""
     D, d = config.hidden_size, config.head_dim
     attention = 2 * D * d * (config.num_attention_heads + config.num_key_value_heads)
     return config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
@@ -43,7 +43,7 @@ def matmul_parameters(config) -> int:
 
 
 def parameters(config) -> tuple[int, int]:
-    """(in matrices, in vectors: norms and biases)."""
+    """(parameters in matrices, parameters in vectors: norms and biases)."""
     L, D, d = config.num_hidden_layers, config.hidden_size, config.head_dim
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * D
     vectors = (2 * L + 1) * D + 2 * L * d * config.qk_norm
@@ -52,12 +52,13 @@ def parameters(config) -> tuple[int, int]:
 
 
 def attention_flops(config, tokens: int) -> float:
-    """One product of queries and keys, all layers, a multiply and an add each, the causal half."""
+    """FLOPs of one product of queries and keys in all layers, the causal half only; a multiply and
+    an add count two."""
     return config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2
 
 
 def forward_flops(config, begin: int, end: int) -> float:
-    """Tokens begin..end after a cache of `begin`: all but the output head."""
+    """FLOPs of a forward pass of tokens begin..end after a cache of `begin`, without the head."""
     products = 2.0 * layer_parameters(config) * (end - begin)
     return products + 2.0 * (attention_flops(config, end) - attention_flops(config, begin))
 
@@ -69,10 +70,10 @@ def training_flops(config, tokens: int) -> float:
 
 
 def executed_flops(config, tokens: int, keep_attention: bool, split_mlp: bool = False) -> float:
-    """What the machine really does: layers run forward twice (activation checkpointing; the second
-    time without their last product, which nothing needs), attention once or twice, and its backward
-    pass computes the scores again (5 products instead of 4). With split_mlp the three products of
-    the MLP run once more."""
+    """What the machine computes: layers run forward twice (activation checkpointing; the second
+    time without their last product, which nothing needs), attention once or twice, and attention's
+    backward pass computes the scores again (5 products instead of 4). With split_mlp the three
+    products of the MLP run once more."""
     last = config.num_hidden_layers * config.hidden_size * config.intermediate_size
     again = layer_parameters(config) - last + 3 * last * split_mlp
     linear = 6.0 * matmul_parameters(config) + 2.0 * again
@@ -81,13 +82,13 @@ def executed_flops(config, tokens: int, keep_attention: bool, split_mlp: bool = 
 
 
 def noncausal_flops(config, tokens: int) -> float:
-    """training_flops, had attention no causal half: a convention that some papers count by."""
+    """training_flops as if attention were not causal: a convention of some papers."""
     # [E23] without the causal half: 6 N T + 12 L H d T^2
     return training_flops(config, tokens) + 6.0 * attention_flops(config, tokens)
 
 
 def peak_flops(device: str) -> float | None:
-    """Of the GPU at hand; None where it is not in the table."""
+    """FLOP/s of the GPU of this machine; None if it is not in GPUS."""
     name = torch.cuda.get_device_name() if device == "cuda" else ""
     return next((peak for key, (peak, _) in GPUS.items() if key in name), None)
 
@@ -109,8 +110,8 @@ def speed(config, tokens: int, sequences: int, seconds: float, device: str) -> d
 
 
 def layer_bytes(config, T: int, w: int, keep_attention: bool, split_mlp: bool, kind: str) -> int:
-    """Peak of one layer's backward pass, in its MLP: what the recomputation has left, and the
-    gradients of the widest product. Attention's output is counted elsewhere where it is kept."""
+    """Peak of one layer's backward pass, which is in its MLP: what the recomputation left, and the
+    gradients of the widest product. With keep_attention, its output is counted elsewhere."""
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     H, KV = config.num_attention_heads, config.num_key_value_heads
     # gate, up, silu(gate), their product, and two gradients; in pieces: the product, two gradients
@@ -120,8 +121,8 @@ def layer_bytes(config, T: int, w: int, keep_attention: bool, split_mlp: bool, k
         norms += 4 * D * (3 if w == 2 else 1)
     attention = (2 * H + 2 * KV) * d * w  # q, k, v, and the output in token order
     again = 0 if keep_attention else H * d * w + 4 * H
-    # subtle: autograd adds the two gradients of a tied embedding up before it hands them over, so
-    # the head's waits until the last layer is through
+    # subtle: autograd adds up the two gradients of a tied embedding before it passes them on, so
+    # the head's gradient waits until the last layer is done
     tied = 4 * config.vocab_size * D if config.tie_word_embeddings else 0
     return T * (mlp + norms + attention + again + 4 * d) + w * D * F + tied
 
@@ -145,8 +146,8 @@ def device_bytes(
     split_mlp: bool = False,
     kind: str = "cpu",
 ) -> dict[str, int]:
-    """Of the training step at its peak, in the backward pass of the last layer. kind: "cuda" or
-    "cpu"; on a CPU this is host memory too."""
+    """Bytes by part at the peak of a training step, the backward pass of the last layer. kind:
+    "cuda" or "cpu"; on a CPU this is host memory."""
     matrices, vectors = parameters(config)
     N, L = matrices + vectors, config.num_hidden_layers
     attention = T * config.num_attention_heads * (config.head_dim * w + 4)
@@ -180,8 +181,8 @@ def host_bytes(config, T: int, w: int, optimizer: str, offload_inputs: bool) -> 
 
 
 def disk_bytes(config, w: int, optimizer: str, keep_stages: bool, saves: bool) -> dict[str, int]:
-    """At the fullest moment: while a state is written beside the last one, or at the end, when the
-    replayed and the merged weights are beside the state."""
+    """Bytes by part when the disk is fullest: while a state is written beside the last one, or at
+    the end, when replayed and merged weights lie beside the state."""
     matrices, vectors = parameters(config)
     weights = w * (matrices + vectors)
     state = 12 * (matrices + vectors)

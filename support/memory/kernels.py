@@ -104,7 +104,7 @@ def use_flash_package() -> str:
 
 
 def in_words() -> str:
-    """What attention runs on, for the log; empty where there is no GPU."""
+    """The kernels of attention, for the log; empty if there is no GPU."""
     if not torch.cuda.is_available():
         return ""
     flash = torch_attention.current_flash_attention_impl() or "torch's flash kernel"
@@ -125,8 +125,8 @@ def compiled_in_training(function):
     There each operation reads and writes a whole tensor, which takes longer than its arithmetic;
     torch.compile makes one kernel of the chain. Evaluation calls the function as it is, because
     each prompt has another length and would be compiled again; so does a CPU. LONGRECIPE_COMPILE=0
-    switches compilation off. Where it fails, for example because there is no C compiler, one line
-    is logged and the function runs as it is from then on."""
+    switches compilation off. If it fails, for example because there is no C compiler, one line is
+    logged and the function runs uncompiled from then on."""
     compiled, works = None, True
 
     @wraps(function)

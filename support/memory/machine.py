@@ -12,8 +12,8 @@ import torch
 
 from support.memory import count as budget
 
-OF_A_RUN = ("state.pt*", "*extended*/*", "*replayed*/*", "*merged*/*")  # in --out, part of its need
-HERE = "here"  # the machine that this runs on, as against a GPU of budget.GPUS
+OF_A_RUN = ("state.pt*", "*extended*/*", "*replayed*/*", "*merged*/*")  # in --out: counted as free
+HERE = "here"  # this machine, not a GPU of budget.GPUS
 # A training step of an 8B on an H200 (studies/bench_gpu.py). An H100 has the same peak.
 MEASURED = Path(__file__).resolve().parents[2] / "assets" / "results" / "gpu.json"
 MEASURED_STEP, MEASURED_ON = "step adamw-host keep offload", ("H100", "H200")
@@ -21,12 +21,12 @@ MEASURED_STEP, MEASURED_ON = "step adamw-host keep offload", ("H100", "H200")
 GPU_SHARE = 0.42  # FLOPs executed over the peak
 HOST_BYTES_PER_S, LINK_BYTES_PER_S = 30e9, 20e9  # of host memory; to or from the GPU
 CPU_SHARE = 0.75  # FLOPs executed in training over those of a large matrix product
-DISK_BYTES_PER_S = 1e9  # of a machine that is not this one
+DISK_BYTES_PER_S = 1e9  # of another machine than this
 
 
 @dataclass(frozen=True)
 class Machine:
-    """None: not known (another machine), so not checked."""
+    """What there is. None: unknown (another machine), and so not checked."""
 
     name: str
     kind: str  # "cuda" or "cpu"
@@ -40,7 +40,7 @@ class Machine:
 
 
 def machine(name: str, device: str, out: str) -> Machine:
-    """The one at hand (HERE), or any with a GPU of budget.GPUS."""
+    """This machine (HERE), or one with a GPU of budget.GPUS."""
     if name != HERE:
         return Machine(name, "cuda", budget.GPUS[name][1], None, None)
     stat = os.statvfs(nearest_folder(out))
@@ -60,9 +60,9 @@ def nearest_folder(out: str) -> Path:
 
 
 def free_memory() -> float:
-    """Bytes that this process may still take: of the machine, or of its container (cgroup 2)."""
+    """Bytes that this process may still allocate, by the machine and its container (cgroup 2)."""
     info = Path("/proc/meminfo")
-    if not info.is_file():  # macOS: all there is
+    if not info.is_file():  # macOS: the whole memory
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     lines = info.read_text().splitlines()
     free = 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
@@ -76,14 +76,14 @@ def free_memory() -> float:
 
 def measured_step(gpu: str) -> dict | None:
     """Seconds of a sequence and of an optimizer step of MEASURED_STEP, if that holds for this GPU;
-    None if not, or where the file is not there (support/ in a project of its own)."""
+    None if not, or if the file is missing (support/ copied into another project)."""
     if not MEASURED.is_file() or not any(name in gpu for name in MEASURED_ON):
         return None
     return json.loads(MEASURED.read_text())["parts"][MEASURED_STEP]
 
 
 def gpu_name(name: str) -> str:
-    """The GPU of this machine where name is HERE; empty where there is none."""
+    """The GPU's name if name is HERE; empty if there is no GPU."""
     if name != HERE:
         return name
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""

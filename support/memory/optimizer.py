@@ -2,11 +2,11 @@
 
     adamw        fp32 masters, m and v on the model's device. Small models.
     adamw-host   the same three on the host, stepped there tensor by tensor: the device holds
-                 weights and gradients only. A step takes seconds where `adamw` takes a blink, but
-                 comes once in 96 sequences. Bit for bit the same weights as `adamw`.
+                 weights and gradients only. A step takes seconds instead of milliseconds, but
+                 there is one in 96 sequences. Bit for bit the same weights as `adamw`.
     adamw-8bit   m and v in 8 bits on the device (torchao), no masters: bf16 weights are rounded
-                 up or down at random, so that small updates survive on average. Another optimizer,
-                 close but not equal. Where the host is small.
+                 up or down at random, so that small updates survive on average. Its results are
+                 close to those of `adamw`, not equal. For hosts with little memory.
 
 All three sum gradients in fp32, clip by the global norm and decay matrices only."""
 
@@ -26,7 +26,8 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> "MasterAdamW":
-    """One of NAMES. BadInput if adamw-8bit is asked for and torchao is not there."""
+    """The optimizer called `name` (one of NAMES). Raises BadInput if adamw-8bit needs torchao and
+    it is not installed."""
     kinds = dict(zip(NAMES, (MasterAdamW, HostAdamW, EightBitAdamW), strict=True))
     return kinds[name](model, lr, weight_decay)
 
@@ -59,8 +60,8 @@ class MasterAdamW:
     def __init__(self, model: nn.Module, lr: float, weight_decay: float):
         self.params = [p for p in model.parameters() if p.requires_grad]
         for p in self.params:
-            # subtle: else bf16 gradients of 96 sequences would be summed in bf16 (1 % off);
-            # deepcopy and load_state_dict(assign=True) forget it
+            # subtle: otherwise bf16 gradients of 96 sequences are summed in bf16 (1 % off).
+            # deepcopy and load_state_dict(assign=True) reset it
             p.grad_dtype = torch.float32
         self.mastered = self.params  # those with a master
         self.make_masters(lr, weight_decay)
@@ -106,8 +107,8 @@ class MasterAdamW:
         for p, master, saved in zip(self.mastered, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             p.copy_(saved)
-        # subtle: AdamW keeps the tensors it is given. Those of a file that is mapped into memory
-        # (RunFolder.load) would hold on to the file, 96 GB of an 8B, after the next save.
+        # subtle: AdamW keeps the tensors it is given. Tensors of a file mapped into memory
+        # (RunFolder.load) would keep that file, 96 GB for an 8B, alive after the next save.
         saved = state["adamw"]
         own = {i: {k: v.clone() for k, v in x.items()} for i, x in saved["state"].items()}
         self.adamw.load_state_dict(saved | {"state": own})
@@ -136,7 +137,7 @@ class HostAdamW(MasterAdamW):
             gradient = self.gradient[: p.numel()].view_as(master)
             rounded = self.rounded[: p.numel()].view_as(master)
             master.grad = gradient.copy_(p.grad)
-            p.grad = None  # 4 bytes a parameter of the device are free again
+            p.grad = None  # frees 4 bytes a parameter of the device
             self.adamw.step()  # of this tensor only: the others have no gradient
             master.grad = None
             p.copy_(rounded.copy_(master))
@@ -146,8 +147,8 @@ class EightBitAdamW(MasterAdamW):
     """torchao's AdamW8bit (Dettmers et al., 2021: blocks of 256 share a scale) for the matrices;
     norms and biases, a few thousandths of a percent, keep fp32 masters.
 
-    subtle: torchao would keep m and v of a bf16 norm in bf16. v moves by at most 0.1 % a step, the
-    last bit of bf16 is worth 0.4 %: rounded to nearest, v would stand still."""
+    subtle: torchao would keep m and v of a bf16 norm in bf16. v changes by at most 0.1 % a step and
+    the last bit of bf16 is worth 0.4 %: rounded to nearest, v would never change."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float):
         try:
@@ -169,7 +170,7 @@ class EightBitAdamW(MasterAdamW):
     def update(self) -> None:
         super().update()
         for group in self.eight_bit.param_groups:
-            group["lr"].fill_(self.adamw.param_groups[0]["lr"])  # a tensor: no new compilation
+            group["lr"].fill_(self.adamw.param_groups[0]["lr"])  # in place: no new compilation
         torch.manual_seed(self.steps)  # rounds at random, yet --resume rounds the same way
         self.eight_bit.step()
         self.steps += 1

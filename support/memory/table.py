@@ -1,7 +1,7 @@
-"""--plan: what a run takes, from config.json alone: bytes by part, FLOPs and hours by stage.
+"""--plan: what a run needs, from config.json alone: bytes by part, FLOPs and hours by stage.
 
-Bytes and FLOPs are counted (count.py); what a machine makes of them is partly assumed (machine.py
-and below), and the table says so."""
+Bytes and FLOPs are counted (count.py). Seconds partly rest on assumed speeds (machine.py and
+below), and the table says so."""
 
 from dataclasses import replace
 
@@ -103,7 +103,7 @@ def table(plan: dict) -> str:
     cells = {p: [sizes[c].get(p, 0) for c in sizes] for p in parts}
     cells = {part: row for part, row in cells.items() if any(row)}
     cells["sum"] = [sum(column.values()) for column in sizes.values()]
-    cells["there"] = [there[c] for c in sizes]
+    cells["available"] = [there[c] for c in sizes]
     for name, row in cells.items():
         shown = [short(x / 1e9) if x else "" for x in row]
         lines.append(f"{name:32}" + "".join(f"{x:>10}" for x in shown))
@@ -128,7 +128,8 @@ def table(plan: dict) -> str:
 
 
 def against_full_length(plan: dict) -> list[str]:
-    """One sample by each convention; then time and memory, both with the levers they would have."""
+    """Lines that compare with full length: the FLOPs of a sample by each convention; then hours and
+    memory, each run with the levers that it would be given."""
     full, lengths = plan["full_length"], plan["lengths"]
 
     def row(name: str, a: float, b: float, form=short) -> str:
@@ -172,7 +173,7 @@ def in_words(levers: dict) -> str:
 
 
 def short(x: float) -> str:
-    """Three digits, or all before the point.
+    """Three significant digits, but no fewer than are before the point.
 
     >>> short(12345.6), short(12.345), short(0.0123456)
     ('12,346', '12.3', '0.0123')

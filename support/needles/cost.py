@@ -1,4 +1,4 @@
-"""What an evaluation will cost, told before it starts: key-value cache, time left."""
+"""What an evaluation will cost, said before it starts: memory of the cache, and time."""
 
 import time
 
@@ -21,7 +21,7 @@ def kv_cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
 
 
 def prompt_flops(config, begin: int, end: int, answer_tokens: int) -> float:
-    """A prompt of `end` tokens whose first `begin` are in the cache, and its answer."""
+    """FLOPs of a prompt of `end` tokens whose first `begin` are in the cache, and of its answer."""
     answer = answer_tokens * forward_flops(config, end, end + 1) * DECODE
     return forward_flops(config, begin, end) + answer
 
@@ -51,11 +51,11 @@ class WorkBar:
     def __init__(self, total: float):
         layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         self.bar = progress(None, "needles", total=total, bar_format=layout)
-        self.told = torch.cuda.is_available()  # there it is over soon
+        self.told = torch.cuda.is_available()  # a GPU needs little time
 
     def tell_time(self, candidate, prefill, tokens: int = 256) -> None:
-        """Once, before the first prompt on a CPU: how long all may take, by the speed at which a
-        short one is read (the second of two, as the first also warms up)."""
+        """Log once, before the first prompt on a CPU, how long the evaluation may take, from the
+        speed of reading a short prompt (the second of two, because the first one warms up)."""
         if self.told:
             return
         ids = torch.arange(tokens) % candidate.config.vocab_size

@@ -13,14 +13,12 @@ def draw_heatmap(
     rows: list[dict],
     task: str,
     windows: dict,
-    names: dict,
     parts: int = 0,
     in_nats: bool = False,
 ) -> None:
     """One panel per model of windows (label -> trained window in tokens), in that order, from its
-    rows of needle.jsonl. names: label -> title, where the label itself is none. parts: the needle
-    is anywhere in its part of so many; 0: at the depth itself. in_nats: the log-probability of an
-    answer instead of the share found."""
+    rows of needle.jsonl. parts: the needle is anywhere in its part of so many; 0: at the depth
+    itself. in_nats: the log-probability of an answer instead of the share found."""
     from matplotlib.figure import Figure
 
     rows = [r for r in rows if r["task"] == task]
@@ -46,7 +44,7 @@ def draw_heatmap(
             axis.text(*place, number, color=color, ha="center", va="center", fontsize=8)
         inside = sum(n <= window for n in lengths)
         if 0 < inside < len(lengths):
-            axis.axvline(inside - 0.5, color="white", linewidth=3)  # seen on dark cells too
+            axis.axvline(inside - 0.5, color="white", linewidth=3)  # visible on dark cells too
             axis.axvline(inside - 0.5, color="black", linestyle="--")
             caption = "context length, tokens; dashed line: end of the trained window"
         axis.set_xticks(range(len(lengths)), [f"{n / 1024:.3g}k" for n in lengths], fontsize=8)
@@ -55,7 +53,7 @@ def draw_heatmap(
             f"{round(100 * d, 1):g}%" for d in depths
         ]
         axis.set_yticks(range(len(depths)), labels)
-        title = textwrap.fill(names.get(label, label), int(14 * width / 1.6))
+        title = textwrap.fill(label, int(14 * width / 1.6))
         each = "-".join(map(str, sorted({len(found) for found in scores.values()})))
         axis.set_title(f"{title}\ntrained to {window / 1024:.3g}k, n = {each} per cell", fontsize=8)
     figure.supxlabel(caption, fontsize=9)

@@ -1,4 +1,4 @@
-"""What a text of the evaluation is made of: the haystack, words for keys and values."""
+"""The parts of an evaluation's text: the haystack, and words for keys and values."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ Vancouver Venice Vienna Warsaw
 """.split()
 )
 
-# a haystack that says nothing; it repeats
+# the haystack of passkey: sentences without content, repeated
 NOISE = "The lamp is lit. The road is long. The rain is cold. On we walk. Uphill and down again.\n"
 
 
@@ -46,7 +46,7 @@ def load_haystack(path: str | None) -> tuple[str, str]:
     paths = [path or str(ESSAYS)]
     text = SEPARATOR.join("".join(p) for p in read_texts(find_files(paths)))
     log_folders(paths)
-    source = path or str(ESSAYS.relative_to(ROOT))  # so that no result names a machine's folders
+    source = path or str(ESSAYS.relative_to(ROOT))  # results must not name a machine's folders
     if not text.strip():
         raise BadInput(f"haystack {source} holds no text (--haystack)")
     return text, source
@@ -91,7 +91,7 @@ def is_word_of(key: str, text: str) -> bool:
     return re.search(rf"(?<![a-z0-9]){re.escape(key)}(?![a-z0-9])", text) is not None
 
 
-MADE_UP = {  # kinds of words that are made, not picked from a list
+MADE_UP = {  # kinds of words that are made up instead of picked from a list
     "numbers": lambda rng: str(rng.randint(1_000_000, 9_999_999)),
     "letters": lambda rng: "".join(rng.choices(string.ascii_uppercase, k=5)),
     "uuids": lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)),

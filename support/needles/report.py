@@ -69,7 +69,7 @@ def print_pairs(pairs: list[dict]) -> None:
 
 
 def print_gains(table: list[dict], whole: str) -> None:
-    """What the needles are worth to the model: see summary.gain."""
+    """Print what the needles add to the log-probability of an answer: see summary.gain."""
     for e in (e for e in table if e["model"] == whole):
         line = f"{e['task']} at {e['length']:,}: with its needles {whole} gains, nats an answer: "
         share = e.get("share_of_short_text")
@@ -95,7 +95,7 @@ def verdict(found: dict, scale: float = 1.0, unit: str = "") -> str:
 
 
 def warn(results: list[dict], tasks: dict) -> None:
-    """What makes the numbers doubtful."""
+    """Log what makes the numbers doubtful."""
     found = [r for r in results if r["model"] == NO_NEEDLES and r["score"] > 0]
     if any(r["task"] in tasks for r in found):
         log(
@@ -143,7 +143,7 @@ def write_report(
     }
     write_atomically(out / "needle_results.json", json.dumps(summary, indent=2) + "\n")
     trained = {c.label: c.trained_window for c in models}
-    drawn = [  # without a needle there is no depth to draw
+    drawn = [  # a task without needles has no depth to draw
         name
         for name, task in tasks.items()
         if task.needles and any(r["task"] == name for r in shown)
@@ -151,9 +151,9 @@ def write_report(
     for task in drawn:
         name = "needle.png" if len(drawn) == 1 else f"needle_{task}.png"
         parts = tasks[task].needles if tasks[task].ask == "each" else 0
-        draw_heatmap(out / name, shown, task, trained, {}, parts)
+        draw_heatmap(out / name, shown, task, trained, parts)
         in_nats = name.replace("needle", "nats", 1)
-        draw_heatmap(out / in_nats, shown, task, trained, {}, parts, in_nats=True)
+        draw_heatmap(out / in_nats, shown, task, trained, parts, in_nats=True)
         curves = name.replace("needle", "curves", 1)
         draw_curves(out / curves, shown, task)
         log(f"figures: {out / name}, {in_nats} and {curves}")

@@ -18,16 +18,16 @@ KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
 
 
 class Results:
-    """needle.jsonl: what an earlier, perhaps interrupted run measured is not measured again."""
+    """needle.jsonl: a result of an earlier run, even an interrupted one, is not measured again."""
 
     def __init__(self, folder: Path):
         if folder.exists() and not folder.is_dir():
             raise BadInput(f"--out {folder} is a file; a folder for the results is needed")
-        check_unlocked(folder)  # another one's half-written line is not ours to mend
+        check_unlocked(folder)  # do not repair a line that another process is writing
         path = folder / "needle.jsonl"
         self.path, self.known, self.hashes = path, {}, Hashes(folder / "needle_hashes.json")
         text = read_text(path) if path.is_file() else ""
-        self.cut = text != "" and not text.endswith("\n")  # a last line without its end
+        self.cut = text != "" and not text.endswith("\n")  # the last line lacks its line break
         # not splitlines(): an answer may hold U+2028
         lines = text.removesuffix("\n").split("\n") if text else []
         for i, line in enumerate(lines):
@@ -39,7 +39,7 @@ class Results:
                     raise BadInput(
                         f"{path}, line {i + 1} is not a result of this program; move the file away"
                     ) from None
-                write_atomically(path, "".join(x + "\n" for x in lines[:-1]))  # killed in mid-line
+                write_atomically(path, "".join(x + "\n" for x in lines[:-1]))  # a kill
                 self.cut = False
 
     @staticmethod
@@ -54,8 +54,8 @@ class Results:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Around the measuring, alone in the folder; whatever stops it, the last line says what is
-        kept."""
+        """Surrounds the measuring, with no other process in the folder. Whatever stops it, the last
+        line of the log says which results are kept."""
         before = list(self.known.values())
         with only_writer(self.path.parent), telling(self.what_is_saved):
             yield
@@ -103,8 +103,8 @@ def is_complete(result: dict) -> bool:
 
 
 def setup_of(task, text: str) -> str:
-    """Tells one way of testing from another, whatever lengths, depths and repeats. task None: the
-    loss on the text."""
+    """Hash of a task's wording and text, which differs if results must not be compared (lengths,
+    depths and repeats do not count). task None: the loss on the text."""
     fields = dataclasses.asdict(task) if task else {}
     if fields.get("haystack", "text") != "text":
         text = ""

@@ -1,8 +1,9 @@
-"""What an evaluation is to do: settings resolved once from the flags, the run and a template, and
-who is judged. Nothing is written here."""
+"""The settings of an evaluation, resolved once from the flags, the run and a template; and which
+models are judged. Writes no file."""
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,14 +48,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Who is judged: weights of a folder, under a config that may have another rope_theta; or, as
-    a control, the result on prompts without some of their parts."""
+    """A row of the tables: a folder's weights under a config that may have another rope_theta; or,
+    as a control, the model to judge on prompts without some of their parts."""
 
     label: str
     folder: str
     config: object  # LlamaConfig
     trained_window: int  # of the weights, tokens
-    identity: str  # tells one model from another, whatever their folders are called
+    identity: str  # a hash: the same model has the same, whatever its folder is called
     control: str | None = None
 
     @property
@@ -67,38 +68,43 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     p = Parser("eval_needle.py", doc)
     add = p.add_argument
     add("--model", metavar="DIR", help="Hugging Face folder to judge (default: out)")
-    original = "others beside it (default: the original of --model, where its run.json names it)"
-    add("--compare", nargs="*", metavar="DIR", help=original)
-    add("--no_needles", action="store_true", help="also without the needles: their gain in nats")
-    alone = f"also the needle alone in {SHORT_TEXT} tokens: the gain that distance can take away"
-    add("--needle_alone", action="store_true", help=f"{alone}; includes --no_needles")
-    controls = "--no_needles; the first of --compare is the original where no run.json names one"
+    compare = "models to judge beside it (default: the original, if --model's run.json names it)"
+    add("--compare", nargs="*", metavar="DIR", help=compare)
+    without = "also judge the prompts without their needles: what do the needles add, in nats?"
+    add("--no_needles", action="store_true", help=without)
+    alone = f"also judge the needle alone in {SHORT_TEXT} tokens: what does distance take away?"
+    add("--needle_alone", action="store_true", help=f"{alone} (includes --no_needles)")
+    controls = "as --no_needles; without a run.json, the first of --compare counts as the original"
     add("--controls", action="store_true", help=controls)
-    add("--tasks", nargs="*", choices=TASKS, help="(default: the template's, or niah_single)")
-    template = "wording, JSON (default: the needle.json of --model, if there is one)"
+    tasks = f"of {', '.join(TASKS)} (default: the template's, or niah_single)"
+    add("--tasks", nargs="*", choices=TASKS, metavar="TASK", help=tasks)
+    template = "JSON file with other wording (default: needle.json of --model, if it has one)"
     add("--template", metavar="FILE", help=template)
-    lengths = "tokens, answer included (default: four, from the old window to the new one)"
-    add("--lengths", nargs="+", type=int, help=lengths)
-    depths = "of the needle, 0: start, 1: end (default: 0 0.25 0.5 0.75 1)"
-    add("--depths", nargs="+", type=float, help=depths)
-    add("--n", type=int, help="texts per length (default: the template's, or 2)")
-    beyond = "texts per length past a compared model's window (default: the template's, or --n)"
-    add("--n_beyond", type=int, help=beyond)
-    add("--loss", "--ppl", action="store_true", help="also the loss, nats per token, on n texts")
+    lengths = "tokens, answer included (default: the old window, the new one and one between)"
+    add("--lengths", nargs="+", type=int, metavar="N", help=lengths)
+    depths = "where the needle is, 0: start, 1: end (default: 0 0.25 0.5 0.75 1)"
+    add("--depths", nargs="+", type=float, metavar="X", help=depths)
+    add("--n", type=int, metavar="N", help="texts per length (default: the template's, or 2)")
+    beyond = (
+        "texts per length past the window of a compared model (default: the template's, or --n)"
+    )
+    add("--n_beyond", type=int, metavar="N", help=beyond)
+    loss = "also measure the loss, nats per token, on n texts per length"
+    add("--loss", "--ppl", action="store_true", help=loss)
     haystack = "text file or folder (default: the template's, or essays, or Python's reference)"
     add("--haystack", metavar="PATH", help=haystack)
     add("--out", metavar="DIR", help="folder for the results (default: that of --model)")
-    add("--seed", type=int, default=0, help="of texts and needles")
-    dtype = "of the weights (default: bfloat16 on CUDA, float32 on a CPU)"
+    add("--seed", type=int, default=0, metavar="N", help="seed of texts and needles")
+    dtype = "type of the weights (default: bfloat16 on CUDA, float32 on a CPU)"
     add("--dtype", choices=("bfloat16", "float32"), help=dtype)
-    flash = "flash: an installed flash-attn-4, or FlashAttention 3, in place of torch's kernels"
+    flash = "flash: use an installed flash-attn-4 or FlashAttention 3 instead of torch's kernels"
     add("--attention", choices=("torch", "flash"), default="torch", help=flash)
     return p.parse_args(argv)
 
 
 def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
-    """(settings, task name -> Task, folder -> config); known: name -> Task. BadInput for what
-    cannot be meant and for models that cannot be compared."""
+    """(settings, task name -> Task, folder -> config); known: name -> Task. Raises BadInput for
+    flags that make no sense and for models that cannot be compared."""
     model, compare, original = who_is_judged(flags)
     configs = {folder: read_config(folder) for folder in (*compare, model)}
     path = Path(flags.template or Path(model) / "needle.json")
@@ -136,7 +142,7 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
 
 
 def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
-    """(--model, --compare, the one of those that --model began with, where that is known)."""
+    """(--model, --compare, the one of these that training started from, if that is known)."""
     if flags.model is None and not Path(RESULT).exists():
         raise BadInput(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
     model = local_folder(flags.model or RESULT)
@@ -155,13 +161,13 @@ def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
 
 
 def default_lengths(windows: list[int]) -> list[int]:
-    """From the shortest window to the longest.
+    """The shortest window, the longest, and the length between them in equal proportion.
 
     >>> default_lengths([8192, 131072])
-    [8192, 32768, 65536, 131072]
+    [8192, 32768, 131072]
     """
-    new = max(windows)
-    return [min(windows), new // 4, new // 2, new]
+    old, new = min(windows), max(windows)
+    return [old, math.isqrt(old * new), new]
 
 
 def haystack_of(template: Path, fields: dict) -> str | None:
@@ -203,8 +209,8 @@ def check_models(configs: dict, longest: int) -> None:
 
 
 def judged(settings: Settings, configs: dict, hashes: Hashes) -> list[Candidate]:
-    """Who is judged, in the order of every table and figure: original, untrained (where the result
-    has another theta or scaling of RoPE), others, result, controls."""
+    """The models and controls to judge, in the order of every table and figure: original, untrained
+    (if --model has another theta or scaling of RoPE), others, --model, controls."""
     result = configs[settings.model]
     theta, window = result.rope_theta, result.max_position_embeddings
     identity = hashes.of_model(settings.model)

@@ -2,8 +2,8 @@
 --template, which puts a task into the user's own words.
 
 The axes (haystack, keys, values, queries) and the structure are those of RULER (Hsieh et al.,
-2404.06654); the wording is ours. A row of TASKS holds the fields of an eval_needle.Task that are
-not its defaults. What is hidden, if not pairs of a key and a value, a function of the row says."""
+2404.06654); the wording is ours. An entry of TASKS holds the fields of an eval_needle.Task that
+differ from its defaults; `hide` is a function for tasks that hide something else than pairs."""
 
 import dataclasses
 import re
@@ -182,14 +182,14 @@ def check_words(where: str, words: list) -> None:
     folded = sorted(map(fold, words), key=len)
     if len(set(words)) < len(words) or (where.endswith("values") and len(set(folded)) < len(words)):
         raise BadInput(f"{where} holds a word twice")
-    if where.endswith("values"):  # they are searched in the answer
+    if where.endswith("values"):  # because answers are searched for them
         for i, x in enumerate(folded):
             if inside := [y for y in folded[i + 1 :] if x in y]:
                 raise BadInput(f"{where}: {x!r} is part of {inside[0]!r}")
 
 
 def check_task(name: str, task) -> None:
-    """BadInput if the wording cannot tell the needles of this task apart."""
+    """Raises BadInput if the wording cannot distinguish the needles of this task."""
     if task.needles == 0:
         return
     many = (task.needles > 1 and not task.one_key) or task.haystack == "needles"

@@ -7,12 +7,13 @@ import torch
 
 from support.data.sources import is_toy_model
 from support.huggingface.config import read_config
+from support.memory import kernels
 from support.system.bad_input import BadInput
-from support.system.console import check_ranges, log
+from support.system.console import check_ranges, log, log_device
 
 
 def check_numbers(settings) -> None:
-    """Each number alone: can it be meant?"""
+    """Raises BadInput for a number that makes no sense by itself."""
     check_ranges(
         settings,
         at_least_1=("base_len", "steps", "batch_sequences", "analysis_samples", "min_count"),
@@ -25,7 +26,7 @@ def check_numbers(settings) -> None:
 
 
 def check_lengths(settings) -> None:
-    """Do the lengths go together?"""
+    """Raises BadInput for lengths that do not fit together."""
     target = f"--target_len {settings.target_len}"
     if settings.target_len <= settings.base_len:
         raise BadInput(f"{target} must exceed the window {settings.base_len} (--base_len)")
@@ -41,12 +42,17 @@ def check_lengths(settings) -> None:
         raise BadInput(f"--replay_len {settings.replay_len} must be between 2 and --target_len")
 
 
-def check_probe(settings) -> None:
+def check_analysis(settings) -> None:
+    if settings.weigh and not settings.log_softmax:
+        raise BadInput(
+            "--weigh needs --log_softmax: its weights are ratios of probabilities, and raw logits"
+            " have an arbitrary offset"
+        )
     needs_probe = settings.analyses and not settings.extended
     if needs_probe and settings.method == "none" and settings.train_len <= settings.base_len:
         raise BadInput(
-            "--method none never leaves the old window, so it has no impactful types of its own:"
-            " --impactful FILE of another run, or --select random"
+            "--method none never leaves the old window, so its analysis would see nothing:"
+            " --impactful FILE of another run, or neither --select impact nor --weigh"
         )
     if not 0 <= settings.probe_steps <= settings.steps or (
         needs_probe and settings.probe_steps == 0
@@ -62,10 +68,10 @@ def check_extended(folder: str | None, vocab_size: int) -> None:
 
 
 def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample) -> None:
-    """Draw a sample of each stage from its text, and those of the analysis until one serves, as
-    train.py will: what is wrong with them is said now, not after hours of training."""
+    """Draw a sample of each stage from its text, and samples of the analysis until one is usable,
+    as train.py will, so that an error is raised now and not after hours of training."""
     for stage, text in zip(stages, texts, strict=True):
-        waits = settings.analyses and stage.select == "impact"  # for the impactful types
+        waits = settings.analyses and stage.select == "impact"  # for the analysis
         if stage.steps and not waits:
             sample(stage, text, tokenizer, impactful, torch.Generator())
     if settings.analyses and not any(
@@ -81,8 +87,9 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
         )
 
 
-def log_run(settings, stages, corpus) -> None:
-    """What is read, the stages, and every setting that has a value."""
+def log_run(device: str, settings, stages, corpus) -> None:
+    """Log the device, what is read, the stages, and every setting that has a value."""
+    log_device(device, kernels.in_words(), is_toy_model(settings.model))
     log(f"data: {corpus.summary()}")
     batch = settings.batch_sequences
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
@@ -100,9 +107,9 @@ def log_run(settings, stages, corpus) -> None:
 
 
 def log_done(settings, options, device: str, seconds: float) -> None:
-    """How long it took, and the command that judges the result."""
+    """Log how long the run took, and the command that judges the result."""
     log(f"done in {seconds / 60:.1f} minutes: {options.out}")
     judge = "python eval_needle.py" + ("" if options.out == "out" else f" --model {options.out}")
-    if device == "cpu" and not is_toy_model(settings.model):  # the default grid takes a CPU long
+    if device == "cpu" and not is_toy_model(settings.model):  # fewer texts for a CPU
         judge += f" --lengths {min(2048, settings.target_len)} --n 1"
     log(f"next: {judge}")

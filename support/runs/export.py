@@ -40,6 +40,7 @@ from support.data import sources as corpora
 from support.data.text import Corpus
 from support.huggingface.config import read_json
 from support.runs.flags import as_kept, settings_of
+from support.runs.settings import plan_stages
 from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance, telling
 from support.system.whole_files import LOCK, only_writer, replacing, write_atomically
@@ -57,6 +58,7 @@ OTHER = (
     "rebased_analysis",
     "top",
     "min_count",
+    "weigh",
 )
 
 
@@ -64,6 +66,8 @@ def check_exportable(settings, options) -> None:
     """BadInput for flags of train.py that leave open which samples it would see."""
     if options.resume or options.plan:
         raise BadInput("--export goes with neither --resume nor --plan")
+    if settings.weigh:
+        raise BadInput("--export holds samples, not weights of their losses: without --weigh")
     if settings.analyses:
         raise BadInput(
             "--export with --select impact needs the impactful types beforehand: --impactful FILE,"
@@ -81,30 +85,31 @@ def sample_settings(settings, impactful: Tensor | None, texts: tuple[Corpus, Cor
 
 
 def write_samples(
-    folder: Path,
-    settings: dict,
-    data: list[dict],
-    stages: list,
-    learning_rate: Callable,
+    settings,
+    options,
+    tokenizer,
+    texts: tuple[Corpus, Corpus],
+    impactful: Tensor | None,
+    learning_rate: Callable[..., float],
     draw: Callable[..., Iterable[tuple[Tensor, Tensor]]],
 ) -> None:
-    """data: what the text holds, see support/data/sources.py; stages: those of train.py;
-    draw(stage, step) -> (input_ids, position_ids) of each sample of an optimizer step, counted over
-    all stages. BadInput if the folder holds anything else than samples of these settings and this
-    data."""
+    """texts: of the extension and of the replay; learning_rate, draw: those of train.py. BadInput
+    if the folder holds anything else than samples of these settings and texts."""
     started = time.time()
-    plan = [(stage, i) for stage in stages for i in range(stage.steps)]
+    folder, data = Path(options.export), corpora.contents(settings)
+    plan = [(stage, i) for stage in plan_stages(settings) for i in range(stage.steps)]
     steps = [
         {
             "file": f"step_{step:05d}.safetensors",
             "stage": stage.name,
-            "samples": settings["batch_sequences"],
+            "samples": settings.batch_sequences,
             "tokens": stage.tokens,
-            "lr": learning_rate(stage, i, settings["warmup_steps"], step - i),
+            "lr": learning_rate(stage, i, settings.warmup_steps, step - i),
         }
         for step, (stage, i) in enumerate(plan)
     ]
-    index = {"settings": settings, "data": data, "steps": steps}
+    about = sample_settings(settings, impactful, texts)
+    index = {"settings": about, "data": data, "steps": steps}
     check_folder(folder, index)
     with only_writer(folder), telling(lambda: whole(folder, steps)):
         check_folder(folder, index)  # once more: another one may have ended just now
@@ -113,9 +118,10 @@ def write_samples(
         for i, row in enumerate(progress(steps, "export", unit="step")):
             if (folder / row["file"]).is_file():
                 continue
-            ids, positions = (
-                torch.stack(column).int() for column in zip(*draw(plan[i][0], i), strict=True)
-            )
+            stage, _ = plan[i]
+            text = texts[stage.name == "replay"]
+            samples = draw(stage, i, text, tokenizer, settings, impactful)
+            ids, positions = (torch.stack(column).int() for column in zip(*samples, strict=True))
             with replacing(folder / row["file"]) as file:
                 file.write(save({"input_ids": ids, "position_ids": positions}))
         if read_json(folder / INDEX)["status"] != "done":

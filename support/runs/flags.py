@@ -6,18 +6,17 @@ import dataclasses
 import os
 from pathlib import Path
 
-import torch
-
 from support.data.sources import is_toy_model
 from support.huggingface.config import read_json
 from support.system.bad_input import BadInput
 from support.system.console import log
 
-# flags that say where a run goes and what is done: no part of out/run.json
+# flags that say where a run goes and what is done; out/run.json does not hold them
 NO_SETTINGS = ("out", "resume", "plan", "export", "attention")
-# settings that may be others after --resume: none of them changes a bit of the result
+# settings that --resume may change, because none of them changes a bit of the result
 MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves", "keep_attention", "offload_inputs")
 MAY_DIFFER += ("split_mlp",)
+BEFORE_THE_ANALYSIS = ("top", "min_count")  # may be others as long as they have not been used
 PATHS = ("model", "extended", "impactful", "data", "replay_data")  # settings that are paths
 KINDS = {  # type of a field -> what argparse has to know of it
     int: {"type": int, "metavar": "N"},
@@ -27,7 +26,7 @@ KINDS = {  # type of a field -> what argparse has to know of it
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """A default of None or False says nothing that the help does not."""
+    """Shows every default but None and False, which the help text explains."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = action.default is None or action.default is False
@@ -35,7 +34,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """--help shows the defaults; what is refused goes through report_errors as any other error."""
+    """--help shows the defaults; errors are raised as BadInput, like all others."""
 
     def __init__(self, prog: str, doc: str, **more):
         more |= {"formatter_class": Help}
@@ -51,9 +50,9 @@ class Parser(argparse.ArgumentParser):
 def flag(default, meaning: str, group: str = "", derived: str = "", **options):
     """A field of a dataclass that is a flag too.
 
-    meaning: its help text; group: the heading in --help, for this field and those after it;
-    derived: in words, what it is where it is not given, if the class's own default does not say so;
-    options: of argparse's add_argument."""
+    meaning: its help text; group: the heading in --help of this field and those after it; derived:
+    in words, the value if the flag is not given and the default does not say it; options: passed
+    to argparse's add_argument."""
     about = {"meaning": meaning, "group": group, "derived": derived, "options": options}
     return dataclasses.field(default=default, metadata=about)
 
@@ -83,10 +82,10 @@ def parse_or_resume(
 ) -> dict:
     """The flags that have a value: name -> value.
 
-    The flags are the fields of `classes`; choices: flag -> what it may be, where its field does not
-    say so. Those that the command line does not give are, with --resume, the run's own, and for the
-    toy model (no --model, or its folder however written) the toy's. BadInput for a flag that a run
-    of an older version, to be resumed, cannot have been begun with."""
+    The flags are the fields of `classes`; choices: flag -> allowed values, if its field does not
+    name them. Flags missing from the command line are taken from the run (--resume), or from `toy`
+    for the toy model (no --model, or its folder, however written). Raises BadInput for a flag that
+    the run to be resumed, made by an older version, cannot have had."""
     fields = [field for cls in classes for field in dataclasses.fields(cls)]
     defaults = {field.name: field.default for field in fields}
     p = Parser(prog, doc)
@@ -148,7 +147,7 @@ def settings_of(folder: str | Path, file: str = "run.json") -> dict:
 
 
 def settings_to_resume(folder: Path) -> dict:
-    """BadInput if there is no run to go on with."""
+    """The settings of the run in `folder`. Raises BadInput if it holds none."""
     if not (folder / "run.json").is_file():
         raise BadInput(f"nothing to resume: {folder / 'run.json'} does not exist (--out)")
     settings = settings_of(folder)
@@ -157,12 +156,12 @@ def settings_to_resume(folder: Path) -> dict:
     return settings
 
 
-def check_same(before: dict, now: dict) -> None:
+def check_same(before: dict, now: dict, may_differ: tuple[str, ...] = MAY_DIFFER) -> None:
     """BadInput that names a setting with another value, if it matters to the result. Both as they
     are kept: see as_kept."""
-    for name in sorted(before):  # a flag that came later than the run: see parse_or_resume
+    for name in sorted(before):  # flags newer than the run: see parse_or_resume
         old, new = before.get(name), now.get(name)
-        if name not in MAY_DIFFER and old != new:
+        if name not in may_differ and old != new:
             raise BadInput(
                 f"--resume with another --{name}: the run has {old!r}, now {new!r}; without the"
                 " flag the run's own is taken"
@@ -179,16 +178,3 @@ def base_of_run(folder: str | Path) -> list[str]:
         log(f"{base}, which the run began with, is not a folder here; --compare DIR for another")
         return []
     return [base]
-
-
-def read_impactful(path: str | Path, vocab_size: int) -> torch.Tensor:
-    """The table of an earlier analysis (impactful.json: token id -> ...), bool (V,)."""
-    if not Path(path).is_file():
-        raise BadInput(f"--impactful {path} does not exist (an impactful.json of a run)")
-    names = list(read_json(Path(path)))
-    if not all(name.isdecimal() and len(name) < 10 for name in names):
-        raise BadInput(f"{path} is not an impactful.json of a run (--impactful)")
-    types = torch.tensor([int(name) for name in names])
-    if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
-        raise BadInput(f"{path} names no token types of this vocabulary (--impactful)")
-    return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)

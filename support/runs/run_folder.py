@@ -15,7 +15,9 @@ from safetensors.torch import save
 from support.data import sources as corpora
 from support.huggingface.checkpoint import not_finite
 from support.huggingface.config import read_json
-from support.runs.flags import check_same, settings_to_resume
+from support.huggingface.hashes import Hashes
+from support.runs.analysis import IMPACTFUL
+from support.runs.flags import BEFORE_THE_ANALYSIS, MAY_DIFFER, check_same, settings_to_resume
 from support.system.bad_input import BadInput
 from support.system.console import telling
 from support.system.signals import unbroken
@@ -29,7 +31,7 @@ from support.system.whole_files import (
 )
 
 STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
-SKIPS = 3  # steps without a finite loss and gradient, one after the other, end a run
+SKIPS = 3  # so many steps in a row without a finite loss and gradient end a run
 
 
 class RunFolder:
@@ -38,9 +40,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.data: list[dict] = []  # what the run's text holds: see check_data
+        self.data: list[dict] = []  # fingerprints of the run's texts: see check_data
         self.saved_step: int | None = None
-        self.skips = {"total": 0, "in_a_row": 0}  # steps that were left out: see append_metrics
+        self.skips = {"total": 0, "in_a_row": 0}  # skipped steps: see append_metrics
 
     # ---- settings ----
 
@@ -62,18 +64,22 @@ class RunFolder:
                     kind, remedy = "holds a finished run", "move it away"
                 raise BadInput(f"output folder {self.path} {kind}: another --out, or {remedy}")
             return
-        check_same(settings_to_resume(self.path), settings)
+        analysed = (self.path / IMPACTFUL).is_file()
+        may_differ = MAY_DIFFER if analysed else MAY_DIFFER + BEFORE_THE_ANALYSIS
+        check_same(settings_to_resume(self.path), settings, may_differ)
 
-    def check_data(self, data: list[dict], resume: bool) -> None:
+    def check_data(self, settings, resume: bool) -> None:
         """BadInput that names a path of the text which holds something else than when the run
         began (an older version did not write that down). Writes nothing; write_settings will."""
+        original = Hashes(self.path / "hashes.json").of_model(settings.model)
+        data = [*corpora.contents(settings), {"path": settings.model, "sha256": original}]
         self.data = data
         began = read_json(self.path / "run.json").get("data", []) if resume else []
         if change := corpora.changed(began, data):
             raise BadInput(f"--resume: {change}; put it back, or begin again in another --out")
 
     def finished(self) -> bool:
-        """Done, or killed after the result was in place."""
+        """Is the run done? Also if it was killed after its result was in place."""
         if not (self.path / "run.json").is_file():
             return False
         done = read_json(self.path / "run.json").get("status") == "done"
@@ -83,11 +89,6 @@ class RunFolder:
     def write_settings(self, settings: dict, **more) -> None:
         run = {"settings": settings, "data": self.data, **more}
         write_atomically(self.path / "run.json", json.dumps(run, indent=2) + "\n")
-
-    def write_impactful(self, types: dict[int, list]) -> None:
-        """out/impactful.json: token id -> [text, mean shift in logits, or nats], largest first."""
-        text = json.dumps(types, ensure_ascii=False, indent=0)
-        write_atomically(self.path / "impactful.json", text + "\n")
 
     # ---- metrics and state ----
 
@@ -116,8 +117,8 @@ class RunFolder:
         )
 
     def save(self, state: dict) -> None:
-        """Written beside, synced and renamed: a kill at any moment leaves one complete state, and
-        Ctrl-C waits for the end. BadInput for a state with a number that is not finite."""
+        """Write out/state.pt through a second file that is synced and renamed: a kill at any moment
+        leaves one complete state; Ctrl-C waits. Raises BadInput for a number that is not finite."""
         with unbroken():
             if bad := next(not_finite(state), None):
                 raise BadInput(f"not saved: {bad} of the state is not finite; lower --lr")
@@ -127,14 +128,13 @@ class RunFolder:
                 with replacing(self.path / STATE) as file:
                     torch.save(state | {"skips": self.skips}, file)
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # torch hides the full disk behind it
+                if isinstance(error.__context__, OSError):  # torch hides the error of a full disk
                     raise error.__context__ from None
                 raise
             self.saved_step = state["step"]
 
     def load(self) -> dict | None:
-        """The saved state (None before the first save). Lines of metrics.jsonl that came after it
-        go."""
+        """The saved state (None before the first save). Removes lines of metrics.jsonl after it."""
         if not (self.path / STATE).is_file():
             (self.path / METRICS).unlink(missing_ok=True)
             return None
@@ -158,7 +158,7 @@ class RunFolder:
         """Around the training, alone in the folder. Stopped by a signal it saves first; whatever
         stops it, the last line says what is saved and which command goes on."""
         with only_writer(self.path), telling(self.what_is_saved):
-            self.check_settings(settings, resume)  # once more: another run may have ended just now
+            self.check_settings(settings, resume)  # again: another run may have ended just now
             self.write_settings(settings, status="running")
             try:
                 yield
@@ -185,5 +185,5 @@ class RunFolder:
                 os.replace(file, self.path / file.name)
             shutil.rmtree(folder)
             sync(self.path)
-            for name in (STATE, STATE + ".writing"):  # the latter from a save that was cut off
+            for name in (STATE, STATE + ".writing"):  # the second is left by an interrupted save
                 (self.path / name).unlink(missing_ok=True)

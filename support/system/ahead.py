@@ -11,8 +11,8 @@ def made_ahead(thread: Executor, items: Iterable, n: int) -> Iterator[Iterator]:
     """The same items in the same order, made by the executor's only thread, up to n before they are
     asked for (n = 0: without the thread, when asked for).
 
-    An error in the making is raised, with its own traceback, where its item is asked for. Left
-    early, by Ctrl-C say, the thread ends with the item that it is making."""
+    An error while an item is made is raised, with its own traceback, when that item is asked for.
+    If the body is left early, for example by Ctrl-C, the thread still finishes its current item."""
     making, end = iter(items), object()
     if n == 0:
         yield making

@@ -1,4 +1,4 @@
-"""The error for what a user can mend."""
+"""The error for mistakes that a user can correct."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ class BadInput(ValueError):
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. BadInput names the file that is not."""
+    """The text of a UTF-8 file. Raises BadInput, naming the file, if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -14,8 +14,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Else an 8B's step reserves 12 % more of the GPU than it allocates (LOG.md). torch reads this when
-# it first allocates there; what the user has set stays.
+# Without this, an 8B's step reserves 12 % more GPU memory than it allocates (LOG.md). torch reads
+# the variable at its first allocation there; a value that the user has set is kept.
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -36,7 +36,7 @@ def report_errors() -> Iterator[None]:
     try:
         with signals_raise():
             yield
-    except BrokenPipeError:  # the reader of our output has seen enough: `| head`
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (BadInput, OSError) as error:
@@ -55,15 +55,15 @@ def report_errors() -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """torch has a class of its own for CUDA only."""
+    """By its message as well: torch has an error class for CUDA's memory only."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     said = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
     return known or any(words in str(error) for words in said)
 
 
 def last_line(message: str, error: BaseException) -> None:
-    """The message and the notes of the error. The bars are closed first: one that is open is drawn
-    again, below the message."""
+    """Print the message and the notes of the error. Progress bars are closed first, because an open
+    one would be drawn again below the message."""
     for bar in list(BARS):
         bar.close()
     notes = getattr(error, "__notes__", [])
@@ -100,7 +100,7 @@ def check_ranges(
 
 
 def progress(iterable, description: str, **options):
-    """tqdm with our settings: elapsed time and ETA, one line, silent redraws where nobody looks."""
+    """tqdm with our settings: elapsed time and ETA, few redraws where there is no terminal."""
     quiet = not sys.stderr.isatty()
     bar = tqdm(
         iterable,

@@ -11,7 +11,7 @@ class Terminated(KeyboardInterrupt):
 
 
 RAISES = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-_waiting: list[int] = []  # signals that came inside `unbroken`
+_waiting: list[int] = []  # signals received inside `unbroken`
 _depth = 0  # of `unbroken` bodies
 
 

@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # of a failed write Python does not tell the file
+            error.filename = str(path)  # Python does not name the file of a failed write
         raise
     sync(path.parent)
 
@@ -52,7 +52,7 @@ def write_atomically(path: Path, text: str) -> None:
 def write_folder(path: str | Path, replaces: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `path`; if the body succeeds, it takes the place of `path`.
     BadInput if that holds anything but files with a name like one of `replaces`."""
-    target = Path(path).resolve()  # of a link: where it leads
+    target = Path(path).resolve()  # a link is followed
     if target.exists() and not target.is_dir():
         raise BadInput(f"{path} is a file, not a folder: not replacing it")
     for file in target.iterdir() if target.is_dir() else ():
@@ -82,8 +82,9 @@ def write_folder(path: str | Path, replaces: tuple[str, ...] = ()) -> Iterator[P
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """BadInput if another process is inside this for the same folder. The kernel lets go of the
-    lock when a process ends, however it ends: a .lock that a kill left behind locks nothing."""
+    """Raises BadInput if another process is inside this for the same folder. The kernel releases
+    the lock when a process ends, however it ends: a .lock file that a kill left behind locks
+    nothing."""
     made, lock = not folder.exists(), folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
     with open(lock, "wb") as file:

@@ -26,7 +26,7 @@ def fresh_copy(folder: Path, models: bool = False) -> Path:
 
 def environment(**more: str) -> dict[str, str]:
     """For a child in a fresh copy: this Python first, nothing of this checkout, no .pyc files (two
-    versions of a file within a second look alike to Python)."""
+    versions of a file within a second look the same to Python)."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
     return kept | {"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"} | more

@@ -74,7 +74,7 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
 def damage_json(text: str, rng: random.Random) -> bytes:
     if rng.random() < 0.25:
         return damage_bytes(text.encode(), rng)
-    # surrogates stand as \ud800 in the file
+    # surrogates are written as \ud800 in the file
     return json.dumps(damage_value(json.loads(text), rng)).encode()
 
 
