@@ -45,7 +45,8 @@ from model import (
     load_tokenizer,
     prefill,
 )
-from recipe import CLOSERS, STOPS, WIDE_STOPS, split_segments
+from recipe import split_segments
+from support.data.segments import CLOSERS, STOPS, WIDE_STOPS
 from support.memory.kernels import use_flash_package
 from support.needles import tasks as table
 from support.needles.cost import WorkBar, announce, prompt_flops
@@ -112,7 +113,10 @@ TASKS = {name: Task(**fields) for name, fields in table.TASKS.items()}
 
 
 def score(expected: list[str], output: str) -> float:
-    """Share of the expected answers that occur in the output, case-insensitive (RULER's rule)."""
+    """Share of the expected answers that occur in the output, case-insensitive (RULER's rule).
+    ValueError if none is expected, or one is empty."""
+    if not expected or not all(expected):
+        raise ValueError(f"no answer to look for: {expected}")
     # [E19] score = (expected answers that occur in the output) / (expected answers)
     return sum(fold(answer) in fold(output) for answer in expected) / len(expected)
 
@@ -125,11 +129,11 @@ def needle_places(ids: Tensor, tokenizer, at: str = "sentences") -> Tensor:
     each line; at="spaces", at each token that begins with white space); increasing, below T.
 
     A line break inside a sentence (hard-wrapped text) is a segment border for training, but no
-    place here."""
+    place here. BadInput if ids are empty."""
+    starts = split_segments(ids, tokenizer)
     if at == "spaces":
         space = [tokenizer.token_bytes(i)[:1].isspace() for i in ids.tolist()]
         return torch.tensor([True, *space[1:]]).nonzero()[:, 0]
-    starts = split_segments(ids, tokenizer)
     before = [tokenizer.decode(ids[max(0, s - 8) : s].tolist()) for s in starts[1:].tolist()]
     stops = tuple(STOPS + WIDE_STOPS)
     if at == "lines":
@@ -293,6 +297,8 @@ class SharedPrefix:
 
     def read(self, ids: Tensor, room: int) -> None:
         """Prefill the prompt ids (T,) but for its last token, with room for `room` more."""
+        if len(ids) == 0:
+            raise ValueError("a prompt must have at least one token")
         keep = min(common_prefix(self.seen, ids), len(ids) - 1)
         self.cache.truncate(keep)
         self.cache.reserve(len(ids) + room)

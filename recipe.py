@@ -12,21 +12,20 @@
     python recipe.py --positions where.png  # draws where each method puts the tokens of a sample
 
 Everything here works on one sample of token ids (T,); nothing trains, nothing needs a GPU. You can
-copy this file and model.py into your own project: only `merge`, which reads and writes model
-folders, and the command need support/ beside them. examples/longrecipe.ipynb extends a model with
-them from a notebook.
+copy this file and model.py into your own project, with segments of your own. What needs support/
+beside them says so: `split_segments` and with it `make_example` (the tables of sentence ends are
+there), `merge` (it reads and writes model folders), and the command. examples/longrecipe.ipynb
+extends a model with them from a notebook.
 
 Does NOT do: content jumps of the published PoSE (all methods get the same tokens), parts of speech
 (the paper groups impactful types by them), RoPE types other than `default`. Glossary: see model.py.
 """
 
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,12 +60,12 @@ def logit_shift(
     logits, per_type_sum (V,) fp64, count (V,) int64. delta[0] = 0: nothing predicts the first
     token. It is not counted, nor are tokens at positions below first_position (inside the old
     window there is nothing to gain). Raw logits as in the paper carry an arbitrary offset per
-    position; log_softmax=True takes it out (the shift in log-probability, in nats). Raises BadInput
-    if ids are empty or position_ids have another length."""
+    position; log_softmax=True takes it out (the shift in log-probability, in nats).
+    Raises ValueError if ids are empty or position_ids have another length."""
     V = base.config.vocab_size
     positions = torch.arange(len(ids)) if position_ids is None else position_ids
     if len(ids) == 0 or len(positions) != len(ids):
-        raise BadInput(f"{len(ids)} token ids and {len(positions)} position ids: as many, not 0")
+        raise ValueError(f"{len(ids)} token ids need as many position ids (not {len(positions)})")
     delta = torch.zeros(len(ids))
     for sign, model in ((1.0, extended), (-1.0, base)):
         head = model.lm_head.weight
@@ -143,79 +142,37 @@ def loss_weights(per_type_sum: Tensor, count: Tensor, min_count: int = 1) -> Ten
 
 # ---- 2. Segments (paper algorithm 1) -----------------------------------------------------------
 
-STOPS = ".!?…"  # end a sentence if white space follows: 3.14 and os.path stay whole
-# End a sentence whatever follows. Chinese and Japanese, full and half width; danda and double danda
-# (Hindi, Bengali and other scripts of India); Arabic and Urdu; Armenian; Ethiopic; Khmer; Burmese.
-WIDE_STOPS = "。！？．｡" + "।॥" + "؟۔" + "։" + "።፧፨" + "។៕" + "။"
-CLOSERS = "\"')]}”’»」』）】》｣"
-RARE = 2000  # characters for each end of a segment: with fewer ends, spaces part segments too
-SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
-    map(chr, range(0x2000, 0x200B))
-)
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    logging.getLogger("recipe").warning(message)
-
-
-@functools.lru_cache(maxsize=4)
-def _vocabulary_bytes(tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens' bytes in one array, and where each token begins in it: made once."""
-    table = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    begin = np.cumsum([0] + [len(t) for t in table])
-    return np.frombuffer(b"".join(table), dtype=np.uint8), begin
-
 
 def split_segments(ids: Tensor, tokenizer, at_spaces: bool | None = None) -> Tensor:
     """Where sentences begin: ids (T,) -> starts (N,) int64, increasing, starts[0] = 0.
 
     A segment ends after a newline; after . ! ? … if white space follows; and after the stops of
-    other scripts (WIDE_STOPS) always. Further stops and closing quotes or brackets belong to it.
-    Decided on the DECODED text, so 3.14 and os.path stay whole with any tokenizer (the released
-    code lists token ids of Llama 3 and misses ".\\n\\n"). If a sentence ends inside a token, the
-    token belongs to the earlier segment. at_spaces: whether to split at spaces as well, for a text
-    with hardly any end (Thai has no full stop, nor has a transcript of speech); None: decide by
-    these ids. Raises BadInput if ids are empty."""
-    if len(ids) == 0:
-        raise BadInput("cannot split an empty sample into segments")
-    flat, begin = _vocabulary_bytes(tokenizer)
-    token = ids.numpy()
-    size = begin[token + 1] - begin[token]  # bytes of each token
-    token_begin = np.cumsum(size) - size  # byte offset of each token in this text
-    raw = flat[np.repeat(begin[token] - token_begin, size) + np.arange(size.sum())]
-    # subtle: bytes that are not valid UTF-8 (a sample may begin inside a character) become one
-    # code point each, so that code points can still be mapped back to bytes.
-    text = raw.tobytes().decode("utf-8", errors="surrogateescape")
-    char = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-    escaped = (char >= 0xDC80) & (char <= 0xDCFF)
-    width = np.where(escaped, 1, 1 + (char >= 0x80) + (char >= 0x800) + (char >= 0x10000))
-
-    def one_of(characters: str) -> np.ndarray:
-        return np.isin(char, [ord(c) for c in characters])
-
-    def latest(where: np.ndarray) -> np.ndarray:  # index of the last True so far
-        return np.maximum.accumulate(np.where(where, np.arange(len(char)), -1))
-
-    stop, wide, closer, space = map(one_of, (STOPS, WIDE_STOPS, CLOSERS, SPACES))
-    space_next = np.append(space[1:], True)  # the end of the text counts as white space
-    run = stop | wide | closer  # stops and closing quotes that follow one another: ?!")
-    run_ends, before_run = run & ~np.append(run[1:], False), latest(~run)
-    # [E5] seg(S): disjoint runs whose union is S, in order; an end is after character i where
-    ends = (char == ord("\n")) | (run_ends & (latest(wide) > before_run))
-    ends |= run_ends & (latest(stop) > before_run) & space_next
-    if at_spaces or (at_spaces is None and ends.sum() * RARE < len(char)):
-        say_once("a text with hardly any sentence end (. ! ? or line break): split at its spaces")
-        ends |= space_next & ~space
-    end_byte = np.cumsum(width)[ends]
-    starts = np.unique(np.append(0, np.searchsorted(token_begin, end_byte)))
-    return torch.from_numpy(starts[starts < len(token)])
+    other scripts always (support/data/segments.py has the tables). Further stops and closing quotes
+    or brackets belong to it. Decided on the DECODED text, so 3.14 and os.path stay whole with any
+    tokenizer (the released code lists token ids of Llama 3 and misses ".\\n\\n"). If a sentence
+    ends inside a token, the token belongs to the earlier segment. at_spaces: whether to split at
+    spaces as well, for a text with hardly any end (Thai has no full stop, nor has a transcript of
+    speech); None: decide by these ids. Raises ValueError if ids are empty."""
+    return support("data.segments").split_segments(ids, tokenizer, at_spaces)
 
 
-def rarely_ends(ids: Tensor, tokenizer) -> bool:
-    """Whether a text (T,) has fewer than one segment end in RARE characters."""
-    ends = len(split_segments(ids, tokenizer, at_spaces=False)) - 1
-    return ends * RARE < len(tokenizer.decode(ids.tolist()))
+def join_short_segments(starts: Tensor, total_tokens: int, min_tokens: int = 1) -> Tensor:
+    """Starts (N,) of segments -> starts (M,), M <= N, of segments of at least min_tokens tokens.
+
+    A short segment is joined with those that follow it until they are long enough together; a
+    short rest at the end, with the segment before it. Sources and tables, where each line is a
+    segment, keep more of their context so. 1 changes nothing: the paper's way.
+
+    >>> join_short_segments(torch.tensor([0, 2, 3, 9, 11]), 12, min_tokens=3).tolist()
+    [0, 3, 9]
+    """
+    kept = [0]
+    for start in starts[1:].tolist():
+        # [E30] a start stays if n tokens or more lie between it and the start kept before it, and
+        #       between it and the end of the text;   n = min_tokens
+        if start - kept[-1] >= min_tokens and total_tokens - start >= min_tokens:
+            kept.append(start)
+    return torch.tensor(kept)
 
 
 # ---- 3. Selection (paper 4.1) ------------------------------------------------------------------
@@ -230,11 +187,11 @@ def digit_types(tokenizer) -> Tensor:
 
 
 def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
-    """Tokens of each segment, (N,) int64. Raises BadInput unless starts (N,) increase from 0 and
+    """Tokens of each segment, (N,) int64. Raises ValueError unless starts (N,) increase from 0 and
     stay below total_tokens."""
     size = torch.diff(starts, append=torch.tensor([total_tokens]))
     if len(starts) == 0 or starts[0] != 0 or (size <= 0).any():
-        raise BadInput(f"segment starts must increase from 0 and stay below {total_tokens} tokens")
+        raise ValueError(f"segment starts must increase from 0 and stay below {total_tokens}")
     return size
 
 
@@ -260,7 +217,8 @@ def select_segments(
     released code makes its positions from the unfiltered text). Strategies: impact: by the share
     of impactful tokens; digits: those that hold a token of `impactful` (make_example passes
     digit_types) before the others; random; first. Ties fall at random. Raises BadInput if ids are
-    too short, starts are not those of ids, or impactful is missing where it is needed."""
+    too short or the strategy is unknown; ValueError if starts are not those of ids, or impactful is
+    missing where it is needed."""
     if strategy not in STRATEGIES:
         raise BadInput(f"unknown selection {strategy!r}: {', '.join(STRATEGIES)} (--select)")
     if train_len < 1:
@@ -268,7 +226,7 @@ def select_segments(
     if len(ids) < train_len:
         raise BadInput(f"{len(ids)} tokens are shorter than a sample of --train_len {train_len}")
     if strategy in ("impact", "digits") and impactful is None:
-        raise BadInput(f"selection {strategy!r} needs `impactful`, a bool table of token types")
+        raise ValueError(f"selection {strategy!r} needs `impactful`, a bool table of token types")
     N, size = len(starts), segment_lengths(starts, len(ids))
     order = torch.arange(N) if strategy == "first" else torch.randperm(N, generator=generator)
     if strategy in ("impact", "digits"):
@@ -394,7 +352,7 @@ def sample_position_ids(
     method: one of METHODS, drawn afresh each call. full differs from none only in that it insists
     on train_len == target_len. prefix=True (longrecipe only) keeps the first r positions
     contiguous, as the released code does. Raises BadInput: unknown method, a sample that does not
-    fit, starts (N,) that are not those of a sample; TooFewSegments (longrecipe): only one."""
+    fit; TooFewSegments (longrecipe): only one; ValueError: starts (N,) are not of a sample."""
     L, T = train_len, target_len
     if not 1 <= L <= T:
         raise BadInput(f"--train_len {L} tokens do not fit into --target_len {T}")
@@ -429,17 +387,19 @@ def make_example(
     generator: torch.Generator,
     two_segments: bool = False,
     at_spaces: bool | None = None,
+    min_segment_tokens: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """One training sample of a long text (T,) -> (input_ids, position_ids), each (train_len,).
 
     Segments, selection and positions in one go. A text longer than target_len gives a random
-    window of it. at_spaces: see split_segments. Raises BadInput if the text is shorter than
-    train_len; TooFewSegments if two_segments is asked for and selection leaves only one, whatever
-    the method."""
+    window of it. at_spaces: see split_segments; min_segment_tokens: see join_short_segments.
+    Raises BadInput if the text is shorter than train_len; TooFewSegments if two_segments is asked
+    for and selection leaves only one, whatever the method."""
     if len(ids) > target_len:
         begin = int(torch.randint(len(ids) - target_len + 1, (1,), generator=generator))
         ids = ids[begin : begin + target_len]
     starts = split_segments(ids, tokenizer, at_spaces)
+    starts = join_short_segments(starts, len(ids), min_segment_tokens)
     if select == "digits":
         impactful = digit_types(tokenizer)
     kept, starts = select_segments(ids, starts, train_len, select, generator, impactful)

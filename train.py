@@ -134,6 +134,7 @@ def sample(
                 method=stage.method,
                 select=stage.select,
                 prefix=stage.prefix,
+                min_segment_tokens=stage.min_segment_tokens,
                 impactful=impactful,
                 generator=generator,
                 two_segments=stage.two_segments,
@@ -205,7 +206,9 @@ def accumulate(
 
 def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 0) -> float:
     """Rate of step `step` (0-based) of a stage that begins at step `first_step` of the run: warm-up
-    then constant; replay falls linearly to zero."""
+    then constant; replay falls linearly to zero. ValueError for a stage without steps."""
+    if stage.steps < 1:
+        raise ValueError(f"{stage.name} has no step {step}")
     # [E18] replay: lr * (1 - i / steps);   before it: lr * min(1, (i + 1) / warm-up steps)
     if stage.name == "replay":
         return stage.lr * (1 - step / stage.steps)
@@ -372,7 +375,7 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, config.vocab_size)
     impactful, _ = read_types(settings, config.vocab_size, recipe.loss_weights)
-    texts = load_texts(settings, tokenizer, recipe.rarely_ends)
+    texts = load_texts(settings, tokenizer)
     write_samples(settings, options, tokenizer, texts, impactful, learning_rate, draw)
 
 
@@ -388,7 +391,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
         log(f"{options.out} holds this run, finished: nothing to do")
         return
     run.check_data(settings, options.resume)
-    corpus, replay_corpus = load_texts(settings, tokenizer, recipe.rarely_ends)
+    corpus, replay_corpus = load_texts(settings, tokenizer)
     impactful, type_weights = read_types(settings, config.vocab_size, recipe.loss_weights)
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)

@@ -11,6 +11,8 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +23,7 @@ import train  # noqa: E402
 from model import LlamaConfig, load_pretrained, save_pretrained  # noqa: E402
 from support.memory.machine import HERE, machine  # noqa: E402
 from support.needles.intervals import clustered, mean_of, paired  # noqa: E402
+from support.system.bad_input import BadInput  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
@@ -309,3 +312,44 @@ class Table:
         notes = "mean and 95 % interval; bars: each seed; (n answers)"
         figure.suptitle(f"{title}: {notes}", fontsize=9)
         figure.savefig(self.file.with_suffix(".png"), dpi=120)
+
+
+def file_name(name: str, seed: int) -> str:
+    """Of a row's model.
+
+    >>> file_name("none, paper's theta", 1)
+    'none__paper_s_theta_1'
+    """
+    return f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+
+
+def check_rows(names: Iterable[str], known: Collection[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise BadInput(f"{unknown[0]!r} is none of the rows: {'; '.join(known)}")
+
+
+def make_rows(
+    table: Table,
+    rows: list[tuple[str, int]],
+    is_done: Callable,
+    measure: Callable,
+    args,
+    title: str,
+    **about,
+) -> None:
+    """Measure the rows (name, seed) that are not there yet, and keep each at once.
+
+    is_done(row, name, seed, args): may what the table holds stay? measure(name, seed, args) -> row.
+    args.minutes: no row begins that would end later if it took as long as the longest before it."""
+    began, longest = time.monotonic(), 0.0
+    minutes = getattr(args, "minutes", None)
+    for name, seed in rows:
+        if is_done(table.row(name, seed), name, seed, args):
+            continue
+        started = time.monotonic()
+        if minutes is not None and started - began + longest > 60 * minutes:
+            log(f"--minutes {minutes:g}: stopped before {name}, seed {seed}")
+            return
+        table.keep(name, seed, measure(name, seed, args), **about)
+        table.draw(title)
+        longest = max(longest, time.monotonic() - started)

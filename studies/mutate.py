@@ -54,7 +54,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("often = count >= max(1,", "often = count > max(1,"),
     ),
     "E5": (
-        "recipe.py",
+        "support/data/segments.py",
         ("(latest(stop) > before_run) & space_next", "(latest(stop) > before_run) & ~space_next"),
         ("latest(wide) > before_run", "latest(wide) < before_run"),
         ('(char == ord("\\n")) | ', '(char == ord("\\n")) & '),
@@ -210,6 +210,13 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         (".exp().clamp(max=MAX_WEIGHT)", ".exp()"),
         (".exp().clamp(max=MAX_WEIGHT)", ".neg().exp().clamp(max=MAX_WEIGHT)"),
         ("weight.where(count >= max(1, min_count), 1.0)", "weight"),
+    ),
+    "E30": (
+        "recipe.py",
+        ("start - kept[-1] >= min_tokens", "start - kept[-1] > min_tokens"),
+        ("start - kept[-1] >=", "start - kept[0] >="),
+        ("total_tokens - start >= min_tokens", "total_tokens - start > min_tokens"),
+        (" and total_tokens - start >= min_tokens", ""),
     ),
 }
 

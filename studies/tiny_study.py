@@ -26,6 +26,9 @@ from common import (
     RESULTS,
     ROOT,
     Table,
+    check_rows,
+    file_name,
+    make_rows,
     measured,
     read_json,
     read_lines,
@@ -45,7 +48,6 @@ from support.data.sources import load_toy_text
 from support.data.toy import ToyCorpus, answerable
 from support.huggingface.config import yarn_scaling
 from support.runs.analysis import read_impactful
-from support.system.bad_input import BadInput
 from support.system.console import report_errors
 
 RUNS = Path("runs/tiny_study")
@@ -66,6 +68,8 @@ SETTINGS = {
     "weigh": "--weigh --select random",
     "select digits": "--select digits",
     "select first": "--select first",
+    "min_count 5": "--min_count 5",
+    "segments of 32 tokens": "--min_segment_tokens 32",
     "analysis against the old base": "--no-log_softmax --no-rebased_analysis",
     "share 10 %": "--train_len {tenth} --replay_len {window}",
     "share 60 %": "--train_len {more}",
@@ -104,7 +108,7 @@ def same_tokens(flags: str, target: int, steps: int) -> int:
 
 
 def folder(name: str, seed: int, args) -> Path:
-    return RUNS / str(args.target) / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+    return RUNS / str(args.target) / file_name(name, seed)
 
 
 def theta_of(name: str, target: int) -> float:
@@ -230,17 +234,14 @@ def main(argv=None) -> None:
         names, seeds = args.only or list(SETTINGS), args.seeds
         if args.score:
             names, seeds = [args.score], [0]
-        if unknown := [name for name in names if name not in SETTINGS]:
-            raise BadInput(f"{unknown[0]!r} is none of the rows: {'; '.join(SETTINGS)}")
-        table = table_of(args.target)
-        for seed in [] if args.report else seeds:
-            for name in names:
-                if is_done(table.row(name, seed), name, seed, args):
-                    continue
-                about = {"target": args.target, "steps": args.steps, "haystacks": args.n}
-                table.keep(name, seed, measure(name, seed, args), **about)
+        check_rows(names, SETTINGS)
+        table, title = table_of(args.target), f"tokens of {args.steps} steps"
+        rows = [(name, seed) for seed in seeds for name in names]
+        if not args.report:
+            about = {"target": args.target, "steps": args.steps, "haystacks": args.n}
+            make_rows(table, rows, is_done, measure, args, title, **about)
         table.report(table.best_first(table.read()["runs"]) if args.score else None)
-        table.draw(f"tokens of {args.steps} steps")
+        table.draw(title)
 
 
 if __name__ == "__main__":

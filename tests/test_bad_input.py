@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import prose
@@ -19,6 +20,9 @@ from test_train import edit_config, snapshot
 import eval_needle
 import recipe
 import train
+from model import load_pretrained, load_tokenizer
+from support.data.sources import load_tokens
+from support.data.text import Corpus, Tokens
 from support.huggingface.checkpoint import open_safetensors
 from support.huggingface.config import read_json
 from support.system.bad_input import BadInput, read_text
@@ -133,6 +137,8 @@ TRAIN = [
     ("--data nowhere.txt", "nowhere.txt does not exist"),
     ("--method full", "--method full needs --train_len 512"),
     ("--min_count 0", "--min_count 0 must be at least 1"),
+    ("--min_segment_tokens 0", "--min_segment_tokens 0 must be at least 1"),
+    ("--min_segment_tokens 256 --train_len 256", "--min_segment_tokens 256 must be below --train_"),
     ("--method pose --prefix", "--prefix belongs to --method longrecipe"),
     ("--steps 0", "--steps 0 must be at least 1"),
     ("--probe_steps 9", "--probe_steps 9 must be between"),
@@ -324,3 +330,47 @@ def test_what_a_library_says_of_a_file_becomes_bad_input_where_it_is_read(tmp_pa
     for read in (read_json, read_text, lambda path: open_safetensors(path).__enter__()):
         with pytest.raises(BadInput, match=f"{tmp_path}/file is "):
             read(tmp_path / "file")
+
+
+# ---- empty inputs to the functions of train.py and eval_needle.py -------------------------------
+
+NONE = torch.empty(0, dtype=torch.int64)
+EMPTY = {
+    "a step": lambda model, *_: train.accumulate(model, []),
+    "sequences": lambda model, *_: train.accumulate(model, [(NONE[None],) * 3]),
+    "a stage": lambda *_: train.learning_rate(replace(STAGE, name="replay", steps=0), 0, 2),
+    "a sample": lambda _, tok, data: train.sample(replace(STAGE, tokens=0), data, tok, None, RNG),
+    "a target": lambda _, tok, data: train.sample(
+        replace(STAGE, target_len=0), data, tok, None, RNG
+    ),
+    "paths": lambda _, tok, data: load_tokens([], tok),
+    "documents": lambda *_: Corpus(Tokens("nothing"), 0),
+    "answers": lambda *_: eval_needle.score([], "x"),
+    "an answer": lambda *_: eval_needle.score(["Oslo", ""], "x"),
+    "a haystack": lambda _, tok, data: eval_needle.Haystack("", tok),
+    "a place": lambda _, tok, data: eval_needle.needle_places(NONE, tok, "spaces"),
+    "a prompt": lambda model, *_: eval_needle.SharedPrefix(model).answer(NONE, 3, ()),
+    "a prompt to score": lambda model, *_: eval_needle.SharedPrefix(model).log_probability(
+        NONE, NONE + 1
+    ),
+    "answer ids": lambda model, *_: eval_needle.SharedPrefix(model).log_probability(IDS, NONE),
+    "a text": lambda model, *_: eval_needle.text_loss(model, NONE),
+    "a length": lambda _, tok, data: eval_needle.make_sample(
+        {}, eval_needle.Haystack(PROSE, tok), 0, 0.5, "0/task/0/0"
+    ),
+}
+IDS, RNG = torch.arange(9), torch.Generator()
+STAGE = train.Stage("extend", 2, 64, 256, "longrecipe", "random", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def parts(toy_dir, prose_file):
+    tokenizer = load_tokenizer(toy_dir)
+    corpus = Corpus(load_tokens([str(prose_file)], tokenizer), 64)
+    return load_pretrained(toy_dir), tokenizer, corpus
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+def test_empty_inputs_are_one_value_error(empty, parts):
+    with pytest.raises(ValueError, match="no |empty|at least one|without|too short"):
+        EMPTY[empty](*parts)

@@ -302,9 +302,10 @@ def test_data_or_weights_that_changed_are_named_by_resume(toy_dir, tmp_path, mon
         (texts, texts / "2.txt", "bytes"),
         (other, other, "bytes"),
         (model, weights, "sha256"),
+        (model, model / "tokenizer.json", "tokenizer"),
     ):
         whole = changed.read_bytes()
-        changed.write_bytes(whole[:-1] + b"@" if path == model else whole + b"More.")
+        changed.write_bytes(whole[:-1] + b"@" if changed == weights else whole + b"\n")
         before = {p: p.read_bytes() for p in out.iterdir()}
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

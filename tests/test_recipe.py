@@ -33,6 +33,7 @@ from recipe import (
     split_segments,
     train_length,
 )
+from support.data.segments import CLOSERS, STOPS, WIDE_STOPS
 from support.data.sources import standard_library_text, standard_library_topics
 from support.data.toy import TINY
 from support.explain import distances as coverage
@@ -146,7 +147,7 @@ def slow_starts(text: str) -> list[int]:
     starts, i = [0], 0
     while i < len(text):
         j = i
-        while j < len(text) and text[j] in recipe.STOPS + recipe.WIDE_STOPS + recipe.CLOSERS:
+        while j < len(text) and text[j] in STOPS + WIDE_STOPS + CLOSERS:
             j += 1
         wide, stop = (any(c in stops for c in text[i:j]) for stops in ("。！？।؟", ".!?…"))
         if wide or (stop and (j == len(text) or text[j].isspace())):
@@ -175,6 +176,23 @@ def test_split_equals_a_slow_loop(text, more):
 
 
 BYTES = ByteTokenizer()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 20))
+def test_short_segments_are_joined(lengths, least):
+    """[E30] Segment by segment; at least 1 token: as they are."""
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    slow: list[int] = []  # lengths
+    for n in lengths:
+        if slow and slow[-1] < least:
+            slow[-1] += n
+        else:
+            slow.append(n)
+    if len(slow) > 1 and slow[-1] < least:
+        slow[-2:] = [sum(slow[-2:])]
+    joined = recipe.join_short_segments(starts, sum(lengths), least)
+    assert recipe.segment_lengths(joined, sum(lengths)).tolist() == slow
+    assert torch.equal(recipe.join_short_segments(starts, sum(lengths)), starts)
 
 
 def test_segments_by_hand(tmp_path):
@@ -284,25 +302,28 @@ def test_starts_that_are_not_those_of_the_ids_are_refused(starts):
         lambda: impactful_share(ids, starts, table),
         lambda: recipe.spread_segments(10, 40, torch.cat((starts, starts)), generator()),
     ):
-        with pytest.raises(BadInput, match="starts must increase from 0|two segments"):
+        with pytest.raises(ValueError, match="starts must increase from 0|two segments"):
             refusing()
 
 
 def test_empty_inputs_are_refused(toy_dir):
+    """What flags and files can cause in one line; what only code can keeps its traceback."""
     model, none = load_pretrained(toy_dir), torch.zeros(0, dtype=torch.int64)
     options = {"method": "none", "select": "first", "generator": generator()}
-    for refusing in (
-        lambda: logit_shift(model, model, none),
-        lambda: logit_shift(model, model, torch.arange(3), torch.arange(2)),
-        lambda: impactful_types(none.double(), none),
-        lambda: split_segments(none, BYTES),
-        lambda: make_example(none, BYTES, 1, 4, **options),
-        lambda: make_example(torch.arange(3), BYTES, 0, 4, **options),
-        lambda: sample_position_ids("none", 0, 4),
-        lambda: train_length(0),
+    for bug, refusing in (
+        (True, lambda: logit_shift(model, model, none)),
+        (True, lambda: logit_shift(model, model, torch.arange(3), torch.arange(2))),
+        (True, lambda: split_segments(none, BYTES)),
+        (True, lambda: make_example(none, BYTES, 1, 4, **options)),
+        (False, lambda: impactful_types(none.double(), none)),
+        (False, lambda: make_example(torch.arange(3), BYTES, 0, 4, **options)),
+        (False, lambda: make_example(torch.arange(3), BYTES, 4, 4, **options)),
+        (False, lambda: sample_position_ids("none", 0, 4)),
+        (False, lambda: train_length(0)),
     ):
-        with pytest.raises(BadInput):
+        with pytest.raises(ValueError) as refused:
             refusing()
+        assert isinstance(refused.value, BadInput) is not bug
 
 
 def test_strategies_differ_on_real_text(smollm2_dir):
@@ -676,27 +697,26 @@ import sys, torch
 import recipe
 from model import Llama, LlamaConfig, linear_cross_entropy
 
-class Bytes:
-    vocab_size = 256
-    def token_bytes(self, i):
-        return bytes([i])
-
 torch.manual_seed(0)
 config = LlamaConfig(256, 32, 48, 2, 4, max_position_embeddings=64)
 original, tuned = Llama(config), Llama(config)
 theta = recipe.ntk_rope_base(config.rope_theta, config.head_dim, 64, 512)
 tuned.config = config.with_rope(theta, 512)
 ids = torch.tensor(list(b"Ada had 7 apples. Nobody knew! Was it Bob? " * 12))
-options = {"tokenizer": Bytes(), "train_len": 160, "target_len": 512}
-options["generator"] = torch.Generator().manual_seed(0)
+starts = torch.arange(0, len(ids), 18)  # segments of one's own
+g = torch.Generator().manual_seed(0)
+
+def sample(method, select, impactful=None):
+    kept, begins = recipe.select_segments(ids, starts, 160, select, g, impactful)
+    return ids[kept], recipe.sample_position_ids(method, 160, 512, begins, g)
+
 results = [torch.tensor(theta)]
-for method in ("none", "pose", "rpes", "longrecipe"):
-    results += recipe.make_example(ids, method=method, select="random", **options)
+for method in ("none", "pose", "cream", "rpes", "longrecipe"):
+    results += sample(method, "random")
 delta, total, count = recipe.logit_shift(original, tuned, *results[-2:], first_position=64)
 types = recipe.impactful_types(total, count)
 results += [delta, types]
-options |= {"select": "impact", "impactful": types}
-results += recipe.make_example(ids, method="longrecipe", **options)
+results += sample("longrecipe", "impact", types)
 x, pos = (t[None] for t in results[-2:])
 targets = recipe.next_token_targets(x)
 loss, n = linear_cross_entropy(tuned.hidden(x, pos), tuned.lm_head.weight, targets)
@@ -705,7 +725,11 @@ results += [loss.detach() / n, *merged.values()]
 """
 ASKS = """
 errors = []
-for ask in (lambda: recipe.merge("a", "b", "c"), lambda: recipe.main([])):
+for ask in (
+    lambda: recipe.split_segments(ids, None),
+    lambda: recipe.merge("a", "b", "c"),
+    lambda: recipe.main([]),
+):
     try:
         ask()
     except ModuleNotFoundError as error:
@@ -716,8 +740,8 @@ torch.save((results, errors), "results.pt")
 
 
 def test_recipe_py_works_with_model_py_alone(tmp_path):
-    """Copied into an empty folder: segments, selection, positions, analysis, theta, targets and the
-    merge in memory give what they give here; what reads model folders says what it lacks."""
+    """Copied into an empty folder: selection, positions, analysis, theta, targets and the merge in
+    memory give what they give here; what splits texts or reads model folders says what it lacks."""
     for name in ("model.py", "recipe.py"):
         shutil.copy(ROOT / name, tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -728,7 +752,7 @@ def test_recipe_py_works_with_model_py_alone(tmp_path):
     assert len(theirs) == len(here["results"]) > 20
     for a, b in zip(theirs, here["results"], strict=True):
         assert a.dtype == b.dtype and torch.allclose(a.double(), b.double())
-    assert errors == ["this takes support/ beside model.py: No module named 'support'"] * 2
+    assert errors == ["this takes support/ beside model.py: No module named 'support'"] * 3
 
 
 # ---- `python recipe.py` ------------------------------------------------------------------------

@@ -80,10 +80,10 @@ def test_the_real_study_trains_on_the_same_tokens_and_outlives_its_models(
     smollm2_dir, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(common.ROOT)
-    table = Table(tmp_path / "rows.json", (8192, 16_384), real_study.TABLE.names)
-    monkeypatch.setattr(real_study, "TABLE", table)
+    args = real_study.parse(["--out", str(tmp_path)])
+    args.table = Table(tmp_path / "rows.json", (8192, 16_384), real_study.NAMES)
     recipe = {
-        name: common.recipe_in(common.settings_of(real_study.flags_of(tmp_path, name, 0)))
+        name: common.recipe_in(common.settings_of(real_study.flags_of(name, 0, args)))
         for name in ("longrecipe", "none", "rpes, paper's theta")
     }
     ours, none, rpes = recipe.values()
@@ -91,15 +91,71 @@ def test_the_real_study_trains_on_the_same_tokens_and_outlives_its_models(
     assert {k for k in none if none[k] != rpes[k]} == {"method", "rope_base"}
 
     row = {"recipe": ours, "texts": 12, "impactful": {"5": [" the", 1.0]}}
-    table.keep("longrecipe", 0, row)
-    assert real_study.is_done(tmp_path, "longrecipe", 0, 12)
-    assert not real_study.is_done(tmp_path, "longrecipe", 0, 16)
-    table.keep("longrecipe", 0, row | {"recipe": ours | {"steps": 7}})
-    assert not real_study.is_done(tmp_path, "longrecipe", 0, 12)
-    assert common.read_json(real_study.types_of(tmp_path, "none", 0)) == row["impactful"]
+    row["scores"] = {"8192": [[1.0]], "16384": [[0.0]]}
+    assert not real_study.is_done(row | {"scores": {}}, "longrecipe", 0, args)
+    assert real_study.is_done(row, "longrecipe", 0, args)
+    assert not real_study.is_done(row | {"texts": 16}, "longrecipe", 0, args)
+    assert not real_study.is_done(row | {"recipe": ours | {"steps": 7}}, "longrecipe", 0, args)
+    args.table.keep("longrecipe", 0, row)
+    assert common.read_json(real_study.types_of("none", 0, args)) == row["impactful"]
 
 
-def test_only_a_method_of_the_recipe_can_be_scored(capsys):
-    with pytest.raises(SystemExit) as stop:
-        tiny_study.main(["--score", "nowhere"])
-    assert stop.value.code == 2 and "'nowhere' is none of the rows" in capsys.readouterr().err
+def test_the_rows_of_the_real_study_on_a_cpu_stay_what_they_were():
+    """Studies that were begun with another version go on with this one."""
+    args = real_study.parse(["--out", "runs"])
+    assert real_study.train_flags(args) == (
+        "--model models/smollm2 --target_len 16384 --data data/prose --join --batch_sequences 1"
+        " --steps 32 --probe_steps 4 --analysis_samples 4 --log_softmax --rebased_analysis"
+        " --replay_steps 4 --lr 2e-4 --replay_lr 2e-5 --dtype bfloat16 --save_minutes 10"
+    )
+    assert real_study.judge_flags(args) == (
+        "--tasks needles_8 --haystack data/essays --lengths 8192 16384 --dtype bfloat16"
+    )
+    assert str(real_study.folder("none, paper's theta", 1, args)) == "runs/none__paper_s_theta_1"
+    assert real_study.TABLE.file.name == "smollm2_study.json"
+    of_a_gpu = real_study.train_flags(real_study.parse(["--samples", "512", "--target", "32768"]))
+    assert "--batch_sequences 8 --steps 64 --probe_steps 8" in of_a_gpu
+
+
+def test_a_row_of_the_real_study_holds_the_answers_of_its_own_model(tmp_path, monkeypatch):
+    """needle.jsonl names a model by its folder."""
+    args = real_study.parse(["--out", str(tmp_path), "--texts", "1"])
+    results = [
+        {"model": model, "task": "needles_8", "length": length, "repeat": 0, "score": score}
+        | {"answer_logprob": -1.0}
+        for model, score in (("longrecipe_0", 1.0), ("none_0", 0.0))
+        for length in (8192, 16_384)
+    ]
+    monkeypatch.setattr(real_study, "make_model", lambda *_: {})
+    monkeypatch.setattr(real_study, "run", lambda _: None)
+    monkeypatch.setattr(real_study, "read_lines", lambda _: results)
+    row = real_study.measure("longrecipe", 0, args)
+    assert row["scores"] == {"8192": [[1.0]], "16384": [[1.0]]}
+    assert real_study.is_done(row, "longrecipe", 0, args)
+
+
+def test_rows_are_made_in_their_order_until_the_minutes_are_over(tmp_path, monkeypatch, capsys):
+    table, now = Table(tmp_path / "rows.json", (8, 64), ["a", "b", "c", "d"]), [0.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Table, "draw", lambda *_: None)
+    table.keep("b", 0, {"made": "before"})
+
+    def measure(name, seed, args):
+        now[0] += 50
+        return {"made": name}
+
+    rows = [(name, 0) for name in "dbac"]
+    is_done = lambda row, *_: bool(row)  # noqa: E731
+    common.make_rows(table, rows, is_done, measure, Namespace(minutes=2), "", steps=40)
+    made = {name: row["0"]["made"] for name, row in table.read()["runs"].items()}
+    assert made == {"b": "before", "d": "d", "a": "a"} and table.read()["steps"] == 40
+    assert "--minutes 2: stopped before c, seed 0" in capsys.readouterr().err
+    common.make_rows(table, rows, is_done, measure, Namespace(minutes=2), "")
+    assert table.row("c", 0) == {"made": "c"}
+
+
+def test_a_row_that_is_not_there_is_refused(capsys):
+    for study, flag in ((tiny_study, "--score"), (real_study, "--only")):
+        with pytest.raises(SystemExit) as stop:
+            study.main([flag, "nowhere"])
+        assert stop.value.code == 2 and "'nowhere' is none of the rows" in capsys.readouterr().err

@@ -540,6 +540,22 @@ def test_min_count_can_be_lowered_as_long_as_there_is_no_analysis(
     assert json.loads((out / "run.json").read_text())["settings"]["min_count"] == 1
 
 
+def test_the_least_length_of_a_segment_reaches_the_samples(toy_dir, prose_file, tmp_path):
+    """--min_segment_tokens: jumps of the extension's samples are at least so far apart; those of
+    the replay have none."""
+    flags = command(toy_dir, prose_file, tmp_path, "--min_segment_tokens", "40")
+    settings, _ = train.parse(flags)
+    config = train.LlamaConfig.from_dir(toy_dir)
+    settings = train.resolve(settings, config, train.machine(train.HERE, "cpu", str(tmp_path)))
+    tokenizer = load_tokenizer(toy_dir)
+    corpus, _ = load_texts(settings, tokenizer)
+    probe, _, replay = train.plan_stages(settings)
+    for stage, jumps in ((probe, True), (replay, False)):
+        _, pos = train.sample(stage, corpus, tokenizer, None, torch.Generator().manual_seed(1))
+        at = (pos.diff() > 1).nonzero()[:, 0] + 1
+        assert (len(at) > 0) is jumps and (at.diff() >= 40).all()
+
+
 def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, prose_file, tmp_path):
     """H' has the original's weights under a new theta. Against the original under that theta (even
     if the run's own theta is another) the shift is zero everywhere; against the original under its
@@ -627,7 +643,7 @@ def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
         lengths = {"target_len": 512, "train_len": 128, "replay_len": 64, "steps": 24}
         more = {"probe_steps": 0, "select": "first", "batch_sequences": 1}
         settings = train.Settings(model=str(toy_dir), data=[str(text)], **lengths, **more)
-        corpus, _ = load_texts(settings, tokenizer, recipe.rarely_ends)
+        corpus, _ = load_texts(settings, tokenizer)
         assert corpus.at_spaces == at_spaces
         stage = train.plan_stages(settings)[1]
         drawn = [next(train.draw(stage, i, corpus, tokenizer, settings, None)) for i in range(24)]

@@ -5,13 +5,12 @@ import itertools
 import os
 import platform
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from support.data import toy
+from support.data.segments import rarely_ends
 from support.data.text import (
     SEPARATOR,
     Corpus,
@@ -114,12 +113,10 @@ def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
     return corpus, replay
 
 
-def load_texts(
-    args, tokenizer, rarely_ends: Callable[[Tensor, object], bool]
-) -> tuple[Corpus, Corpus]:
-    """load_corpora. Whether segments end at spaces as well is decided once for each text, by
-    recipe.rarely_ends, so that a stretch without sentences in an ordinary text (a long table) is
-    drawn again instead of being cut into words."""
+def load_texts(args, tokenizer) -> tuple[Corpus, Corpus]:
+    """load_corpora. Whether segments end at spaces as well is decided once for each text, so that a
+    stretch without sentences in an ordinary text (a long table) is drawn again instead of being cut
+    into words."""
     corpora = load_corpora(args, tokenizer)
     for corpus in corpora:
         generators = (torch.Generator().manual_seed(i) for i in range(32))

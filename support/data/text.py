@@ -64,6 +64,8 @@ def is_read(file: Path) -> bool:
 def find_files(paths: list[str]) -> list[Path]:
     """The files of `paths`; folders are searched. BadInput names what is missing or of no kind
     that is read here."""
+    if not paths:
+        raise BadInput("no file and no folder of texts is given (--data)")
     files = []
     for path in map(Path, paths):
         if not path.exists():
@@ -377,7 +379,7 @@ class Corpus:
     def __init__(self, tokens: Tokens, min_tokens: int, remedy: str = "give longer texts"):
         sizes = tokens.documents[:, 2]
         self.source, self.parts = tokens.source, tokens.parts
-        self.documents = tokens.documents[sizes >= min_tokens]
+        self.documents = tokens.documents[sizes >= max(1, min_tokens)]
         self.too_short = len(sizes) - len(self.documents)
         self.tokens = int(self.documents[:, 2].sum())
         if len(self.documents) == 0:

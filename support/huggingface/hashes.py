@@ -19,9 +19,16 @@ class Hashes:
 
     def of_model(self, folder: str | Path) -> str:
         """Over config.json and all safetensors files of a folder; 12 hexadecimal digits."""
-        files = sorted(Path(folder).glob("**/*.safetensors")) + [Path(folder) / "config.json"]
-        names = [str(file.relative_to(folder)) for file in files]
-        parts = [f"{name} {self.of_file(f)}\n" for name, f in zip(names, files, strict=True)]
+        weights = sorted(Path(folder).glob("**/*.safetensors"))
+        return self.of_files(Path(folder), [*weights, Path(folder) / "config.json"])
+
+    def of_tokenizer(self, folder: Path) -> str:
+        """Over the files that decide which ids a text has."""
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        return self.of_files(folder, [folder / n for n in names if (folder / n).is_file()])
+
+    def of_files(self, folder: Path, files: list[Path]) -> str:
+        parts = [f"{file.relative_to(folder)} {self.of_file(file)}\n" for file in files]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
     def of_file(self, file: Path) -> str:

@@ -16,7 +16,10 @@ def check_numbers(settings) -> None:
     """Raises BadInput for a number that makes no sense by itself."""
     check_ranges(
         settings,
-        at_least_1=("base_len", "steps", "batch_sequences", "analysis_samples", "min_count"),
+        at_least_1=(
+            *("base_len", "steps", "batch_sequences", "analysis_samples", "min_count"),
+            "min_segment_tokens",
+        ),
         above_1=("rope_base",),
         positive=("lr", "clip", "top"),
         not_negative=("replay_steps", "replay_lr", "weight_decay", "warmup_steps"),
@@ -38,6 +41,11 @@ def check_lengths(settings) -> None:
         )
     if settings.prefix and settings.method != "longrecipe":
         raise BadInput(f"--prefix belongs to --method longrecipe, not to {settings.method}")
+    if settings.min_segment_tokens >= settings.train_len:
+        raise BadInput(
+            f"--min_segment_tokens {settings.min_segment_tokens} must be below --train_len"
+            f" {settings.train_len}: a sample needs two segments"
+        )
     if not 2 <= settings.replay_len <= settings.target_len:
         raise BadInput(f"--replay_len {settings.replay_len} must be between 2 and --target_len")
 

@@ -69,11 +69,12 @@ class RunFolder:
         check_same(settings_to_resume(self.path), settings, may_differ)
 
     def check_data(self, settings, resume: bool) -> None:
-        """BadInput that names a path of the text which holds something else than when the run
-        began (an older version did not write that down). Writes nothing; write_settings will."""
-        original = Hashes(self.path / "hashes.json").of_model(settings.model)
-        data = [*corpora.contents(settings), {"path": settings.model, "sha256": original}]
-        self.data = data
+        """BadInput that names a text, or the model, that is another one than when the run began
+        (an older version did not write that down). Writes nothing; write_settings will."""
+        hashes, folder = Hashes(self.path / "hashes.json"), Path(settings.model)
+        original = {"path": settings.model, "sha256": hashes.of_model(folder)}
+        original["tokenizer"] = hashes.of_tokenizer(folder)
+        self.data = data = [*corpora.contents(settings), original]
         began = read_json(self.path / "run.json").get("data", []) if resume else []
         if change := corpora.changed(began, data):
             raise BadInput(f"--resume: {change}; put it back, or begin again in another --out")

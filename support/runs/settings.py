@@ -37,6 +37,9 @@ class Settings:
     method: str = flag("longrecipe", "position ids of a sample", "recipe")
     select: str = flag("impact", "which sentences of a text are kept")
     prefix: bool = flag(False, "keep a contiguous prefix, as the released code does")
+    min_segment_tokens: int = flag(
+        1, "sentences shorter than this are joined with the next ones (1: none, as in the paper)"
+    )
     train_len: int = flag(39_424, "length of a sample, tokens", derived="30 %% of --target_len")
     probe_steps: int = flag(
         10,
@@ -136,6 +139,7 @@ class Stage:
     select: str
     lr: float
     prefix: bool = False
+    min_segment_tokens: int = 1
     two_segments: bool = False  # if a text leaves only one, another is drawn
     weigh: bool = False  # losses are weighted by the shifts of the targets' types
 
@@ -148,6 +152,7 @@ def plan_stages(settings: Settings) -> list[Stage]:
     more = {
         "lr": settings.lr,
         "prefix": settings.prefix,
+        "min_segment_tokens": settings.min_segment_tokens,
         # A text that longrecipe cannot use is left out for all methods, so that all see the same
         # tokens.
         "two_segments": settings.method != "full",
