@@ -6,12 +6,14 @@ import json
 import math
 import re
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import PROSE, make_hf_llama, write_tokenizer
 
+import eval_needle
 import recipe
 import train
 from model import Llama, LlamaConfig, load_pretrained, load_tokenizer, save_pretrained
@@ -645,17 +647,71 @@ def test_a_finished_run_says_so_and_is_left_alone(finished, toy_dir, prose_file,
     assert "finished: nothing to do" in capsys.readouterr().err and snapshot(finished) == before
 
 
-def test_scaled_rope_asks_for_a_base_and_keeps_its_scaling(toy_dir, prose_file, tmp_path, bad):
-    folder = tmp_path / "llama3"
+OF_QWEN = {"factor": 4.0, "original_max_position_embeddings": 32_768}  # Qwen2.5's card
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("linear", {"factor": 2.0}), ("yarn", OF_QWEN)])
+def test_scaled_rope_asks_for_a_base_and_keeps_its_scaling(
+    kind, fields, toy_dir, prose_file, tmp_path, bad
+):
+    folder = tmp_path / "scaled"
     shutil.copytree(toy_dir, folder)
-    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    edit_config(folder, rope_parameters=scaling)
-    bad("scales its RoPE already \\(linear\\).*--rope_base", folder=folder)
+    scaling = {"type": kind, **fields}
+    edit_config(folder, rope_parameters=None, rope_theta=1e4, rope_scaling=scaling)
+    bad(f"scales its RoPE already \\({kind}\\).*--rope_base", folder=folder)
+    bad(f"\\({kind}\\), which --rope yarn would replace", "--rope", "yarn", folder=folder)
     train.main(command(folder, prose_file, tmp_path / "out", "--rope_base", "5e5"))
     config = LlamaConfig.from_dir(tmp_path / "out")
-    assert (config.rope_theta, config.rope_scaling["factor"]) == (5e5, 2.0)
+    assert (config.rope_theta, config.rope_scaling) == (5e5, {"rope_type": kind, **fields})
+    edit_config(folder, rope_scaling=None)
     edit_config(folder, model_type="mistral", sliding_window=500, rope_parameters=None)
     bad("sliding_window 500 is shorter than --target_len 512", folder=folder, out=tmp_path / "o2")
+
+
+def test_rope_yarn_from_the_command_to_transformers(toy_dir, prose_file, tmp_path, monkeypatch):
+    """Resumed after a stop; the rebased analysis compares under yarn; eval_needle.py's untrained
+    row has the original's weights under it."""
+    from transformers import AutoModelForCausalLM
+
+    out, compared = tmp_path / "out", []
+    logit_shift = recipe.logit_shift
+
+    def watched(original, *rest, **options):
+        compared.append(original.config)
+        return logit_shift(original, *rest, **options)
+
+    monkeypatch.setattr(recipe, "logit_shift", watched)
+    argv = command(toy_dir, prose_file, out, "--rope", "yarn", "--rebased_analysis")
+    train.main([*argv, "--plan"])
+    with monkeypatch.context() as stopping:
+        stopping.setattr(recipe, "impactful_types", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit):
+            train.main(argv)
+    train.main(["--resume", "--out", str(out)])
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig.from_dir(out)
+    assert (config.rope_theta, config.rope_scaling) == (10_000.0, scaling)
+    assert all((c.rope_theta, c.rope_scaling) == (10_000.0, scaling) for c in compared)
+    assert len(compared) == 4 and config.max_position_embeddings == 512
+    assert json.loads((out / "run.json").read_text())["settings"]["rope"] == "yarn"
+
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.randint(400, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(ids).logits - load_pretrained(out)(ids)).abs().max() < 1e-4
+
+    judge = f"--model {out} --loss --tasks --lengths 300 --n 1 --haystack {prose_file}"
+    eval_needle.main(judge.split())
+    found = json.loads((out / "needle_results.json").read_text())
+    losses = {e["model"]: e["mean"] for e in found["table"]}
+    untrained = load_pretrained(toy_dir)
+    untrained.config = untrained.config.with_rope(10_000.0, 512, scaling)
+    save_pretrained(untrained, tmp_path / "by_hand", tokenizer_from=toy_dir)
+    judge = judge.replace(str(out), str(tmp_path / "by_hand"))
+    eval_needle.main(judge.split())
+    found = json.loads((tmp_path / "by_hand" / "needle_results.json").read_text())
+    assert losses["untrained"] == found["table"][0]["mean"] != losses["original"]
+    assert list(losses) == ["original", "untrained", "out"]
 
 
 # ---- bad input: one `error:` line, exit code 2, nothing written --------------------------------
