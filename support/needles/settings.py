@@ -210,7 +210,7 @@ def check_models(configs: dict, longest: int) -> None:
 
 def judged(settings: Settings, configs: dict, hashes: Hashes) -> list[Candidate]:
     """The models and controls to judge, in the order of every table and figure: original, untrained
-    (if --model has another rope_theta), others, --model, controls."""
+    (if --model has another theta or scaling of RoPE), others, --model, controls."""
     result = configs[settings.model]
     theta, window = result.rope_theta, result.max_position_embeddings
     identity = hashes.of_model(settings.model)
@@ -220,8 +220,11 @@ def judged(settings: Settings, configs: dict, hashes: Hashes) -> list[Candidate]
     for folder, config in ((f, configs[f]) for f in order):
         trained, its_identity = config.max_position_embeddings, hashes.of_model(folder)
         candidates.append(Candidate(labels[folder], folder, config, trained, its_identity))
-        if folder == settings.original and config.rope_theta != theta:
-            rebased, its_identity = config.with_rope(theta, window), f"{its_identity}/{theta:.6g}"
+        rebased = config.with_rope(theta, window, result.rope_scaling)
+        if folder == settings.original and rebased != config.with_rope(config.rope_theta, window):
+            its_identity += f"/{theta:.6g}"
+            if rebased.rope_scaling != config.rope_scaling:
+                its_identity += f"/{rebased.rope_scaling}"
             candidates.append(Candidate("untrained", folder, rebased, trained, its_identity))
     own = Candidate(labels[settings.model], settings.model, result, window, identity)
     more = [
