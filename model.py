@@ -16,7 +16,7 @@ of two packed documents and silently cuts attention there, unless given an all-o
     ids = torch.tensor(tokenizer.encode("The capital of France is"))
     print(tokenizer.decode(generate(model, ids, max_new_tokens=8)))
 
-Does NOT do: padding masks, dropout, sampling, several GPUs, sliding windows, yarn.
+Does NOT do: padding masks, dropout, sampling, several GPUs, sliding windows.
 
 Glossary (one for all four files)
     B, T, S    sequences in a batch; tokens in a sequence; tokens seen by attention (cache included)
@@ -86,7 +86,7 @@ class LlamaConfig:
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None  # None: RoPE type default; else `linear` or `llama3`
+    rope_scaling: dict | None = None  # None: RoPE type default; else `linear`, `llama3` or `yarn`
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     qkv_bias: bool = False  # qwen2
@@ -106,9 +106,12 @@ class LlamaConfig:
         """Read `path`/config.json. Raises BadInput for a field that is missing or unsupported."""
         return cls(**support("huggingface.folders").read_config(path))
 
-    def with_rope(self, theta: float, max_len: int) -> "LlamaConfig":
-        """The same shape with another theta and window: all that extension changes here."""
-        return dataclasses.replace(self, rope_theta=float(theta), max_position_embeddings=max_len)
+    def with_rope(self, theta: float, max_len: int, scaling: dict | None = None) -> "LlamaConfig":
+        """The same shape with another theta and window, all that extension changes here; with
+        `scaling` also another rope_scaling (None: it stays as it is)."""
+        scaling = scaling or self.rope_scaling
+        rope = {"rope_theta": float(theta), "rope_scaling": scaling}
+        return dataclasses.replace(self, max_position_embeddings=max_len, **rope)
 
 
 # ---- 2. Norm -----------------------------------------------------------------------------------
@@ -132,6 +135,24 @@ class RMSNorm(nn.Module):
 # ---- 3. Rotary position embedding --------------------------------------------------------------
 
 
+def yarn_share(head_dim: int, theta: float, scaling: dict) -> Tensor:
+    """How much of its own frequency each pair keeps under yarn (Peng et al., 2309.00071, section
+    3.2), (d/2,) fp32 in 0..1. Fields that `scaling` lacks are transformers' defaults."""
+    L0 = scaling["original_max_position_embeddings"]
+
+    def pair(turns: float) -> float:
+        # [E27] pair(n) = d ln(L0 / (2 pi n)) / (2 ln theta)    turns n times within L0 positions
+        return head_dim * math.log(L0 / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    first, last = pair(scaling.get("beta_fast", 32)), pair(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    i = torch.arange(head_dim // 2, dtype=torch.float32)
+    # [E27] share(i) = 1 for i <= first, 0 for i >= last, and falls linearly in between
+    return 1 - ((i - first) / ((last - first) or 0.001)).clamp(0, 1)
+
+
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
     """Radians per position of each pair of dimensions, (d/2,) fp32, scaled as config.json says."""
     j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
@@ -142,19 +163,43 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None
     slow = inv_freq / scaling["factor"]  # position interpolation
     if scaling["rope_type"] == "linear":
         return slow
-    # llama3: pairs that turn often within the original window stay as they are, those that turn
-    # rarely slow down by the factor, the ones between are blended.
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    stay = ((turns - low) / (high - low)).clamp(0, 1)
+    # llama3 and yarn: pairs that turn often within the original window stay as they are, those
+    # that turn rarely slow down by the factor, the ones between are blended.
+    if scaling["rope_type"] == "yarn":
+        stay = yarn_share(head_dim, theta, scaling)
+    else:
+        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        stay = ((turns - low) / (high - low)).clamp(0, 1)
     return stay * inv_freq + (1 - stay) * slow
 
 
-def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (Su et al., 2021), (B, 1, T, d/2) fp32, for position ids (B, T)."""
+def attention_factor(scaling: dict | None) -> float:
+    """What cosines and sines are multiplied by: 1, except under yarn. It scales q and k, and so
+    the attention scores by its square (2309.00071, section 3.4)."""
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return 1.0
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+
+    def growth(m: float) -> float:
+        # [E28] a(m) = 1 + 0.1 m ln(factor);   attention factor = a(mscale) / a(mscale_all_dim),
+        #       or a(1) unless both are given
+        return 1 + 0.1 * m * math.log(max(1, scaling["factor"]))
+
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        return growth(scaling["mscale"]) / growth(scaling["mscale_all_dim"])
+    return growth(1)
+
+
+def rotary_angles(
+    position_ids: Tensor, inv_freq: Tensor, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (Su et al., 2021) for position ids (B, T), times the attention
+    factor: (B, 1, T, d/2) fp32 each."""
     # [E1] angle[t, j] = pos[t] * theta_j   pos is the position ID, not the index t
     angle = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, d/2) fp32, radians
-    return angle.cos(), angle.sin()
+    return angle.cos() * factor, angle.sin() * factor
 
 
 @compiled_in_training
@@ -306,7 +351,8 @@ class Llama(nn.Module):
         # subtle: computed at each call and not stored. As a buffer the frequencies would be cast by
         # model.to(bfloat16), which holds integers exactly only up to 256.
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
+        inv_freq, factor = inv_freq.to(input_ids.device), attention_factor(c.rope_scaling)
+        cos, sin = rotary_angles(position_ids, inv_freq, factor)
         x = self.model["embed_tokens"](input_ids)
         training = self.activation_checkpointing and torch.is_grad_enabled()
         keep = training and self.keep_attention

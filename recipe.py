@@ -480,7 +480,7 @@ def merge(
 ) -> None:
     """Write out_dir with weight * tuned + (1 - weight) * original, tensor by tensor.
 
-    The config (rope_theta, window) and the dtype are the tuned model's. Raises BadInput if the two
+    The config (RoPE, window) and the dtype are the tuned model's. Raises BadInput if the two
     differ in shape or vocabulary, or weight is outside 0..1."""
     merge_folders = support("huggingface.folders").merge
     merge_folders(original_dir, tuned_dir, out_dir, lambda a, b: average(a, b, weight))

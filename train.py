@@ -93,11 +93,12 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
     )
     settings = fill_in(replay_len=min(settings.base_len, settings.train_len))
     checks.check_lengths(settings)
-    check_extendable(config, settings.target_len, flags.get("rope_base"))
-    if "rope_base" not in flags:
+    check_extendable(config, settings.target_len, settings.rope, flags.get("rope_base"))
+    theta = config.rope_theta
+    if settings.rope == "ntk" and "rope_base" not in flags:
         lengths = settings.base_len, settings.target_len
-        theta = recipe.ntk_rope_base(config.rope_theta, config.head_dim, *lengths)
-        settings = fill_in(rope_base=theta)
+        theta = recipe.ntk_rope_base(theta, config.head_dim, *lengths)
+    settings = fill_in(rope_base=theta)
     # H' must have learnt something: five steps, or a quarter where there are few
     probe_steps = max(1, settings.steps // 10, min(5, settings.steps // 4))
     settings = fill_in(
@@ -398,8 +399,9 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
 
     checks.log_run(device, settings, stages, corpus)
-    # the original as it is trained: under the new rope_theta, and with the memory options on
-    model.config = config.with_rope(settings.rope_base, settings.target_len)
+    # the original as it is trained: under the new RoPE, and with the memory options on
+    rope = settings.rope_base, settings.target_len, settings.new_scaling
+    model.config = config.with_rope(*rope)
     set_levers(model, settings)
     trainer = Trainer(model, tokenizer, settings, options, run)
     trainer.impactful, trainer.type_weights = impactful, type_weights

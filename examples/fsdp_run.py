@@ -70,9 +70,11 @@ class Samples(torch.utils.data.Dataset):
 
 
 def extended(config, settings: dict):
-    """transformers' config with train.py's changes: window and theta. A RoPE scaling stays."""
+    """transformers' config with train.py's changes: window and theta. A RoPE scaling stays, unless
+    the run has a new one."""
     config.max_position_embeddings = settings["target_len"]
-    config.rope_parameters = dict(config.rope_parameters, rope_theta=settings["rope_base"])
+    rope = config.rope_parameters | (settings.get("rope_scaling") or {})
+    config.rope_parameters = rope | {"rope_theta": settings["rope_base"]}
     return config
 
 

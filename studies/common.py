@@ -84,11 +84,14 @@ def train_into(out: Path, flags: str) -> dict:
     return read_json(out / "run.json")
 
 
-def retheta(original: str, out: Path, theta: float, window: int) -> None:
-    """The untrained row: the weights of `original` under another rope_theta, for another window."""
+def retheta(
+    original: str, out: Path, theta: float, window: int, scaling: dict | None = None
+) -> None:
+    """The untrained row: the weights of `original` under another theta (and scaling of RoPE), for
+    another window."""
     if not (out / "config.json").is_file():
         model = load_pretrained(original)
-        model.config = model.config.with_rope(theta, window)
+        model.config = model.config.with_rope(theta, window, scaling)
         save_pretrained(model, out, tokenizer_from=original)
 
 
@@ -191,6 +194,7 @@ WORDS = {  # how a recorded row or label is shown in tables and figures, in thei
     "replayed": "LongRecipe, after replay",
     "prefix": "LongRecipe with prefix",
     "full": "full length",
+    "yarn": "LongRecipe with yarn",
 }
 
 

@@ -192,6 +192,19 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("positions[h : h + m] += last - (h + m - 1)", "positions[h : h + m] += last - (h + m)"),
         ("positions[h + m :] += T - L", "positions[h + m :] += T - L - 1"),
     ),
+    "E27": (
+        "model.py",
+        ("L0 / (2 * math.pi * turns)", "L0 / (math.pi * turns)"),
+        ("/ (2 * math.log(theta))", "/ math.log(theta)"),
+        ("return 1 - ((i - first)", "return 1 - ((i - last)"),
+        ("((last - first) or 0.001)", "(last - first + 1)"),
+    ),
+    "E28": (
+        "model.py",
+        ("return 1 + 0.1 * m", "return 1 - 0.1 * m"),
+        ('max(1, scaling["factor"])', 'scaling["factor"]'),
+        ('growth(scaling["mscale"]) / growth', 'growth(scaling["mscale"]) * growth'),
+    ),
     "E29": (
         "recipe.py",
         (".exp().clamp(max=MAX_WEIGHT)", ".exp()"),

@@ -46,6 +46,7 @@ from model import load_tokenizer
 from recipe import METHODS, merge, ntk_rope_base, train_length
 from support.data.sources import load_toy_text
 from support.data.toy import ToyCorpus, answerable
+from support.huggingface.config import yarn_scaling
 from support.runs.analysis import read_impactful
 from support.system.console import report_errors
 
@@ -54,6 +55,7 @@ ORIGINAL, WINDOW, THETA = "assets/tiny", 8192, 10_000.0
 OTHERS = {m: f"--method {m} {{same}}" for m in METHODS if m not in ("longrecipe", "full")}
 # Theta is the original's x T* / L0 where nothing else is said. With the paper's (x 14 at four times
 # the window) the tiny model finds nearly everything untrained, so nothing could be told apart.
+# With yarn it stays that of the original, and the pairs that turn rarely slow down.
 # {same}: the probe and the impactful types of longrecipe under that theta, so the very same tokens.
 SETTINGS = {
     "untrained": None,
@@ -75,6 +77,8 @@ SETTINGS = {
     "merge weight 0.75": "--merge_weight 0.75 {same}",
     "no merge": "--merge_weight 1 {same}",
     "no replay": "--replay_steps 0 {same}",
+    "untrained with yarn": None,
+    "yarn": "--rope yarn {same}",
     "untrained, paper's base": None,
     "longrecipe, paper's base": "--rope_base {paper}",
     **{
@@ -111,7 +115,8 @@ def theta_of(name: str, target: int) -> float:
     """The theta of a row whose flags do not name it."""
     if "paper" in name:
         return ntk_rope_base(THETA, 64, WINDOW, target)
-    return THETA if "old base" in name.partition(",")[2] else THETA * target / WINDOW
+    stays = "yarn" in name or "old base" in name.partition(",")[2]
+    return THETA if stays else THETA * target / WINDOW
 
 
 def flags_of(name: str, seed: int, args) -> str:
@@ -143,9 +148,10 @@ def make_model(name: str, seed: int, args) -> dict:
     """Train the model of one row (or only change its theta); the flags and what that took."""
     out = folder(name, seed, args)
     if SETTINGS[name] is None:
-        theta = theta_of(name, args.target)
-        retheta(ORIGINAL, out, theta, args.target)
-        return {"flags": f"--rope_base {theta}", "seconds": 0}
+        theta, yarn = theta_of(name, args.target), "yarn" in name
+        scaling = yarn_scaling(WINDOW, args.target) if yarn else None
+        retheta(ORIGINAL, out, theta, args.target, scaling)
+        return {"flags": f"--rope_base {theta}{' --rope yarn' * yarn}", "seconds": 0}
     flags = flags_of(name, seed, args)
     if "--impactful" in flags and not types_of(name, seed, args).is_file():
         make_model(Table.reference(name), seed, args)  # the run left this machine

@@ -88,8 +88,8 @@ BAD_FOLDERS = {
     "extra tensors": (lambda f: edit_config(f, num_hidden_layers=1), "extra"),
     "unknown family": (lambda f: edit_config(f, model_type="gpt_neox"), "model_type 'gpt_neox'"),
     "unknown rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
-        "rope type 'yarn'",
+        lambda f: edit_config(f, rope_parameters={"rope_type": "su", "rope_theta": 1e4}),
+        "rope type 'su' is not supported \\(default, linear, llama3, yarn are\\)",
     ),
     "old spelling of rope": (
         lambda f: edit_config(f, rope_parameters=None, rope_scaling={"type": "dynamic"}),

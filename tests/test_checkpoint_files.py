@@ -246,6 +246,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED = {"tie_word_embeddings": True}
 LINEAR, DEFAULT = {"type": "linear", "factor": 4.0}, {"rope_type": "default", "rope_theta": 5e4}
 LLAMA3_SCALING = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 BARE_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
 NO_KV = {"num_attention_heads": 8, "num_key_value_heads": 8}
 HEAD_32 = {"num_attention_heads": 32, "num_key_value_heads": 32}
@@ -285,6 +286,16 @@ OPENED = {  # family, its shape, what is done to the folder
         "llama",
         {},
         lambda f: edit_config(f, rope_scaling=DEFAULT, rope_parameters={"rope_type": "yarn"}),
+    ),
+    "yarn beside default": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_scaling=YARN, rope_parameters=DEFAULT, rope_theta=3e4),
+    ),
+    "yarn, two old windows": (
+        "llama",
+        {},
+        lambda f: edit_config(f, rope_parameters=YARN, original_max_position_embeddings=32),
     ),
     "llama3 for the whole window": (
         "llama",
@@ -413,9 +424,21 @@ REFUSED = {
     "weight_map a list": (lambda f: write_index(f, {"weight_map": []}), "has no weight_map"),
     "no weight_map": (lambda f: write_index(f, {}), "has no weight_map"),
     "no head": (lambda f: rename(f, lambda n: n if n != HEAD else None), "missing .*lm_head"),
-    "yarn beside default": (
-        lambda f: edit_config(f, rope_scaling={"type": "yarn", "factor": 4.0}),
-        "rope type 'yarn'",
+    **{
+        f"yarn, {why}": (lambda f, rope=rope: edit_config(f, rope_scaling=YARN | rope), why)
+        for rope, why in (
+            ({"factor": "4"}, "factor must be a positive number"),
+            ({"factor": 0}, "factor must be a positive number"),
+            ({"original_max_position_embeddings": None}, "original_max_position_embeddings must"),
+            ({"attention_factor": -1.0}, "attention_factor must be a positive number"),
+            ({"mscale": []}, "mscale must be a positive number"),
+            ({"beta_slow": 40}, "beta_fast of yarn must not be below beta_slow"),
+            ({"truncate": None}, "truncate must be true or false"),
+        )
+    },
+    "yarn without a factor": (
+        lambda f: edit_config(f, rope_scaling={"type": "yarn"}),
+        "factor must be a positive number",
     ),
     "dynamic": (lambda f: edit_config(f, rope_scaling={"type": "dynamic"}), "rope type 'dynamic'"),
     "longrope": (lambda f: edit_config(f, rope_parameters={"rope_type": "longrope"}), "'longrope'"),
@@ -558,7 +581,8 @@ SHAPE = (331, 48, 80, 2, 4, 2, 12, 256)
 @pytest.mark.parametrize(
     "fields",
     [{}, {"qkv_bias": True}, {"qk_norm": True}, {"sliding_window": 80}]
-    + [{"qkv_bias": True, "sliding_window": 80}, {"rope_scaling": LLAMA3_SCALING}],
+    + [{"qkv_bias": True, "sliding_window": 80}, {"rope_scaling": LLAMA3_SCALING}]
+    + [{"rope_scaling": YARN | {"mscale": 0.7, "truncate": False}}],
     ids=str,
 )
 def test_a_config_without_a_folder_comes_back_as_it_was(fields, tmp_path):
@@ -579,7 +603,8 @@ def test_a_config_without_a_folder_comes_back_as_it_was(fields, tmp_path):
     [
         ({"qkv_bias": True, "qk_norm": True}, "both qkv_bias and qk_norm"),
         ({"qkv_bias": True, "raw": {"model_type": "llama"}}, "qkv_bias True would be read back"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "rope_scaling .*'x'"),
     ],
 )

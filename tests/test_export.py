@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import command, snapshot
+from test_train import command, record, snapshot
 
 import train
 from support.runs.export import INDEX
@@ -19,16 +19,10 @@ def trained(toy_dir, prose_file, tmp_path_factory):
     """A tiny run of train.py (probe, analysis, extend, replay): its folder, and every micro-batch
     that it trained on."""
     out = tmp_path_factory.mktemp("run") / "out"
-    seen, original = [], train.accumulate
-
-    def recording(model, batch, *rest):
-        seen.append([(ids[0], positions[0]) for ids, positions, _ in batch])
-        return original(model, batch, *rest)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "accumulate", recording)
+        seen = record(patch)
         train.main(command(toy_dir, prose_file, out))
-    return out, seen
+    return out, [[(ids[0], positions[0]) for ids, positions, _ in batch] for batch, _ in seen]
 
 
 def flags(toy_dir, prose_file, trained, *more: str) -> list[str]:
@@ -70,16 +64,10 @@ def test_other_flags_too(method, toy_dir, prose_file, tmp_path, monkeypatch):
     other.write_text("Zoe sings. " * 400)
     more = f"--method {method} --select digits --seed 5 --replay_data {other}".split()
     more += ["--train_len", "512"] if method == "full" else []
-    seen, original = [], train.accumulate
-
-    def recording(model, batch, *rest):
-        seen.append(batch)
-        return original(model, batch, *rest)
-
-    monkeypatch.setattr(train, "accumulate", recording)
+    seen = record(monkeypatch)
     train.main(command(toy_dir, prose_file, tmp_path / "out", *more))
     index = export(tmp_path / "samples", command(toy_dir, prose_file, "unused", *more))
-    for step, batch in zip(index["steps"], seen, strict=True):
+    for step, (batch, _) in zip(index["steps"], seen, strict=True):
         tensors = load_file(tmp_path / "samples" / step["file"])
         for number, name in enumerate(("input_ids", "position_ids")):
             assert torch.equal(tensors[name].long(), torch.cat([b[number] for b in batch]))

@@ -1,6 +1,8 @@
 """model.py against transformers, tokenizers, float64 and slow loops."""
 
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from smollm2 import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig as LlamaConfigOfTransformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import model as model_py
 from model import (
@@ -22,6 +26,7 @@ from model import (
     Llama,
     LlamaConfig,
     attention,
+    attention_factor,
     generate,
     inverse_frequencies,
     linear_cross_entropy,
@@ -87,6 +92,34 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+YARNS = {
+    "yarn": {},
+    "yarn_for_the_whole_window": {"original_max_position_embeddings": None},
+    "yarn_factor_null": {"factor": None},
+    "yarn_attention_factor": {"attention_factor": 1.4},
+    "yarn_mscale": {"mscale": 0.7, "mscale_all_dim": 1.2},
+    "yarn_mscale_alone": {"mscale": 0.7},
+    "yarn_betas": {"beta_fast": 8, "beta_slow": 1.5},
+    "yarn_betas_null": {"beta_fast": None, "beta_slow": None, "attention_factor": None},
+    "yarn_truncate": {"truncate": True},
+    "yarn_truncate_false": {"truncate": False},
+}
+
+
+def yarn_shape(name: str) -> dict:
+    """Changes of the small model: a head wide enough for pairs of all three kinds."""
+    rope = YARN | YARNS[name]
+    if rope["original_max_position_embeddings"] is None:
+        del rope["original_max_position_embeddings"]
+    return {"head_dim": 32, "max_position_embeddings": 1024, "rope_parameters": rope}
+
+
 FAMILIES = {
     "mistral": {"sliding_window": None, "head_dim": 20},
     "mistral_window": {"sliding_window": 50},
@@ -95,6 +128,8 @@ FAMILIES = {
     "qwen3": {"head_dim": 20},
     "llama_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "llama_llama3": {"rope_parameters": LLAMA3},
+    **{f"llama_{name}": yarn_shape(name) for name in YARNS},
+    "qwen2_yarn": yarn_shape("yarn"),
 }
 
 
@@ -214,6 +249,50 @@ def test_rotation_equals_a_slow_loop():
             slow[0, :, t, j + d // 2] = b * angle.cos() + a * angle.sin()
     error = (rotate(x, cos, sin) - slow).abs().max(dim=-1).values.max(dim=1).values[0]
     assert error[1] < 1e-5 and error[2] < 2e-2  # fp32 at 131,071 radians: half an ulp is 4e-3
+
+
+def test_yarn_slows_the_pairs_that_turn_rarely():
+    """[E27] by a slow loop over the turns of each pair; and transformers' own function, also where
+    no pair turns often, or all of them do."""
+    d, theta, L0 = 64, 1e4, 256
+    turns = [L0 * theta ** (-2 * i / d) / (2 * math.pi) for i in range(d // 2)]
+    first = max(i for i in range(d // 2) if turns[i] >= 8)
+    last = min(i for i in range(d // 2) if turns[i] <= 2)
+    share = [min(1, max(0, (last - i) / (last - first))) for i in range(d // 2)]
+    slow = [theta ** (-2 * i / d) * (s + (1 - s) / 4) for i, s in enumerate(share)]
+    found = inverse_frequencies(d, theta, YARN | {"beta_fast": 8, "beta_slow": 2})
+    assert (found / torch.tensor(slow) - 1).abs().max() < 1e-5
+    assert 0 < first < last - 2 < d // 2 - 3  # some pairs of each kind
+
+    for theta, L0, truncate in itertools.product((3.0, 1e4, 1e6), (2, 40, 8192, 1e7), (0, 1)):
+        scaling = YARN | {"original_max_position_embeddings": L0, "truncate": bool(truncate)}
+        config = LlamaConfigOfTransformers(rope_parameters=scaling | {"rope_theta": theta})
+        theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](config)
+        assert (inverse_frequencies(128, theta, scaling) / theirs - 1).abs().max() < 1e-5
+        assert attention_factor(scaling) == factor
+
+
+@pytest.mark.parametrize(
+    ("fields", "factor"),
+    [
+        ({}, 1.1386294361),  # 1 + 0.1 ln 4
+        ({"factor": 1.0}, 1.0),
+        ({"factor": 0.5}, 1.0),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, 1.1944648761),  # 1.2772589 / 1.0693147
+        ({"mscale": 2.0}, 1.1386294361),
+        ({"attention_factor": 0.8, "mscale": 2.0, "mscale_all_dim": 0.5}, 0.8),
+        ({"rope_type": "linear"}, 1.0),
+    ],
+    ids=str,
+)
+def test_the_attention_factor_of_yarn_by_hand(fields, factor):
+    """[E28]; and it is what the angles' cosines and sines are multiplied by."""
+    assert attention_factor(YARN | fields) == pytest.approx(factor, rel=1e-9)
+    pos, inv_freq = torch.arange(5)[None], inverse_frequencies(8, 1e4)
+    for plain, scaled in zip(
+        rotary_angles(pos, inv_freq), rotary_angles(pos, inv_freq, factor), strict=True
+    ):
+        assert torch.equal(plain * factor, scaled)
 
 
 def test_angles_stay_fp32_when_the_model_is_cast():

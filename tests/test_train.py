@@ -6,12 +6,14 @@ import json
 import math
 import re
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import PROSE, make_hf_llama, write_tokenizer
 
+import eval_needle
 import recipe
 import train
 from model import Llama, LlamaConfig, load_pretrained, load_tokenizer, save_pretrained
@@ -175,6 +177,51 @@ def read_metrics(out) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def impactful_of(out) -> dict[str, list]:
+    return json.loads((out / "impactful.json").read_text())
+
+
+def settings_in(out) -> dict:
+    return json.loads((out / "run.json").read_text())["settings"]
+
+
+def without_probe_steps(argv: list[str]) -> list[str]:
+    i = argv.index("--probe_steps")
+    return argv[:i] + argv[i + 2 :]
+
+
+def record(monkeypatch) -> list[tuple[list, torch.Tensor | None]]:
+    """The batch and the type_weights of every step that train.py takes from now on."""
+    seen, original = [], train.accumulate
+
+    def recording(model, batch, after_each, type_weights):
+        seen.append((batch, type_weights))
+        return original(model, batch, after_each, type_weights)
+
+    monkeypatch.setattr(train, "accumulate", recording)
+    return seen
+
+
+def model_bytes(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def run_stopped(argv: list[str], after: int) -> int:
+    """Run train.py and press Ctrl-C in the step after so many: its exit code."""
+    calls, original = [], train.accumulate
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "accumulate", stopping)
+        train.main(argv)
+    return stop.value.code
+
+
 @pytest.fixture(scope="module")
 def finished(toy_dir, prose_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
@@ -320,39 +367,15 @@ def test_transformers_opens_the_result(finished):
         assert (hf(ids).logits - load_pretrained(finished)(ids)).abs().max() < 1e-4
 
 
-def model_bytes(folder) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
-def stop_after(steps: int, monkeypatch) -> None:
-    """Ctrl-C while the next step runs."""
-    calls, original = [], train.accumulate
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) > steps:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(train, "accumulate", stopping)
-
-
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_ctrl_c_saves_and_resume_goes_on(
-    stop_at, finished, toy_dir, prose_file, tmp_path, monkeypatch, capsys
-):
+def test_ctrl_c_saves_and_resume_goes_on(stop_at, finished, toy_dir, prose_file, tmp_path, capsys):
     """Ctrl-C in the probe, the extension or the replay saves and says how to go on. That command,
     without the flags of the run, gives the same weights and the same metrics."""
     out = tmp_path / "out"
-    original = train.accumulate
-    stop_after(stop_at, monkeypatch)
-    with pytest.raises(SystemExit) as stop:
-        train.main(command(toy_dir, prose_file, out))
-    assert stop.value.code == 130
+    assert run_stopped(command(toy_dir, prose_file, out), stop_at) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     told, argv = last.split("; to go on: python train.py ")
     assert told == f"interrupted; saved up to step {stop_at} in {out / 'state.pt'}"
-    monkeypatch.setattr(train, "accumulate", original)
     train.main([*argv.split(), "--keep_stages"])
     assert model_bytes(out) == model_bytes(finished)
     assert model_bytes(out / "replayed") == model_bytes(finished / "replayed")
@@ -364,7 +387,7 @@ def test_ctrl_c_saves_and_resume_goes_on(
 
 
 @pytest.mark.parametrize("name", ["adamw-host", "adamw-8bit"])
-def test_the_other_optimizers_resume_too(name, toy_dir, prose_file, tmp_path, monkeypatch):
+def test_the_other_optimizers_resume_too(name, toy_dir, prose_file, tmp_path):
     """Their states pass the check for NaN, are read again, and give the same bytes."""
     if name == "adamw-8bit":
         pytest.importorskip("torchao")
@@ -372,11 +395,7 @@ def test_the_other_optimizers_resume_too(name, toy_dir, prose_file, tmp_path, mo
     try:
         more = ("--optimizer", name, "--dtype", "bfloat16")
         train.main(command(toy_dir, prose_file, tmp_path / "whole", *more))
-        original = train.accumulate
-        stop_after(4, monkeypatch)
-        with pytest.raises(SystemExit):
-            train.main(command(toy_dir, prose_file, tmp_path / "out", *more))
-        monkeypatch.setattr(train, "accumulate", original)
+        run_stopped(command(toy_dir, prose_file, tmp_path / "out", *more), 4)
         assert torch.load(tmp_path / "out/state.pt", weights_only=True)["step"] == 4
         train.main(["--resume", "--out", str(tmp_path / "out")])
     finally:
@@ -385,11 +404,9 @@ def test_the_other_optimizers_resume_too(name, toy_dir, prose_file, tmp_path, mo
 
 
 def test_ctrl_c_before_the_first_step_says_so(toy_dir, prose_file, tmp_path, monkeypatch, capsys):
-    stop_after(0, monkeypatch)
-    with pytest.raises(SystemExit) as stop:
-        train.main(command(toy_dir, prose_file, tmp_path / "out"))
+    assert run_stopped(command(toy_dir, prose_file, tmp_path / "out"), 0) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 130 and last.startswith("interrupted; nothing is saved yet")
+    assert last.startswith("interrupted; nothing is saved yet")
     assert last.endswith(f"to begin again: python train.py --resume --out {tmp_path / 'out'}")
     monkeypatch.setattr(train, "resolve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit):  # earlier still, there is no run
@@ -405,7 +422,7 @@ def resumed(out, *flags: str) -> dict:
 
 
 def test_resume_takes_the_flags_that_are_not_given_from_the_run(finished):
-    run = json.loads((finished / "run.json").read_text())["settings"]
+    run = settings_in(finished)
     assert run["keep_stages"] is True and run["target_len"] == 512 and run["lr"] == 5e-3
     assert resumed(finished) == run and resumed(finished, "--lr", "0.25") == run | {"lr": 0.25}
 
@@ -451,24 +468,18 @@ def test_bf16_runs_on_the_cpu_and_saves_bf16(toy_dir, prose_file, tmp_path):
 
 @pytest.mark.parametrize("method", ["pose", "rpes", "none"])
 def test_other_methods_take_the_same_path_and_the_same_tokens(
-    method, toy_dir, prose_file, tmp_path, finished, monkeypatch
+    method, toy_dir, prose_file, tmp_path, monkeypatch
 ):
     """Every sample of every step, not only the first of a step, whatever a method draws."""
-    seen, original = [], train.accumulate
-
-    def recording(model, batch, *rest):
-        seen.append([b[0] for b in batch] + [b[1] for b in batch])
-        return original(model, batch, *rest)
-
-    monkeypatch.setattr(train, "accumulate", recording)
+    seen = record(monkeypatch)
     for name in (method, "longrecipe"):
         flags = ("--method", name, "--select", "random")
         train.main(command(toy_dir, prose_file, tmp_path / name, *flags))
     rows = read_metrics(tmp_path / method)
     assert len(rows) == 9 and rows[5]["loss"] < rows[0]["loss"] - 0.5
-    for a, b in zip(seen[:6], seen[9:15], strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])  # tokens
-        assert not torch.equal(a[2], b[2])  # positions
+    for (ours, _), (other, _) in zip(seen[:6], seen[9:15], strict=True):
+        for (ids, positions, _), (same_ids, other_positions, _) in zip(ours, other, strict=True):
+            assert torch.equal(ids, same_ids) and not torch.equal(positions, other_positions)
 
 
 def test_full_prefix_and_replay_data(toy_dir, prose_file, tmp_path):
@@ -496,8 +507,7 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     hint = f"next: python eval_needle.py --model {tmp_path / 'a'}"
     assert f"{hint} --lengths 512 --n 1\n" in err  # small, for a CPU
     argv = command(toy_dir, prose_file, tmp_path / "b", "--extended", str(finished))
-    i = argv.index("--probe_steps")
-    train.main(argv[:i] + argv[i + 2 :])
+    train.main(without_probe_steps(argv))
     rows = read_metrics(tmp_path / "b")
     assert [r["stage"] for r in rows] == ["extend"] * 6 + ["replay"] * 3
     assert "impactful types of" in capsys.readouterr().err
@@ -508,34 +518,27 @@ def test_the_analysis_of_log_probabilities(finished, toy_dir, prose_file, tmp_pa
     stop = ["--steps", "2", "--replay_steps", "0", "--log_softmax", "--top", "1"]
     train.main(command(toy_dir, prose_file, tmp_path / "out", *stop))
     shift, raw = (
-        {k: v for k, (_, v) in json.loads((folder / "impactful.json").read_text()).items()}
+        {k: v for k, (_, v) in impactful_of(folder).items()}
         for folder in (tmp_path / "out", finished)
     )
     assert raw.keys() < shift.keys()
     assert all(abs(shift[k] - raw[k]) > 1e-3 for k in raw)
 
 
-def test_types_that_are_seen_too_rarely_are_not_impactful(finished, toy_dir, prose_file, tmp_path):
-    """--min_count: the same probe, so the same means; only types are left out."""
-    stop = ["--steps", "2", "--replay_steps", "0", "--top", "1", "--min_count"]
-    found = []
+def test_types_that_are_seen_too_rarely_are_not_impactful(toy_dir, prose_file, tmp_path, capsys):
+    """--min_count: the same probe, so the same means; only types are left out. As long as there is
+    no analysis, --resume takes another one."""
+    stop, found = ["--steps", "2", "--replay_steps", "0", "--top", "1", "--min_count"], []
     for floor in ("1", "4"):
-        train.main(command(toy_dir, prose_file, tmp_path / floor, *stop, floor))
-        found.append(json.loads((tmp_path / floor / "impactful.json").read_text()))
+        out = tmp_path / floor
+        with pytest.raises(SystemExit):
+            train.main(command(toy_dir, prose_file, out, *stop, "999999"))
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "no token type was seen 999999 times in the analysis, the most frequent one" in error
+        train.main(["--resume", "--out", str(out), "--min_count", floor])
+        assert settings_in(out)["min_count"] == int(floor)
+        found.append(impactful_of(out))
     assert found[1].items() < found[0].items() and len(found[1]) > 10
-
-
-def test_min_count_can_be_lowered_as_long_as_there_is_no_analysis(
-    toy_dir, prose_file, tmp_path, capsys
-):
-    out = tmp_path / "out"
-    with pytest.raises(SystemExit):
-        train.main(command(toy_dir, prose_file, out, "--min_count", "999999"))
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "no token type was seen 999999 times in the analysis, the most frequent one" in error
-    resume = ["--resume", "--out", str(out), "--min_count"]
-    train.main([*resume, "1"])
-    assert json.loads((out / "run.json").read_text())["settings"]["min_count"] == 1
 
 
 def test_the_least_length_of_a_segment_reaches_the_samples(toy_dir, prose_file, tmp_path):
@@ -570,10 +573,9 @@ def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, pr
         ("failure", ["--rope_base", "5e5"]),
     ):
         argv = command(toy_dir, prose_file, tmp_path / name, *more, *flags)
-        i = argv.index("--probe_steps")
-        train.main(argv[:i] + argv[i + 2 :])
+        train.main(without_probe_steps(argv))
     shifts = [
-        [v for _, v in json.loads((tmp_path / name / "impactful.json").read_text()).values()]
+        [v for _, v in impactful_of(tmp_path / name).values()]
         for name in ("zero", "unequal", "failure")
     ]
     assert set(shifts[0]) == set(shifts[1]) == {0.0} and max(map(abs, shifts[2])) > 0.01
@@ -587,17 +589,11 @@ def test_weigh_weighs_the_extension_by_the_shifts_of_the_probe(
 ):
     """Probe and replay are plain. --impactful of the run gives the same weights, without an
     analysis; a run that is stopped in the extension goes on with them."""
-    original, seen, out = train.accumulate, [], tmp_path / "out"
-
-    def recording(model, batch, after_each, type_weights):
-        seen.append(type_weights)
-        return original(model, batch, after_each, type_weights)
-
-    monkeypatch.setattr(train, "accumulate", recording)
+    seen, out = record(monkeypatch), tmp_path / "out"
     train.main(command(toy_dir, prose_file, out, *WEIGH))
-    assert [w is None for w in seen] == [True] * 2 + [False] * 4 + [True] * 3
+    assert [w is None for _, w in seen] == [True] * 2 + [False] * 4 + [True] * 3
     shifts = json.loads((out / "shifts.json").read_text())
-    weights = seen[2]
+    weights = seen[2][1]
     assert shifts["log_softmax"] is True and len(shifts["types"]) > 20
     for v in range(len(weights)):
         total, n = shifts["types"].get(str(v), (0.0, 1))
@@ -606,15 +602,11 @@ def test_weigh_weighs_the_extension_by_the_shifts_of_the_probe(
 
     again = (*WEIGH, "--impactful", str(out / "impactful.json"))
     train.main(command(toy_dir, prose_file, tmp_path / "again", *again))
-    assert all(torch.equal(w, weights) for w in seen[11:15])
+    assert all(torch.equal(w, weights) for _, w in seen[11:15])
     assert model_bytes(tmp_path / "again") == model_bytes(out)
     assert not (tmp_path / "again" / "shifts.json").exists()
 
-    monkeypatch.setattr(train, "accumulate", original)
-    stop_after(4, monkeypatch)
-    with pytest.raises(SystemExit):
-        train.main(command(toy_dir, prose_file, tmp_path / "stopped", *WEIGH))
-    monkeypatch.setattr(train, "accumulate", original)
+    run_stopped(command(toy_dir, prose_file, tmp_path / "stopped", *WEIGH), 4)
     monkeypatch.setattr(train, "analyse", lambda *_: pytest.fail("a second analysis"))
     train.main(["--resume", "--out", str(tmp_path / "stopped")])
     assert model_bytes(tmp_path / "stopped") == model_bytes(out)
@@ -655,17 +647,71 @@ def test_a_finished_run_says_so_and_is_left_alone(finished, toy_dir, prose_file,
     assert "finished: nothing to do" in capsys.readouterr().err and snapshot(finished) == before
 
 
-def test_scaled_rope_asks_for_a_base_and_keeps_its_scaling(toy_dir, prose_file, tmp_path, bad):
-    folder = tmp_path / "llama3"
+OF_QWEN = {"factor": 4.0, "original_max_position_embeddings": 32_768}  # Qwen2.5's card
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("linear", {"factor": 2.0}), ("yarn", OF_QWEN)])
+def test_scaled_rope_asks_for_a_base_and_keeps_its_scaling(
+    kind, fields, toy_dir, prose_file, tmp_path, bad
+):
+    folder = tmp_path / "scaled"
     shutil.copytree(toy_dir, folder)
-    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    edit_config(folder, rope_parameters=scaling)
-    bad("scales its RoPE already \\(linear\\).*--rope_base", folder=folder)
+    scaling = {"type": kind, **fields}
+    edit_config(folder, rope_parameters=None, rope_theta=1e4, rope_scaling=scaling)
+    bad(f"scales its RoPE already \\({kind}\\).*--rope_base", folder=folder)
+    bad(f"\\({kind}\\), which --rope yarn would replace", "--rope", "yarn", folder=folder)
     train.main(command(folder, prose_file, tmp_path / "out", "--rope_base", "5e5"))
     config = LlamaConfig.from_dir(tmp_path / "out")
-    assert (config.rope_theta, config.rope_scaling["factor"]) == (5e5, 2.0)
+    assert (config.rope_theta, config.rope_scaling) == (5e5, {"rope_type": kind, **fields})
+    edit_config(folder, rope_scaling=None)
     edit_config(folder, model_type="mistral", sliding_window=500, rope_parameters=None)
     bad("sliding_window 500 is shorter than --target_len 512", folder=folder, out=tmp_path / "o2")
+
+
+def test_rope_yarn_from_the_command_to_transformers(toy_dir, prose_file, tmp_path, monkeypatch):
+    """Resumed after a stop; the rebased analysis compares under yarn; eval_needle.py's untrained
+    row has the original's weights under it."""
+    from transformers import AutoModelForCausalLM
+
+    out, compared = tmp_path / "out", []
+    logit_shift = recipe.logit_shift
+
+    def watched(original, *rest, **options):
+        compared.append(original.config)
+        return logit_shift(original, *rest, **options)
+
+    monkeypatch.setattr(recipe, "logit_shift", watched)
+    argv = command(toy_dir, prose_file, out, "--rope", "yarn", "--rebased_analysis")
+    train.main([*argv, "--plan"])
+    with monkeypatch.context() as stopping:
+        stopping.setattr(recipe, "impactful_types", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit):
+            train.main(argv)
+    train.main(["--resume", "--out", str(out)])
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig.from_dir(out)
+    assert (config.rope_theta, config.rope_scaling) == (10_000.0, scaling)
+    assert all((c.rope_theta, c.rope_scaling) == (10_000.0, scaling) for c in compared)
+    assert len(compared) == 4 and config.max_position_embeddings == 512
+    assert json.loads((out / "run.json").read_text())["settings"]["rope"] == "yarn"
+
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.randint(400, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(ids).logits - load_pretrained(out)(ids)).abs().max() < 1e-4
+
+    judge = f"--model {out} --loss --tasks --lengths 300 --n 1 --haystack {prose_file}"
+    eval_needle.main(judge.split())
+    found = json.loads((out / "needle_results.json").read_text())
+    losses = {e["model"]: e["mean"] for e in found["table"]}
+    untrained = load_pretrained(toy_dir)
+    untrained.config = untrained.config.with_rope(10_000.0, 512, scaling)
+    save_pretrained(untrained, tmp_path / "by_hand", tokenizer_from=toy_dir)
+    judge = judge.replace(str(out), str(tmp_path / "by_hand"))
+    eval_needle.main(judge.split())
+    found = json.loads((tmp_path / "by_hand" / "needle_results.json").read_text())
+    assert losses["untrained"] == found["table"][0]["mean"] != losses["original"]
+    assert list(losses) == ["original", "untrained", "out"]
 
 
 # ---- bad input: one `error:` line, exit code 2, nothing written --------------------------------

@@ -14,13 +14,12 @@ ZOOM, BINS = 300, 128  # positions shown one by one; bins of the distances
 
 
 def styles(labels: dict[str, str]) -> dict[str, dict]:
-    """Label, colour and line of FULL and of each method. The line of longrecipe is wide and below
-    the others, because the line of rpes nearly covers it."""
-    thin, wide = {"linewidth": 1.3}, {"linewidth": 6, "alpha": 0.45, "zorder": 1.5}
+    """Label, colour and line of FULL and of each method. The first line is the widest and the last
+    the narrowest, so that each can be seen where several cover one another."""
     found = {FULL: {"label": "a text of the full length", "color": "black", "linestyle": "--"}}
+    widths = np.linspace(9, 1.2, len(labels)).tolist()
     for i, (name, label) in enumerate(labels.items()):
-        line = wide if name == "longrecipe" else thin
-        found[name] = {"label": f"{name}: {label}", "color": f"C{i}", **line}
+        found[name] = {"label": f"{name}: {label}", "color": f"C{i}", "linewidth": widths[i]}
     return found
 
 
@@ -82,7 +81,7 @@ def draw_positions(axis, lines: dict, distances: dict, old_window: int | None) -
     for method in [name for name in lines if name != FULL]:
         p = distances[method].positions.numpy() / 1024
         axis.plot(np.arange(len(p)) / 1000, p, **lines[method])
-    axis.set_ylim(top=1.45 * len(distances[FULL].counts) / 1024)  # room for the legend
+    axis.set_ylim(top=1.75 * len(distances[FULL].counts) / 1024)  # room for the legend
     axis.set_title("where the tokens of the sample are put")
     axis.set(xlabel="token in the sample (thousands)", ylabel="position id (units of 1,024)")
     axis.legend(fontsize=9)
@@ -115,7 +114,7 @@ def draw_distances(axis, lines: dict, distances: dict, old_window: int | None) -
         y = np.where(y > 0, y, np.nan)  # no line where there are no pairs
         axis.stairs(y, edges / 1024, baseline=None, **line)
     axis.set_yscale("log")
-    axis.set_ylim(bottom=axis.get_ylim()[0] / 10)  # room for the legend
+    axis.set_ylim(bottom=axis.get_ylim()[0] / 1000)  # room for the legend
     draws = max(d.draws for d in distances.values())
     axis.set_title(f"pairs of tokens by distance, n = {draws} samples, {FULL}: 1")
     axis.set_xlabel("distance of two tokens (units of 1,024 positions)")

@@ -46,16 +46,14 @@ FIXED = {
 }
 # Fields that appear only in folders that do not hold the plain weights of one model.
 UNKNOWN = ("quantization_config", "compression_config", "transformers_weights", "per_layer_config")
-ROPE_FIELDS = {
+L0 = "original_max_position_embeddings"  # of RoPE: the window before it was scaled
+ROPE_FIELDS = {  # RoPE type -> the fields of its formula that must be given
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", L0),
+    "yarn": ("factor", L0),
 }
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 # Formats that are not supported, by the name of a file: what the format is, and what to do.
 OTHER_FORMATS = {
     "adapter_config.json": "an adapter of PEFT, which only changes another model: merge it into"
@@ -181,12 +179,32 @@ def read_rope(raw: dict) -> tuple[float, dict | None]:
         raise BadInput(f"config.json: rope_theta must be above 1, found {theta}")
     if kind == "default":
         return theta, None
-    name = "original_max_position_embeddings"  # config.json's own value goes before RoPE's
-    rope[name] = raw.get(name, rope.get(name, raw.get("max_position_embeddings")))
+    # config.json's own value goes before RoPE's
+    rope[L0] = raw.get(L0, rope.get(L0, raw.get("max_position_embeddings")))
+    if kind == "yarn" and rope.get("factor", 0) is None:  # null, as for transformers
+        rope["factor"] = positive(raw, "max_position_embeddings") / positive(rope, L0, (int, float))
     fields = {name: positive(rope, name, (int, float)) for name in ROPE_FIELDS[kind]}
     if kind == "llama3" and fields["high_freq_factor"] <= fields["low_freq_factor"]:
         raise BadInput("config.json: high_freq_factor must be above low_freq_factor")
-    return theta, {"rope_type": kind, **fields}
+    return theta, {"rope_type": kind, **fields} | (yarn_options(rope) if kind == "yarn" else {})
+
+
+def yarn_options(rope: dict) -> dict:
+    """The fields of yarn that are given and need not be; model.py has the defaults of the rest."""
+    given = [name for name in YARN_OPTIONS if rope.get(name) is not None]
+    options = {name: positive(rope, name, (int, float)) for name in given}
+    if options.get("beta_fast", 32) < options.get("beta_slow", 1):
+        raise BadInput("config.json: beta_fast of yarn must not be below beta_slow")
+    return options | ({"truncate": flag(rope, "truncate")} if "truncate" in rope else {})
+
+
+def yarn_scaling(old_len: int, new_len: int) -> dict:
+    """RoPE's scaling that takes a window of old_len tokens to new_len with yarn.
+
+    >>> yarn_scaling(8192, 32768)
+    {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 8192}
+    """
+    return {"rope_type": "yarn", "factor": new_len / old_len, L0: old_len}
 
 
 def read_heads(raw: dict, defaults: dict) -> dict:
@@ -238,6 +256,7 @@ def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
     out |= {"hidden_act": "silu"} | raw
     not_in_json = ("raw", "qkv_bias", "qk_norm", "sliding_window")  # known from the family or raw
     out |= {name: value for name, value in fields.items() if name not in not_in_json}
+    out.pop(L0, None)  # of the file that was read; `scaling` has it
     out["rope_parameters"] = (scaling or {"rope_type": "default"}) | {
         "rope_theta": out["rope_theta"]
     }
@@ -262,7 +281,7 @@ def family_of(fields: dict) -> str:
     return "llama" if fields["sliding_window"] is None else "mistral"
 
 
-def check_extendable(config, target_len: int, rope_base: float | None) -> None:
+def check_extendable(config, target_len: int, rope: str, rope_base: float | None) -> None:
     """Raises BadInput if the model could not see a longer window, or the new theta cannot be
     computed."""
     if config.sliding_window is not None and config.sliding_window < target_len:
@@ -270,7 +289,12 @@ def check_extendable(config, target_len: int, rope_base: float | None) -> None:
             f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"
             f" {target_len}: attention would never see the window this run is to reach"
         )
-    if rope_base is None and config.rope_scaling is not None:
+    if config.rope_scaling is not None and rope == "yarn":
+        raise BadInput(
+            f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), which"
+            " --rope yarn would replace: --rope ntk with --rope_base, and the scaling stays"
+        )
+    if config.rope_scaling is not None and rope_base is None:
         raise BadInput(
             f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), and the"
             " paper's formula for theta assumes that it does not: give --rope_base; the"

@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
 )
 # What a save may replace. A folder that holds anything else is not touched.
 OURS = ("config.json", "model*.safetensors", checkpoint_files.INDEX, *TOKENIZER_FILES)
+# What extension changes in a config: a merged model has it from the tuned one.
+OF_THE_TUNED = {"raw", "rope_theta", "rope_scaling", "max_position_embeddings"}
 # Other names for the window in the small files; some engines take the smallest of all of them.
 WINDOWS = (
     "model_max_length",
@@ -88,7 +90,7 @@ def merge(
     original, tuned = (read_config(d) for d in (original_dir, tuned_dir))
     for config in (original, tuned):
         config["model_type"] = config["raw"]["model_type"]
-    for field in sorted(set(original) - {"raw", "rope_theta", "max_position_embeddings"}):
+    for field in sorted(set(original) - OF_THE_TUNED):
         if original[field] != tuned[field]:
             raise BadInput(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
     tied = tuned["tie_word_embeddings"]

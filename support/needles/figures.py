@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
 from support.needles.haystack import fold
 from support.needles.intervals import wilson
 from support.needles.summary import nats
@@ -83,9 +85,12 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
 
     longest = max(r["length"] for r in rows)
     measured = any(r["task"] == "loss" for r in rows)
-    figure = Figure(figsize=(10 if measured else 5.5, 4), layout="constrained")
+    labels = list(dict.fromkeys(r["model"] for r in rows))
+    size = (10 if measured else 5.5, 3.5 + 0.2 * len(labels))
+    figure = Figure(figsize=size, layout="constrained")
     left, *right = figure.subplots(1, 1 + measured, squeeze=False)[0]
-    for label in dict.fromkeys(r["model"] for r in rows):
+    widths = np.linspace(4.5, 1.2, len(labels))  # each can be seen where several cover one another
+    for label, width in zip(labels, widths, strict=True):
         own = [r for r in rows if r["model"] == label and r["length"] == longest]
         found: dict[int, list[float]] = {}  # eighth of the length -> scores
         for r in (r for r in own if r["task"] == task):
@@ -98,7 +103,8 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
             x = [(k + 0.5) / 8 * longest / 1024 for k in sorted(found)]
             y = [sum(found[k]) / len(found[k]) for k in sorted(found)]
             n = sum(map(len, found.values()))
-            line = left.plot(x, y, "o-", markersize=3, label=f"{label}, n = {n} needles in all")[0]
+            named = f"{label}, n = {n} needles in all"
+            line = left.plot(x, y, "o-", markersize=3, label=named, linewidth=width)[0]
             ends = [wilson(sum(found[k]), len(found[k])) for k in sorted(found)]
             left.vlines(x, *zip(*ends, strict=True), color=line.get_color(), alpha=0.4)
         losses = [r["loss_by_1024"] for r in own if r["task"] == "loss"]
@@ -108,11 +114,16 @@ def draw_curves(path: Path, rows: list[dict], task: str) -> None:
             points = [mean[i : i + per] for i in range(0, len(mean), per)]
             position = [(i + 0.5) * per for i in range(len(points))]
             loss = [sum(p) / len(p) for p in points]
-            right[0].plot(position, loss, label=f"{label}, n = {len(losses)} texts")
-    left.set(xlabel="distance of the needle (units of 1,024 tokens)", ylabel=f"{task}: found")
+            right[0].plot(
+                position, loss, label=f"{label}, n = {len(losses)} texts", linewidth=width
+            )
+    left.set(
+        xlabel="distance of the needle (units of 1,024 tokens)",
+        ylabel=f"{task}: share found",
+    )
     left.set_title(f"texts of {longest:,} tokens", fontsize=9)
     left.set_ylim(-0.03, 1.03)
-    below = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+    below = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.18)}
     left.legend(**below)
     for axis in right:
         axis.set(xlabel="position (units of 1,024 tokens)", ylabel="loss, nats per token")

@@ -48,8 +48,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A row of the tables: a folder's weights under a config that may have another rope_theta; or,
-    as a control, the model to judge on prompts without some of their parts."""
+    """A row of the tables: a folder's weights under a config that may have another theta or scaling
+    of RoPE; or, as a control, the model to judge on prompts without some of their parts."""
 
     label: str
     folder: str
@@ -62,6 +62,13 @@ class Candidate:
     def window(self) -> int:
         """Up to where this candidate is meant to work, tokens."""
         return self.config.max_position_embeddings
+
+    def described(self) -> dict:
+        """What the JSON of the results says about it; a scaling of RoPE only where there is one."""
+        rope = {"rope_theta": self.config.rope_theta}
+        if self.config.rope_scaling:
+            rope["rope_scaling"] = self.config.rope_scaling
+        return {"folder": self.folder, **rope, "window": self.window}
 
 
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
@@ -210,7 +217,7 @@ def check_models(configs: dict, longest: int) -> None:
 
 def judged(settings: Settings, configs: dict, hashes: Hashes) -> list[Candidate]:
     """The models and controls to judge, in the order of every table and figure: original, untrained
-    (if --model has another rope_theta), others, --model, controls."""
+    (if --model has another theta or scaling of RoPE), others, --model, controls."""
     result = configs[settings.model]
     theta, window = result.rope_theta, result.max_position_embeddings
     identity = hashes.of_model(settings.model)
@@ -220,8 +227,11 @@ def judged(settings: Settings, configs: dict, hashes: Hashes) -> list[Candidate]
     for folder, config in ((f, configs[f]) for f in order):
         trained, its_identity = config.max_position_embeddings, hashes.of_model(folder)
         candidates.append(Candidate(labels[folder], folder, config, trained, its_identity))
-        if folder == settings.original and config.rope_theta != theta:
-            rebased, its_identity = config.with_rope(theta, window), f"{its_identity}/{theta:.6g}"
+        rebased = config.with_rope(theta, window, result.rope_scaling)
+        if folder == settings.original and rebased != config.with_rope(config.rope_theta, window):
+            its_identity += f"/{theta:.6g}"
+            if rebased.rope_scaling != config.rope_scaling:
+                its_identity += f"/{rebased.rope_scaling}"
             candidates.append(Candidate("untrained", folder, rebased, trained, its_identity))
     own = Candidate(labels[settings.model], settings.model, result, window, identity)
     more = [

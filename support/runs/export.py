@@ -22,10 +22,10 @@ samples, tokens and lr. As a data set for transformers (targets are shifted insi
             return {"input_ids": ids, "labels": ids, "position_ids": positions,
                     "attention_mask": torch.ones_like(ids)}   # without it gaps cut attention!
 
-The model must be given settings["rope_base"] and settings["target_len"] as its theta and
-window. Do not shuffle: the order is the seed's. A file is whole or not there, the same command
-goes on where it was stopped, and "status" says "done" once all are there. examples/fsdp_run.py
-trains from such a folder."""
+The model must be given settings["rope_base"] and settings["target_len"] as its theta and window,
+and settings["rope_scaling"] as its scaling where that is not null. Do not shuffle: the order is
+the seed's. A file is whole or not there, the same command goes on where it was stopped, and
+"status" says "done" once all are there. examples/fsdp_run.py trains from such a folder."""
 
 import json
 import time
@@ -80,7 +80,8 @@ def sample_settings(settings, impactful: Tensor | None, texts: tuple[Corpus, Cor
     """What the samples depend on, and what an engine needs beside them."""
     kept = {k: v for k, v in as_kept(settings).items() if k not in OTHER}
     types = None if impactful is None else impactful.nonzero()[:, 0].tolist()
-    return kept | {"impactful_types": types, "data_tokens": [text.tokens for text in texts]}
+    kept |= {"impactful_types": types, "data_tokens": [text.tokens for text in texts]}
+    return kept | {"rope_scaling": settings.new_scaling}
 
 
 def write_samples(

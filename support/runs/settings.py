@@ -4,6 +4,7 @@ same name; its text here is its help text."""
 from dataclasses import dataclass, fields
 
 from support.data.toy import TINY
+from support.huggingface.config import yarn_scaling
 from support.memory import count as budget
 from support.memory.machine import HERE
 from support.memory.optimizer import NAMES as OPTIMIZERS
@@ -22,7 +23,15 @@ class Settings:
     target_len: int = flag(131_072, "the new window, tokens")
     base_len: int = flag(8_192, "window of the original, tokens", derived="its config's")
     rope_base: float = flag(
-        1.315e8, "the new theta (rope_theta)", derived="the paper's NTK formula"
+        1.315e8,
+        "the new theta (rope_theta)",
+        derived="the paper's NTK formula; with --rope yarn the original's",
+    )
+    rope: str = flag(
+        "ntk",
+        "how RoPE reaches the new window. ntk: a larger theta; yarn: slower rotation of the pairs"
+        " that turn rarely",
+        choices=("ntk", "yarn"),
     )
 
     method: str = flag("longrecipe", "position ids of a sample", "recipe")
@@ -106,6 +115,11 @@ class Settings:
         None, "the same for the replay", derived="--data", nargs="+", metavar="PATH"
     )
     join: bool = flag(False, "join the documents of --data into one")
+
+    @property
+    def new_scaling(self) -> dict | None:
+        """rope_scaling of the result; None: that of the original stays."""
+        return yarn_scaling(self.base_len, self.target_len) if self.rope == "yarn" else None
 
     @property
     def analyses(self) -> bool:
