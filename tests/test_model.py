@@ -756,7 +756,8 @@ def answers(scaling):
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
-results = [answers(scaling) for scaling in (None, LLAMA3)]
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+results = [answers(scaling) for scaling in (None, LLAMA3, YARN)]
 """
 ASKS = """
 import model as m
@@ -803,6 +804,7 @@ def test_model_py_works_alone(tmp_path):
     exec(ALONE, here)
     for a, b in zip(sum(theirs, []), sum(here["results"], []), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-    assert (theirs[0][0] - theirs[1][0]).abs().max() > 5e-5  # llama3's scaling does act
+    for scaled in theirs[1:]:  # the scalings of llama3 and yarn do act
+        assert (theirs[0][0] - scaled[0]).abs().max() > 5e-5
     line = "this takes support/ beside model.py: No module named 'support'"
     assert errors == [line] * 4
