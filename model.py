@@ -3,7 +3,7 @@
 What it is: the decoder-only transformer of the Llama family in plain PyTorch, bottom-up, with a
 loss that never holds all logits and a cache for greedy generation. fp32 logits and gradients equal
 those of `transformers`. You can copy this file into your own project. Only chapter 9 (Hugging Face
-folders) and the memory options of `Llama` need support/.
+folders), RoPE type yarn and the memory options of `Llama` need support/.
 
 Why it exists beside `transformers`: LongRecipe (Hu et al., ACL 2025, section 4.2) trains on
 samples whose position ids have gaps. Here a position id is a RoPE position and nothing else;
@@ -135,24 +135,6 @@ class RMSNorm(nn.Module):
 # ---- 3. Rotary position embedding --------------------------------------------------------------
 
 
-def yarn_share(head_dim: int, theta: float, scaling: dict) -> Tensor:
-    """How much of its own frequency each pair keeps under yarn (Peng et al., 2309.00071, section
-    3.2), (d/2,) fp32 in 0..1. Fields that `scaling` lacks are transformers' defaults."""
-    L0 = scaling["original_max_position_embeddings"]
-
-    def pair(turns: float) -> float:
-        # [E27] pair(n) = d ln(L0 / (2 pi n)) / (2 ln theta)    turns n times within L0 positions
-        return head_dim * math.log(L0 / (2 * math.pi * turns)) / (2 * math.log(theta))
-
-    first, last = pair(scaling.get("beta_fast", 32)), pair(scaling.get("beta_slow", 1))
-    if scaling.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    i = torch.arange(head_dim // 2, dtype=torch.float32)
-    # [E27] share(i) = 1 for i <= first, 0 for i >= last, and falls linearly in between
-    return 1 - ((i - first) / ((last - first) or 0.001)).clamp(0, 1)
-
-
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
     """Radians per position of each pair of dimensions, (d/2,) fp32, scaled as config.json says."""
     j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
@@ -166,7 +148,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None
     # llama3 and yarn: pairs that turn often within the original window stay as they are, those
     # that turn rarely slow down by the factor, the ones between are blended.
     if scaling["rope_type"] == "yarn":
-        stay = yarn_share(head_dim, theta, scaling)
+        stay = support("huggingface.yarn").share(head_dim, theta, scaling)
     else:
         turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -174,32 +156,11 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None
     return stay * inv_freq + (1 - stay) * slow
 
 
-def attention_factor(scaling: dict | None) -> float:
-    """What cosines and sines are multiplied by: 1, except under yarn. It scales q and k, and so
-    the attention scores by its square (2309.00071, section 3.4)."""
-    if scaling is None or scaling["rope_type"] != "yarn":
-        return 1.0
-    if "attention_factor" in scaling:
-        return scaling["attention_factor"]
-
-    def growth(m: float) -> float:
-        # [E28] a(m) = 1 + 0.1 m ln(factor);   attention factor = a(mscale) / a(mscale_all_dim),
-        #       or a(1) unless both are given
-        return 1 + 0.1 * m * math.log(max(1, scaling["factor"]))
-
-    if "mscale" in scaling and "mscale_all_dim" in scaling:
-        return growth(scaling["mscale"]) / growth(scaling["mscale_all_dim"])
-    return growth(1)
-
-
-def rotary_angles(
-    position_ids: Tensor, inv_freq: Tensor, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (Su et al., 2021) for position ids (B, T), times the attention
-    factor: (B, 1, T, d/2) fp32 each."""
+def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (Su et al., 2021), (B, 1, T, d/2) fp32, for position ids (B, T)."""
     # [E1] angle[t, j] = pos[t] * theta_j   pos is the position ID, not the index t
     angle = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, d/2) fp32, radians
-    return angle.cos() * factor, angle.sin() * factor
+    return angle.cos(), angle.sin()
 
 
 @compiled_in_training
@@ -351,8 +312,10 @@ class Llama(nn.Module):
         # subtle: computed at each call and not stored. As a buffer the frequencies would be cast by
         # model.to(bfloat16), which holds integers exactly only up to 256.
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        inv_freq, factor = inv_freq.to(input_ids.device), attention_factor(c.rope_scaling)
-        cos, sin = rotary_angles(position_ids, inv_freq, factor)
+        cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
+        if c.rope_scaling and c.rope_scaling["rope_type"] == "yarn":
+            factor = support("huggingface.yarn").attention_factor(c.rope_scaling)
+            cos, sin = factor * cos, factor * sin  # of q and k: scores change by its square
         x = self.model["embed_tokens"](input_ids)
         training = self.activation_checkpointing and torch.is_grad_enabled()
         keep = training and self.keep_attention

@@ -193,14 +193,14 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("positions[h + m :] += T - L", "positions[h + m :] += T - L - 1"),
     ),
     "E27": (
-        "model.py",
+        "support/huggingface/yarn.py",
         ("L0 / (2 * math.pi * turns)", "L0 / (math.pi * turns)"),
         ("/ (2 * math.log(theta))", "/ math.log(theta)"),
         ("return 1 - ((i - first)", "return 1 - ((i - last)"),
         ("((last - first) or 0.001)", "(last - first + 1)"),
     ),
     "E28": (
-        "model.py",
+        "support/huggingface/yarn.py",
         ("return 1 + 0.1 * m", "return 1 - 0.1 * m"),
         ('max(1, scaling["factor"])', 'scaling["factor"]'),
         ('growth(scaling["mscale"]) / growth', 'growth(scaling["mscale"]) * growth'),

@@ -4,8 +4,8 @@ imports the four files, and a room imports only rooms above it in this list.
 system/        console: errors as one line, progress, provenance; signals: Ctrl-C and SIGTERM;
                whole_files: files that are whole or not there; bad_input: what is refused;
                ahead: items made on a thread before they are asked for
-huggingface/   config, checkpoint: config.json and safetensors; folders, hub: a model by its folder
-               or name; hashes: which model it is; tokenizer
+huggingface/   config, checkpoint: config.json and safetensors; yarn: a type of RoPE;
+               folders, hub: a model by its folder or name; hashes: which model it is; tokenizer
 data/          text: files as documents of tokens; segments: where sentences end; toy: the toy
                task; sources: what a run reads
 memory/        activations, optimizer: the levers; kernels: attention on a GPU, what is compiled;
