@@ -30,7 +30,7 @@ Glossary (one for all four files)
     fill       segments without an impactful token, kept because too few others were there
     prefix r   length of the contiguous start that the released code puts before the spread-out rest
     original   the model one starts from: H in equations; H': the same after its first steps
-    untrained  the original's weights under the new theta: no training, the control to beat
+    untrained  the original's weights under the new theta (or yarn): the control to beat
     plain positions  0, 1, 2, ... (--method none): the control without spread-out positions
     text       one haystack of the evaluation, with its needles
     result     one line of needle.jsonl: one prompt and what the model answered

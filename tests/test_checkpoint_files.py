@@ -250,6 +250,13 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 BARE_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
 NO_KV = {"num_attention_heads": 8, "num_key_value_heads": 8}
 HEAD_32 = {"num_attention_heads": 32, "num_key_value_heads": 32}
+
+
+def edited(**changes) -> tuple:
+    """A row of OPENED that only changes config.json."""
+    return "llama", {}, lambda folder: edit_config(folder, **changes)
+
+
 OPENED = {  # family, its shape, what is done to the folder
     "tied, a head of its own": ("llama", TIED, own_head),
     "tied, a copy of the embedding": ("llama", TIED, lambda f: own_head(f, 1.0)),
@@ -272,54 +279,22 @@ OPENED = {  # family, its shape, what is done to the folder
     "a stale index without its shards": ("llama", {}, lambda f: stale_index(f, False)),
     "stored angles": ("llama", {}, angles_stored),
     "float64": ("llama", {}, lambda f: cast(f, torch.float64)),
-    "linear beside default": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_scaling=LINEAR, rope_parameters=DEFAULT, rope_theta=3e4),
+    "linear beside default": edited(rope_scaling=LINEAR, rope_parameters=DEFAULT, rope_theta=3e4),
+    "llama3 beside default": edited(rope_scaling=LLAMA3, rope_parameters=DEFAULT),
+    "default beside yarn": edited(rope_scaling=DEFAULT, rope_parameters={"rope_type": "yarn"}),
+    "yarn beside default": edited(rope_scaling=YARN, rope_parameters=DEFAULT, rope_theta=3e4),
+    "yarn, two old windows": edited(rope_parameters=YARN, original_max_position_embeddings=32),
+    "llama3 for the whole window": edited(rope_parameters=BARE_LLAMA3),
+    "llama3, the old window beside it": edited(
+        rope_parameters=BARE_LLAMA3, original_max_position_embeddings=32
     ),
-    "llama3 beside default": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_scaling=LLAMA3, rope_parameters=DEFAULT),
-    ),
-    "default beside yarn": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_scaling=DEFAULT, rope_parameters={"rope_type": "yarn"}),
-    ),
-    "yarn beside default": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_scaling=YARN, rope_parameters=DEFAULT, rope_theta=3e4),
-    ),
-    "yarn, two old windows": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_parameters=YARN, original_max_position_embeddings=32),
-    ),
-    "llama3 for the whole window": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_parameters=BARE_LLAMA3),
-    ),
-    "llama3, the old window beside it": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_parameters=BARE_LLAMA3, original_max_position_embeddings=32),
-    ),
-    "llama3, two old windows": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_parameters=LLAMA3, original_max_position_embeddings=32),
-    ),
+    "llama3, two old windows": edited(rope_parameters=LLAMA3, original_max_position_embeddings=32),
     "no theta": ("llama", {}, lambda f: without(f, "rope_parameters", "rope_theta")),
-    "theta beside RoPE without one": (
-        "llama",
-        {},
-        lambda f: edit_config(f, rope_parameters={"rope_type": "default"}, rope_theta=3e4),
+    "theta beside RoPE without one": edited(
+        rope_parameters={"rope_type": "default"}, rope_theta=3e4
     ),
-    "empty rope_scaling": ("llama", {}, lambda f: edit_config(f, rope_scaling={})),
-    "head_dim null": ("llama", {}, lambda f: edit_config(f, head_dim=None)),
+    "empty rope_scaling": edited(rope_scaling={}),
+    "head_dim null": edited(head_dim=None),
     "llama without kv heads": (
         "llama",
         {"num_key_value_heads": 4},
@@ -337,14 +312,10 @@ OPENED = {  # family, its shape, what is done to the folder
         {},
         lambda f: edit_config(f, use_sliding_window=False, sliding_window=8),
     ),
-    "torch_dtype": ("llama", {}, lambda f: edit_config(f, torch_dtype="float16", dtype=None)),
-    "a llama with mistral's window": ("llama", {}, lambda f: edit_config(f, sliding_window=8)),
+    "torch_dtype": edited(torch_dtype="float16", dtype=None),
+    "a llama with mistral's window": edited(sliding_window=8),
     "mistral without a window": ("mistral", {}, lambda f: edit_config(f, sliding_window=None)),
-    "partial_rotary_factor null": (
-        "llama",
-        {},
-        lambda f: edit_config(f, partial_rotary_factor=None),
-    ),
+    "partial_rotary_factor null": edited(partial_rotary_factor=None),
 }
 
 

@@ -25,6 +25,7 @@ from eval_needle import (
     text_loss,
 )
 from model import BadInput, LlamaConfig, generate, load_pretrained, load_tokenizer, save_pretrained
+from support.huggingface.config import yarn_scaling
 from support.memory.count import forward_flops, training_flops
 from support.needles.cost import kv_cache_bytes
 from support.needles.figures import draw_curves, draw_heatmap
@@ -439,24 +440,28 @@ def test_cells_already_there_are_not_run_again(judge, tmp_path, monkeypatch):
     assert len(measured) == len(rows) - 2 + 4  # only the new repeats
 
 
-@pytest.mark.parametrize("theta", [1e7, 1e4])
-def test_the_untrained_row_comes_by_itself_where_the_run_changed_theta(
-    theta, judge, toy_dir, tmp_path, capsys
+@pytest.mark.parametrize(
+    ("theta", "scaling"), [(1e7, None), (1e4, yarn_scaling(64, 512)), (1e4, None)]
+)
+def test_the_untrained_row_comes_by_itself_where_the_run_changed_the_rope(
+    theta, scaling, judge, toy_dir, tmp_path, capsys
 ):
-    """It has the original's weights under the result's theta: a model of its own."""
+    """It has the original's weights under the result's theta and scaling: a model of its own."""
+    changed = theta == 1e7 or scaling is not None
     other, result = load_pretrained(toy_dir), tmp_path / "result"
-    other.config = other.config.with_rope(theta, 512)
+    other.config = other.config.with_rope(theta, 512, scaling)
     save_pretrained(other, result, tokenizer_from=toy_dir)
     (result / "run.json").write_text(json.dumps({"settings": {"model": str(toy_dir)}}))
     judge("--loss --lengths 300 --depths 0 --n 1", model=result)
     found = results_of(tmp_path / "out")
-    labels = ["original", *(["untrained"] if theta == 1e7 else []), "result"]
+    labels = ["original", *["untrained"] * changed, "result"]
     assert list(found["models"]) == labels
     losses = {e["model"]: e["mean"] for e in found["table"] if e["task"] == "loss"}
-    assert (losses["result"] == losses["original"]) == (theta == 1e4)
-    assert losses[labels[-2]] == losses["result"]  # the same weights, the same theta
+    assert (losses["result"] == losses["original"]) == (not changed)
+    assert losses[labels[-2]] == losses["result"]  # the same weights, the same RoPE
     own = {"folder": str(toy_dir), "rope_theta": theta, "window": 512}
-    assert theta == 1e4 or found["models"]["untrained"] == own
+    own |= {"rope_scaling": scaling} if scaling else {}
+    assert not changed or found["models"]["untrained"] == own
     assert re.search(rf"\nresult +{theta:,.0f} +512 ", capsys.readouterr().out)
 
 

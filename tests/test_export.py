@@ -55,6 +55,10 @@ def test_the_exported_samples_are_those_that_train_py_sees(trained, toy_dir, pro
     run = json.loads((trained[0] / "run.json").read_text())["settings"]
     same = ("model", "target_len", "rope_base", "lr", "weight_decay", "clip", "seed", "data")
     assert all(index["settings"][k] == run[k] for k in same)
+    yarn = export(tmp_path / "yarn", [*flags(toy_dir, prose_file, trained), "--rope", "yarn"])
+    assert index["settings"]["rope_scaling"] is None
+    assert yarn["settings"]["rope_scaling"]["rope_type"] == "yarn"
+    assert yarn["settings"]["rope_base"] == 10_000.0
 
 
 @pytest.mark.parametrize("method", ["pose", "full"])

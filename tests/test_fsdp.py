@@ -60,10 +60,13 @@ def test_what_the_engine_is_given_keeps_the_scaling_of_the_rope():
     """Another theta and window, as train.py leaves them in the config of its result."""
     transformers = pytest.importorskip("transformers")
     scaling = {"rope_type": "linear", "factor": 2.0}
-    config = transformers.LlamaConfig(rope_parameters={**scaling, "rope_theta": 1e4})
-    config = fsdp_run.extended(config, {"target_len": 4096, "rope_base": 5e5})
-    assert config.rope_parameters == {**scaling, "rope_theta": 5e5}
-    assert config.max_position_embeddings == 4096
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}
+    for before, new in ((scaling, None), ({"rope_type": "default"}, yarn)):  # --rope ntk, yarn
+        config = transformers.LlamaConfig(rope_parameters={**before, "rope_theta": 1e4})
+        settings = {"target_len": 4096, "rope_base": 5e5, "rope_scaling": new}
+        config = fsdp_run.extended(config, settings)
+        assert config.rope_parameters == {**(new or before), "rope_theta": 5e5}
+        assert config.max_position_embeddings == 4096
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import real_study
 import tiny_study
 from common import Table, lead
 
+from model import LlamaConfig
+
 
 def test_lead_of_a_row_compares_the_same_haystacks_by_hand():
     ours = {"0": {"scores": {"64": [[1, 1], [1, 0]]}}, "1": {"scores": {"64": [[1, 1], [0, 0]]}}}
@@ -32,13 +34,27 @@ def test_a_row_of_the_study_takes_the_analysis_of_longrecipe_under_its_own_base(
     }.items():
         flags = tiny_study.flags_of(name, 1, args)
         assert f"--impactful {tiny_study.types_of(analyst, 1, args)} --probe_steps 5" in flags
-    ours, other = (
+    ours, *others = (
         common.recipe_in(common.settings_of(tiny_study.flags_of(name, 1, args)))
-        for name in ("longrecipe", "pose")
+        for name in ("longrecipe", "pose", "yarn", "weigh")
     )
-    assert {k for k in ours if ours[k] != other[k]} == {"method"}  # the very same tokens
-    weigh = common.recipe_in(common.settings_of(tiny_study.flags_of("weigh", 1, args)))
-    assert {k for k in ours if ours[k] != weigh[k]} == {"select", "weigh"}  # the same analysis
+    differ = [{k for k in ours if ours[k] != other[k]} for other in others]
+    # the very same tokens; of the last row the same analysis
+    assert differ == [{"method"}, {"rope", "rope_base"}, {"select", "weigh"}]
+
+
+def test_the_untrained_row_of_yarn_has_its_scaling_and_the_theta_of_the_original(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(common.ROOT)
+    monkeypatch.setattr(tiny_study, "RUNS", tmp_path)
+    args = Namespace(target=32_768, steps=40, n=8)
+    made = tiny_study.make_model("untrained with yarn", 0, args)
+    assert made == {"flags": "--rope_base 10000.0 --rope yarn", "seconds": 0}
+    config = LlamaConfig.from_dir(tiny_study.folder("untrained with yarn", 0, args))
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    assert (config.rope_theta, config.rope_scaling) == (10_000.0, scaling)
+    assert config.max_position_embeddings == 32_768
 
 
 def test_a_recipe_is_the_same_until_a_setting_differs_that_both_versions_know():

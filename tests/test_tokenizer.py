@@ -161,14 +161,14 @@ def test_ids_equal_on_ten_thousand_texts(pair):
 
 RNG = random.Random(0)
 LONG = {  # text: whether its parts are joined without encoding all of it at once
-    PROSE[:40_000] + "x = 3.14  # wide   gaps\n\n\té 你好 " * 50 + "word" * 900: True,
-    "我能吞下玻璃而不伤身体，因为我练习过很多年。" * 2000: True,
-    ",".join(str(i) for i in range(9000)): True,
-    SCRIPTS.replace(" ", "") * 150: True,
-    "".join(RNG.choices("0123456789abcdef", k=40_000)): None,  # one word: WordPiece takes it whole
-    "".join(RNG.choice("ab.…-") * RNG.randint(1, 30) for _ in range(2500)): None,
-    "-" * 40_001: False,
-    "ᚠ" * 40_000: False,
+    PROSE[:20_000] + "x = 3.14  # wide   gaps\n\n\té 你好 " * 50 + "word" * 900: True,
+    "我能吞下玻璃而不伤身体，因为我练习过很多年。" * 1100: True,
+    ",".join(str(i) for i in range(5000)): True,
+    SCRIPTS.replace(" ", "") * 50: True,
+    "".join(RNG.choices("0123456789abcdef", k=24_000)): None,  # one word: WordPiece takes it whole
+    "".join(RNG.choice("ab.…-") * RNG.randint(1, 30) for _ in range(1500)): None,
+    "-" * 24_001: False,
+    "ᚠ" * 24_000: False,
 }
 
 
@@ -186,14 +186,14 @@ def test_pieces_of_a_long_text_give_the_ids_of_the_whole(pair):
             assert tokenizer.decode(ids) == tokenizer.decode(whole) and sorted(ids) == sorted(whole)
         else:
             assert ids == whole
-        assert joined is None or (len(parts) > 4) == joined
+        assert joined is None or (len(parts) > 1) == joined
 
 
 def test_pieces_of_any_length_give_the_ids_of_the_whole(pair, monkeypatch):
     """Characters of all scripts at random, hardly a space among them."""
     monkeypatch.setattr("support.data.text.TAIL", 300)
     characters = sorted(set(SCRIPTS + ".,!?()'’-|…。、0123456789\n") - {" "})
-    for seed in range(24):
+    for seed in range(12):
         rng = random.Random(seed)
         kinds = rng.sample(characters, (3, 9, 40, len(characters))[seed % 4])
         text = "".join(rng.choices(kinds, k=3000))

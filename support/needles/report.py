@@ -129,10 +129,7 @@ def write_report(
     summary = {
         "settings": dataclasses.asdict(settings),
         "haystack": source,
-        "models": {
-            c.label: {"folder": c.folder, "rope_theta": c.config.rope_theta, "window": c.window}
-            for c in models
-        },
+        "models": {c.label: c.described() for c in models},
         "table": table,
         "pairs": pairs,
         "gains": gained,

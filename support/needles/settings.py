@@ -48,8 +48,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A row of the tables: a folder's weights under a config that may have another rope_theta; or,
-    as a control, the model to judge on prompts without some of their parts."""
+    """A row of the tables: a folder's weights under a config that may have another theta or scaling
+    of RoPE; or, as a control, the model to judge on prompts without some of their parts."""
 
     label: str
     folder: str
@@ -62,6 +62,13 @@ class Candidate:
     def window(self) -> int:
         """Up to where this candidate is meant to work, tokens."""
         return self.config.max_position_embeddings
+
+    def described(self) -> dict:
+        """What the JSON of the results says about it; a scaling of RoPE only where there is one."""
+        rope = {"rope_theta": self.config.rope_theta}
+        if self.config.rope_scaling:
+            rope["rope_scaling"] = self.config.rope_scaling
+        return {"folder": self.folder, **rope, "window": self.window}
 
 
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
