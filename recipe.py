@@ -11,17 +11,15 @@
     python recipe.py                        # explains one sample, in words and as a figure
     python recipe.py --positions where.png  # draws where each method puts the tokens of a sample
 
-Everything here works on one sample of token ids (T,); nothing trains, nothing needs a GPU. You can
-copy this file and model.py into your own project, with segments of your own. What needs support/
-beside them says so: `split_segments` and with it `make_example` (the tables of sentence ends are
-there), `merge` (it reads and writes model folders), and the command. examples/longrecipe.ipynb
-extends a model with them from a notebook.
+Everything here works on one sample of token ids (T,); nothing trains or needs a GPU. Copied into
+another project, it works with model.py alone, but for what says that it needs support/:
+`split_segments` and `make_example`, the methods that LongRecipe is compared with, `merge`, and the
+command. examples/longrecipe.ipynb extends a model with it.
 
 Does NOT do: content jumps of the published PoSE (all methods get the same tokens), parts of speech
 (the paper groups impactful types by them), RoPE types other than `default`. Glossary: see model.py.
 """
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +29,11 @@ from torch import Tensor
 
 import model as model_py
 from model import BadInput, Llama, support
+
+try:
+    from support.data.other_methods import OTHERS  # pose, endprompt, cream, rpes
+except ModuleNotFoundError:  # copied without support/
+    OTHERS = {}
 
 STRATEGIES = ("impact", "digits", "random", "first")
 
@@ -149,10 +152,10 @@ def split_segments(ids: Tensor, tokenizer, at_spaces: bool | None = None) -> Ten
     A segment ends after a newline; after . ! ? … if white space follows; and after the stops of
     other scripts always (support/data/segments.py has the tables). Further stops and closing quotes
     or brackets belong to it. Decided on the DECODED text, so 3.14 and os.path stay whole with any
-    tokenizer (the released code lists token ids of Llama 3 and misses ".\\n\\n"). If a sentence
-    ends inside a token, the token belongs to the earlier segment. at_spaces: whether to split at
-    spaces as well, for a text with hardly any end (Thai has no full stop, nor has a transcript of
-    speech); None: decide by these ids. Raises ValueError if ids are empty."""
+    tokenizer (the released code lists token ids of Llama 3 and misses ".\\n\\n"). A token in which
+    a sentence ends belongs to the earlier segment. at_spaces: whether to split at spaces as well,
+    for a text with hardly any end (Thai, say); None: decide by these ids. Raises ValueError if ids
+    are empty."""
     return support("data.segments").split_segments(ids, tokenizer, at_spaces)
 
 
@@ -176,14 +179,6 @@ def join_short_segments(starts: Tensor, total_tokens: int, min_tokens: int = 1) 
 
 
 # ---- 3. Selection (paper 4.1) ------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4)
-def digit_types(tokenizer) -> Tensor:
-    """Token types that hold a digit, bool (V,): what the released code selects by."""
-    return torch.tensor(
-        [any(48 <= b <= 57 for b in tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
-    )
 
 
 def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
@@ -216,9 +211,9 @@ def select_segments(
     the kept segments within `kept`, so that positions and selection use the same segments (the
     released code makes its positions from the unfiltered text). Strategies: impact: by the share
     of impactful tokens; digits: those that hold a token of `impactful` (make_example passes
-    digit_types) before the others; random; first. Ties fall at random. Raises BadInput if ids are
-    too short or the strategy is unknown; ValueError if starts are not those of ids, or impactful is
-    missing where it is needed."""
+    types with a digit) before the others; random; first. Ties fall at random. Raises BadInput if
+    ids are too short or the strategy is unknown; ValueError if starts are not those of ids, or
+    impactful is missing where it is needed."""
     if strategy not in STRATEGIES:
         raise BadInput(f"unknown selection {strategy!r}: {', '.join(STRATEGIES)} (--select)")
     if train_len < 1:
@@ -248,11 +243,7 @@ def select_segments(
 # ---- 4. Position index transformation (paper 4.2, algorithm 1) ---------------------------------
 # A function for each method: sample length L, target T*, starts (N,) of the sample's segments,
 # generator -> position ids (L,). METHODS lists them. A method of your own: a function and a row.
-
-
-def uniform(low: int, high: int, generator: torch.Generator | None) -> int:
-    """A random integer, both ends included."""
-    return int(torch.randint(low, high + 1, (1,), generator=generator))
+# The methods that LongRecipe is compared with are in support/data/other_methods.py.
 
 
 def spread_segments(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
@@ -270,59 +261,6 @@ def spread_segments(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     return torch.arange(L) + skipped.repeat_interleave(size)
 
 
-def one_jump(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
-    """pose (Zhu et al., 2309.10400): two contiguous pieces with one jump between them."""
-    # [E7] pos(i) = i for i < r, i + u for i >= r;   r ~ U{1..(L+1)//2}, u ~ U{0..T*-L}
-    r, u = uniform(1, (L + 1) // 2, generator), uniform(0, T - L, generator)
-    plain = torch.arange(L)
-    return torch.cat((plain[:r], plain[r:] + u))
-
-
-END_TOKENS = 20  # m of endprompt
-
-
-def end_at_target(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
-    """endprompt (2605.14589): plain positions, but the last m tokens end at the target."""
-    if L <= END_TOKENS:
-        raise BadInput(f"method endprompt needs more than --train_len {L} (its end: {END_TOKENS})")
-    # [E25] pos(i) = i for i < L - m, i + T* - L for i >= L - m;   m = 20: the end is at T*-m..T*-1
-    positions = torch.arange(L)
-    positions[-END_TOKENS:] += T - L
-    return positions
-
-
-def gaussian_middle(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
-    """cream (Wu et al., 2406.07138): the head of the sample at 0.., its tail at the end of the
-    target, and the middle in one piece between them, at a place drawn by a truncated Gaussian.
-
-    T* / L need not be whole, as it is in their code, so a is not rounded; head and tail are at most
-    a third of a sample each. docs/differences.md tells where their code and our way differ."""
-    mean, sigma = 1 + T / L, 3.0
-    bounds = torch.tensor([2, 2 * T / L], dtype=torch.float64)
-    # [E26] h = L // 3 or 4 T* / L tokens of head and of tail, a coin says which;   m = L - 2 h
-    #       a ~ N(1 + T* / L, 3^2), truncated to 2 .. 2 T* / L;   W = a L / 2, so L <= W <= T*
-    #       last position of the middle ~ U{h + (m - 1) W / L .. W - h - 1}
-    h = L // 3 if uniform(0, 1, generator) == 0 else min(4 * T // L, L // 3)
-    m = L - 2 * h
-    below, above = torch.special.ndtr((bounds - mean) / sigma)  # N's probability up to the bounds
-    u = below + (above - below) * torch.rand((), dtype=torch.float64, generator=generator)
-    a = (mean + sigma * torch.special.ndtri(u)).clamp(*bounds)
-    # subtle: with W a whole number in L..T*, the range of the middle can be neither empty nor
-    # overlap head or tail, whatever rounding does.
-    W = min(max(int(a * L / 2), L), T)
-    last = uniform(h + (m - 1) * W // L, W - h - 1, generator)
-    positions = torch.arange(L)
-    positions[h : h + m] += last - (h + m - 1)
-    positions[h + m :] += T - L
-    return positions
-
-
-def random_subset(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
-    """rpes (Ruoss et al., 2305.16843): random positions in order, a jump at nearly every token."""
-    # [E15] pos(0) < pos(1) < ... : every subset of L of the T* positions is equally likely
-    return torch.randperm(T, generator=generator)[:L].sort().values
-
-
 def plain_positions(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     return torch.arange(L)
 
@@ -330,10 +268,7 @@ def plain_positions(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
 # --method: what the figures call it, and its function
 METHODS: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "none": ("plain positions", plain_positions),
-    "pose": ("one jump", one_jump),
-    "endprompt": (f"the last {END_TOKENS} tokens jump", end_at_target),
-    "cream": ("head, middle and tail", gaussian_middle),
-    "rpes": ("random positions", random_subset),
+    **OTHERS,
     "longrecipe": ("jumps between sentences", spread_segments),
     "full": ("the full length", plain_positions),
 }
@@ -366,7 +301,7 @@ def sample_position_ids(
     positions = draw(L, T, starts, generator)
     if prefix:
         # [E14] pos(i) = i for i < r;   r ~ U{1..(L+1)//2}   (released code, not the paper)
-        r = uniform(1, (L + 1) // 2, generator)
+        r = int(torch.randint(1, (L + 1) // 2 + 1, (1,), generator=generator))
         positions[:r] = torch.arange(r)
     return positions
 
@@ -401,7 +336,7 @@ def make_example(
     starts = split_segments(ids, tokenizer, at_spaces)
     starts = join_short_segments(starts, len(ids), min_segment_tokens)
     if select == "digits":
-        impactful = digit_types(tokenizer)
+        impactful = support("data.segments").digit_types(tokenizer)
     kept, starts = select_segments(ids, starts, train_len, select, generator, impactful)
     if two_segments and len(starts) < 2:
         raise TooFewSegments("a sample needs at least two segments (--train_len)")

@@ -68,7 +68,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ("torch.arange(L) + skipped", "torch.arange(L) + 1 + skipped"),
     ),
     "E7": (
-        "recipe.py",
+        "support/data/other_methods.py",
         ("r, u = uniform(1, (L + 1) // 2, ", "r, u = uniform(0, T - L, "),
         ("r, u = uniform(1, (L + 1) // 2, ", "r, u = uniform(1, L // 2, "),
         ("uniform(0, T - L, generator)\n", "uniform(0, T - L - 1, generator)\n"),
@@ -111,12 +111,12 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E14": (
         "recipe.py",
-        ("        r = uniform(1, (L + 1) // 2, ", "        r = uniform(1, L // 2, "),
+        ("randint(1, (L + 1) // 2 + 1, ", "randint(1, L // 2 + 1, "),
         ("positions[:r] = torch.arange(r)", "positions[: r - 1] = torch.arange(r - 1)"),
         ("positions[:r] = torch.arange(r)", "positions[:r] = torch.arange(r) + 1"),
     ),
     "E15": (
-        "recipe.py",
+        "support/data/other_methods.py",
         ("torch.randperm(T, generator", "torch.randperm(T - 1, generator"),
         ("[:L].sort().values", "[:L]"),
     ),
@@ -174,13 +174,13 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ('control["answer_logprob"]) / len', 'control["answer_logprob"]) * len'),
     ),
     "E25": (
-        "recipe.py",
+        "support/data/other_methods.py",
         ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T"),
         ("positions[-END_TOKENS:] += T - L", "positions[END_TOKENS:] += T - L"),
         ("positions[-END_TOKENS:] += T - L", "positions[-END_TOKENS:] += T - L - 1"),
     ),
     "E26": (
-        "recipe.py",
+        "support/data/other_methods.py",
         ("h = L // 3 if uniform(0, 1, generator) == 0 else", "h ="),
         ("min(4 * T // L, L // 3)", "min(4, L // 3)"),
         ("2 * T / L], dtype", "T / L], dtype"),

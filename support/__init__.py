@@ -7,7 +7,7 @@ system/        console: errors as one line, progress, provenance; signals: Ctrl-
 huggingface/   config, checkpoint: config.json and safetensors; yarn: a type of RoPE;
                folders, hub: a model by its folder or name; hashes: which model it is; tokenizer
 data/          text: files as documents of tokens; segments: where sentences end; toy: the toy
-               task; sources: what a run reads
+               task; sources: what a run reads; other_methods: positions of pose and others
 memory/        activations, optimizer: the levers; kernels: attention on a GPU, what is compiled;
                count: bytes and FLOPs; machine: what is there; choose: levers that fit;
                table: `--plan`

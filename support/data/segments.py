@@ -1,4 +1,5 @@
-"""Where sentences end, for recipe.split_segments and for the places of needles."""
+"""Where sentences end, for recipe.split_segments and for the places of needles; and which tokens
+hold a digit."""
 
 import functools
 import logging
@@ -73,3 +74,11 @@ def rarely_ends(ids: Tensor, tokenizer) -> bool:
     """Whether a text (T,) has fewer than one segment end in RARE characters."""
     ends = len(split_segments(ids, tokenizer, at_spaces=False)) - 1
     return ends * RARE < len(tokenizer.decode(ids.tolist()))
+
+
+@functools.lru_cache(maxsize=4)
+def digit_types(tokenizer) -> Tensor:
+    """Token types that hold a digit, bool (V,): what the released code selects by."""
+    return torch.tensor(
+        [any(48 <= b <= 57 for b in tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    )

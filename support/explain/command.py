@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from support.data.segments import digit_types
 from support.data.sources import load_reference, load_tokens
 from support.data.text import Corpus
 from support.data.toy import TINY
@@ -69,7 +70,7 @@ def explain(args, folder: str, model: ModuleType, recipe: ModuleType) -> None:
     if file:
         select, impactful = "impact", read_impactful(file, tokenizer.vocab_size)
     else:
-        select, impactful = "digits", recipe.digit_types(tokenizer)
+        select, impactful = "digits", digit_types(tokenizer)
     words.tell_types(file, impactful, ids, starts, tokenizer)
 
     share = recipe.impactful_share(ids, starts, impactful)
