@@ -585,7 +585,7 @@ WEIGH = ("--weigh", "--log_softmax", "--select", "random")
 
 
 def test_weigh_weighs_the_extension_by_the_shifts_of_the_probe(
-    toy_dir, prose_file, tmp_path, monkeypatch, bad
+    toy_dir, prose_file, tmp_path, monkeypatch, bad, capsys
 ):
     """Probe and replay are plain. --impactful of the run gives the same weights, without an
     analysis; a run that is stopped in the extension goes on with them."""
@@ -605,6 +605,12 @@ def test_weigh_weighs_the_extension_by_the_shifts_of_the_probe(
     assert all(torch.equal(w, weights) for _, w in seen[11:15])
     assert model_bytes(tmp_path / "again") == model_bytes(out)
     assert not (tmp_path / "again" / "shifts.json").exists()
+
+    run_stopped(command(toy_dir, prose_file, tmp_path / "stopped", *again), 1)
+    with pytest.raises(SystemExit):  # the weights were made with the run's own
+        train.main(["--resume", "--out", str(tmp_path / "stopped"), "--min_count", "2"])
+    assert "--resume with another --min_count" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "stopped")
 
     run_stopped(command(toy_dir, prose_file, tmp_path / "stopped", *WEIGH), 4)
     monkeypatch.setattr(train, "analyse", lambda *_: pytest.fail("a second analysis"))

@@ -63,7 +63,9 @@ class Settings:
         1, "an impactful token type is seen at least so many times in the analysis"
     )
     weigh: bool = flag(
-        False, "weigh each target's loss by exp(mean shift of its token type), at most 5"
+        False,
+        "weigh each target's loss in the extension by exp(mean shift of its token type), at most 5"
+        " (needs --log_softmax)",
     )
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
