@@ -344,7 +344,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     the loop."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, ignore_index, chunk_tokens):
+    def forward(ctx, hidden, weight, targets, ignore_index, chunk_tokens):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         of_hidden, of_weight = ctx.needs_input_grad[:2]  # a frozen weight needs none
@@ -353,18 +353,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(hidden), chunk_tokens):
             h, y = hidden[i : i + chunk_tokens], targets[i : i + chunk_tokens]
             valid = y != ignore_index
-            # of each target; 1 (True) without weights
-            w = valid if weights is None else weights[i : i + chunk_tokens].where(valid, 0)
             index = y.where(valid, 0)[:, None]  # an ignored row may have any index
             logits = (h @ weight.T).to(wide)  # (chunk, V)
             lse = logits.logsumexp(-1, keepdim=True)
-            # [E9] loss = sum over valid t of  w_t * (log sum_v exp(z[t, v]) - z[t, y_t])
-            loss += ((lse - logits.gather(-1, index))[:, 0] * w).sum()
+            # [E9] loss = sum over valid t of  log sum_v exp(z[t, v]) - z[t, y_t]
+            loss += ((lse - logits.gather(-1, index))[:, 0] * valid).sum()
             if of_hidden or of_weight:
-                # d loss / d z[t, v] = w_t * (softmax(z)[t, v] - [v == y_t])
+                # d loss / d z[t, v] = softmax(z)[t, v] - [v == y_t]
                 grad = logits.sub_(lse).exp_()
                 grad.scatter_add_(-1, index, -torch.ones_like(lse))
-                grad = grad.mul_(w[:, None]).to(hidden.dtype)
+                grad = grad.mul_(valid[:, None]).to(hidden.dtype)
                 if of_hidden:
                     grad_hidden[i : i + chunk_tokens] = grad @ weight
                 if of_weight:
@@ -379,46 +377,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         grads = [None if g is None else (g * grad_loss).to(dtype) for g, dtype in grads]
-        return *grads, None, None, None, None
+        return *grads, None, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int = -100,
-    chunk_tokens: int = 2048,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, int | float]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index=-100, chunk_tokens: int = 2048
+) -> tuple[Tensor, int]:
     """Cross-entropy of `hidden @ weight.T` against targets without ever holding the (T, V) logits.
 
     hidden (..., D), weight (V, D), targets (...) int64 -> (loss_sum, n_valid): the SUM of the
     losses in nats, fp32 (float64 for float64 input), and the number of targets that are not
     ignore_index. The caller divides by the valid tokens of the whole optimizer step, so that
-    accumulation over sequences of unequal length gives every token the same weight.
-
-    weights (...) fp32: each target's loss is multiplied by its weight, and n_valid is the sum of
-    the weights of the valid targets; None: all are 1. ValueError if there are no tokens, shapes do
-    not fit or chunk_tokens * V reaches 2^31 elements."""
+    accumulation over sequences of unequal length gives every token the same weight. ValueError if
+    there are no tokens, shapes do not fit or chunk_tokens * V reaches 2^31 elements."""
     V, D = weight.shape
     if hidden.shape != (*targets.shape, D) or targets.numel() == 0:
         sizes = (tuple(x.shape) for x in (hidden, targets, weight))
         raise ValueError("hidden {}, targets {}, weight {}: empty or do not fit".format(*sizes))
-    if weights is not None and weights.shape != targets.shape:
-        raise ValueError(f"weights {tuple(weights.shape)} do not fit {tuple(targets.shape)}")
     if chunk_tokens < 1 or chunk_tokens * V >= 2**31:
         raise ValueError(f"chunk_tokens {chunk_tokens} x vocabulary {V} must be below 2^31")
     flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    flat_weights = None if weights is None else weights.reshape(-1)
     if not torch.is_grad_enabled():  # an autograd.Function would still compute gradients
         flat_hidden, weight = flat_hidden.detach(), weight.detach()
-    loss = _LinearCrossEntropy.apply(
-        flat_hidden, weight, flat_targets, flat_weights, ignore_index, chunk_tokens
-    )
-    valid = targets != ignore_index
-    if weights is None:
-        return loss, int(valid.sum())
-    return loss, float(weights[valid].double().sum())
+    loss = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, ignore_index, chunk_tokens)
+    return loss, int((targets != ignore_index).sum())
 
 
 # ---- 8. Key-value cache and greedy generation --------------------------------------------------

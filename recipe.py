@@ -123,26 +123,6 @@ def impactful_types(
     return torch.zeros(len(count), dtype=torch.bool).index_fill_(0, order[chosen], True)
 
 
-MAX_WEIGHT = 5.0  # of a token's loss, see loss_weights
-
-
-def loss_weights(per_type_sum: Tensor, count: Tensor, min_count: int = 1) -> Tensor:
-    """--weigh: a type's mean shift as the weight of its loss, not as a filter; (V,) fp32, 0 to 5.
-
-    per_type_sum (nats: log_softmax=True), count (V,): those of `logit_shift`, added up over
-    samples. Types seen less than min_count times have weight 1. After LongCE (2410.23771), which
-    weighs each token by its own shift between a short and a long context; that takes a second
-    forward pass in every step. Token weighting (2503.09202) compares such choices.
-
-    >>> weights = loss_weights(torch.tensor([0.0, 1.0, 9.0, 0.0]), torch.tensor([2, 2, 1, 0]))
-    >>> [round(w, 3) for w in weights.tolist()]
-    [1.0, 1.649, 5.0, 1.0]
-    """
-    # [E29] w(v) = min(exp(Delta(v) / count(v)), 5);   1 where count(v) < min_count
-    weight = (per_type_sum / count.clamp(min=1)).exp().clamp(max=MAX_WEIGHT)
-    return weight.where(count >= max(1, min_count), 1.0).float()
-
-
 # ---- 2. Segments (paper algorithm 1) -----------------------------------------------------------
 
 
@@ -171,7 +151,7 @@ def join_short_segments(starts: Tensor, total_tokens: int, min_tokens: int = 1) 
     """
     kept = [0]
     for start in starts[1:].tolist():
-        # [E30] a start stays if n tokens or more lie between it and the start kept before it, and
+        # [E29] a start stays if n tokens or more lie between it and the start kept before it, and
         #       between it and the end of the text;   n = min_tokens
         if start - kept[-1] >= min_tokens and total_tokens - start >= min_tokens:
             kept.append(start)

@@ -57,7 +57,7 @@ from support.memory.machine import HERE, Machine, machine
 from support.memory.optimizer import make_optimizer
 from support.memory.table import make_plan, table
 from support.runs import checks
-from support.runs.analysis import read_types, write_analysis
+from support.runs.analysis import read_impactful, write_analysis
 from support.runs.export import check_exportable, write_samples
 from support.runs.flags import as_kept
 from support.runs.metrics import Metrics
@@ -163,41 +163,29 @@ def draw(
 # ---- 3. One optimizer step ---------------------------------------------------------------------
 
 
-def target_weights(targets: Tensor, type_weights: Tensor | None) -> Tensor:
-    """w_t of [E17], like targets, fp32: the weight of the target's token type (type_weights (V,)
-    fp32; None: 1), and 0 where there is no target."""
-    valid = (targets != -100).float()
-    return valid if type_weights is None else valid * type_weights[targets.clamp(min=0)]
-
-
 def accumulate(
-    model: Llama,
-    micro_batches: list[tuple[Tensor, Tensor, Tensor]],
-    after_each=lambda: None,
-    type_weights: Tensor | None = None,
+    model: Llama, micro_batches: list[tuple[Tensor, Tensor, Tensor]], after_each=lambda: None
 ) -> float:
-    """Add the gradients of the mean loss over ALL valid targets of the micro-batches; returns that
+    """Add the gradients of the mean loss over ALL valid tokens of the micro-batches; returns that
     loss, nats.
 
-    Each micro-batch is (input_ids, position_ids, targets), all (B, T). Dividing by the weight of
-    the whole step, not of each micro-batch, makes 4 x 1 sequences of unequal length equal to 1 x 4.
-    type_weights (V,) fp32: see `target_weights`. ValueError if there is no target."""
-    weights = [target_weights(targets, type_weights) for _, _, targets in micro_batches]
-    total_weight = sum(float(w.double().sum()) for w in weights)
-    if total_weight == 0:
+    Each micro-batch is (input_ids, position_ids, targets), all (B, T). Dividing by the valid
+    tokens of the whole step, not of each micro-batch, makes 4 x 1 sequences of unequal length
+    equal to 1 x 4. ValueError if there is no target."""
+    valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
+    if valid == 0:
         raise ValueError("a step without a single target token")
-    # [E17] loss = (sum over all valid targets t of the step of w_t * loss_t) / (sum of their w_t)
+    # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
     total = 0.0
     device = model.lm_head.weight.device
-    for (input_ids, position_ids, targets), weight in zip(micro_batches, weights, strict=True):
+    for input_ids, position_ids, targets in micro_batches:
         loss_sum, _ = linear_cross_entropy(
             # not bound to a variable: that would keep the hidden states alive through backward()
             model.hidden(input_ids.to(device), position_ids.to(device)),
             model.lm_head.weight,
             targets.to(device),
-            weights=weight.to(device),
         )
-        loss = loss_sum / total_weight
+        loss = loss_sum / valid
         loss.backward()
         total += float(loss.detach())
         after_each()
@@ -233,20 +221,18 @@ class Trainer:
         self.thread = ThreadPoolExecutor(max_workers=1)  # draws samples ahead
         self.step = 0  # optimizer steps done, over all stages
         self.impactful: Tensor | None = None  # bool (V,); None: not known yet
-        self.type_weights: Tensor | None = None  # fp32 (V,), of --weigh
         self.last_save = time.monotonic()
         self.metrics = Metrics(run, model, settings, self.stages)
 
     def load_state(self, state: dict) -> None:
         self.step, self.impactful = state["step"], state["impactful"]
-        self.type_weights = state.get("type_weights")  # older versions saved none
         self.optimizer.load_state_dict(state["optimizer"])
         self.metrics.resume_at(self.step)
 
     def save(self) -> None:
         if self.options.no_saves:
             return
-        state = {"step": self.step, "impactful": self.impactful, "type_weights": self.type_weights}
+        state = {"step": self.step, "impactful": self.impactful}
         self.run.save(state | {"optimizer": self.optimizer.state_dict()})
         self.last_save = time.monotonic()
 
@@ -260,7 +246,6 @@ class Trainer:
         drawn = itertools.chain.from_iterable(
             draw(stage, step, corpus, self.tokenizer, settings, self.impactful) for step in steps
         )
-        type_weights = self.type_weights if stage.weigh else None
         on_gpu = self.model.lm_head.weight.is_cuda
         with made_ahead(self.thread, drawn, batch_sequences if on_gpu else 0) as samples:
             for step in steps:
@@ -271,7 +256,7 @@ class Trainer:
                 ]
                 waited = time.monotonic() - started
                 after_each = functools.partial(self.metrics.bar.update, stage.tokens)
-                loss = accumulate(self.model, batch, after_each, type_weights)
+                loss = accumulate(self.model, batch, after_each)
                 lr = learning_rate(stage, step - first, settings.warmup_steps, first)
                 with unbroken():  # Ctrl-C waits: weights, step and metrics move together
                     norm = self.optimizer.step(lr, settings.clip, usable=math.isfinite(loss))
@@ -318,8 +303,8 @@ def analyse(
 
 
 def find_types(trainer: Trainer, corpus: Corpus) -> None:
-    """Make the analysis, and give its impactful types and weights to the trainer. H' is the model
-    in training, or --extended."""
+    """Make the analysis, and give its impactful types to the trainer. H' is the model in training,
+    or --extended."""
     settings, extended = trainer.settings, trainer.model
     load = {"dtype": extended.dtype, "device": extended.lm_head.weight.device}
     original = load_pretrained(settings.model, **load)
@@ -333,9 +318,7 @@ def find_types(trainer: Trainer, corpus: Corpus) -> None:
     probe, tokenizer = trainer.stages[0], trainer.tokenizer
     shifts = analyse(original, extended, probe, corpus, tokenizer, settings)
     trainer.impactful = recipe.impactful_types(*shifts, settings.top, settings.min_count)
-    if settings.weigh:
-        trainer.type_weights = recipe.loss_weights(*shifts, settings.min_count)
-    write_analysis(trainer.run.path, tokenizer, *shifts, trainer.impactful, settings)
+    write_analysis(trainer.run.path, tokenizer, *shifts, trainer.impactful)
 
 
 # ---- 6. The story ------------------------------------------------------------------------------
@@ -374,7 +357,7 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
     check_exportable(settings, options)
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, config.vocab_size)
-    impactful, _ = read_types(settings, config.vocab_size, recipe.loss_weights)
+    impactful = read_impactful(settings.impactful, config.vocab_size)
     texts = load_texts(settings, tokenizer)
     write_samples(settings, options, tokenizer, texts, impactful, learning_rate, draw)
 
@@ -392,7 +375,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
         return
     run.check_data(settings, options.resume)
     corpus, replay_corpus = load_texts(settings, tokenizer)
-    impactful, type_weights = read_types(settings, config.vocab_size, recipe.loss_weights)
+    impactful = read_impactful(settings.impactful, config.vocab_size)
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
@@ -404,7 +387,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     model.config = config.with_rope(*rope)
     set_levers(model, settings)
     trainer = Trainer(model, tokenizer, settings, options, run)
-    trainer.impactful, trainer.type_weights = impactful, type_weights
+    trainer.impactful = impactful
     with run.running(kept, options.resume, trainer):
         run_stages(trainer, corpus, replay_corpus)
         run.write_settings(kept, status="done", **provenance(started))

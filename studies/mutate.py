@@ -83,8 +83,7 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     "E9": (
         "model.py",
         ("lse - logits.gather", "lse + logits.gather"),
-        ("[:, 0] * w).sum()", "[:, 0]).sum()"),
-        ("[:, 0] * w).sum()", "[:, 0] * valid).sum()"),
+        ("[:, 0] * valid).sum()", "[:, 0]).sum()"),
         ("index, -torch.ones_like(lse)", "index, torch.ones_like(lse)"),
     ),
     "E10": (
@@ -128,10 +127,8 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
     ),
     "E17": (
         "train.py",
-        ("loss = loss_sum / total_weight", "loss = loss_sum / float(weight.sum())"),
-        ("loss = loss_sum / total_weight", "loss = loss_sum / targets.numel()"),
-        ("weights=weight.to(device)", "weights=None"),
-        ("type_weights[targets.clamp(min=0)]", "type_weights[targets.clamp(min=0)].roll(1)"),
+        ("loss = loss_sum / valid", "loss = loss_sum / int((targets != -100).sum())"),
+        ("loss = loss_sum / valid", "loss = loss_sum / targets.numel()"),
         ("total += float(loss.detach())", "total = float(loss.detach())"),
     ),
     "E18": (
@@ -206,12 +203,6 @@ MUTANTS = {  # tag -> file, and (right, wrong) for each mutant
         ('growth(scaling["mscale"]) / growth', 'growth(scaling["mscale"]) * growth'),
     ),
     "E29": (
-        "recipe.py",
-        (".exp().clamp(max=MAX_WEIGHT)", ".exp()"),
-        (".exp().clamp(max=MAX_WEIGHT)", ".neg().exp().clamp(max=MAX_WEIGHT)"),
-        ("weight.where(count >= max(1, min_count), 1.0)", "weight"),
-    ),
-    "E30": (
         "recipe.py",
         ("start - kept[-1] >= min_tokens", "start - kept[-1] > min_tokens"),
         ("start - kept[-1] >=", "start - kept[0] >="),

@@ -65,7 +65,6 @@ SETTINGS = {
     "full": "--method full --select first",  # all of a text: nothing to select
     "select random": "--select random",
     # its own probe and analysis come out as longrecipe's: the same steps and seeds
-    "weigh": "--weigh --select random",
     "select digits": "--select digits",
     "select first": "--select first",
     "min_count 5": "--min_count 5",

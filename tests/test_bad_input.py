@@ -156,7 +156,6 @@ TRAIN = [
     ("--impactful pyproject.toml", "pyproject.toml is not valid JSON"),
     ("--impactful nowhere.json", "--impactful nowhere.json does not exist"),
     ("--method none --train_len 64", "--method none never leaves the old window"),
-    ("--weigh", "--weigh needs --log_softmax"),
     ("--resume", "nothing to resume"),
     ("--steps many", "argument --steps: invalid int value: 'many'"),
     ("--method yarn", "argument --method: invalid choice: 'yarn'"),

@@ -22,7 +22,7 @@ def trained(toy_dir, prose_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         seen = record(patch)
         train.main(command(toy_dir, prose_file, out))
-    return out, [[(ids[0], positions[0]) for ids, positions, _ in batch] for batch, _ in seen]
+    return out, [[(ids[0], positions[0]) for ids, positions, _ in batch] for batch in seen]
 
 
 def flags(toy_dir, prose_file, trained, *more: str) -> list[str]:
@@ -71,7 +71,7 @@ def test_other_flags_too(method, toy_dir, prose_file, tmp_path, monkeypatch):
     seen = record(monkeypatch)
     train.main(command(toy_dir, prose_file, tmp_path / "out", *more))
     index = export(tmp_path / "samples", command(toy_dir, prose_file, "unused", *more))
-    for step, (batch, _) in zip(index["steps"], seen, strict=True):
+    for step, batch in zip(index["steps"], seen, strict=True):
         tensors = load_file(tmp_path / "samples" / step["file"])
         for number, name in enumerate(("input_ids", "position_ids")):
             assert torch.equal(tensors[name].long(), torch.cat([b[number] for b in batch]))
@@ -157,7 +157,6 @@ def test_what_an_export_refuses(trained, toy_dir, prose_file, tmp_path, capsys):
     (busy / "note.txt").write_text("mine")
     for folder, given, match in (
         (tmp_path / "new", plain, r"needs the impactful types beforehand: --impactful FILE.*--out"),
-        (tmp_path / "new", [*argv, "--weigh", "--log_softmax"], "not weights of their losses"),
         (tmp_path / "new", [*argv, "--plan"], "goes with neither --resume nor --plan"),
         (tmp_path / "new", [*argv, "--train_len", "1"], "--train_len 1 must be between 2"),
         (tmp_path / "new", [*argv, "--figure", "r.png"], "unrecognized arguments: --figure r.png"),

@@ -449,39 +449,22 @@ def test_nonsense_is_one_value_error():
 # ---- loss --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_linear_cross_entropy_equals_f_cross_entropy(chunk, weighted):
+def test_linear_cross_entropy_equals_f_cross_entropy(chunk):
     """[E9] loss and both gradients in float64, with ignored targets and a ragged last chunk."""
     torch.manual_seed(0)
     hidden = torch.randn(2, 30, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(83, 16, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(83, (2, 30))
     targets[0, 3:9] = -100
-    weights = torch.rand(2, 30) if weighted else None
-    loss, n = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk, weights=weights)
+    loss, n = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
     torch.autograd.grad(loss * 0.7, (hidden, weight), retain_graph=True)  # twice: the same
     grads = torch.autograd.grad(loss * 0.7, (hidden, weight))
-    each = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="none")
-    oracle = each.sum() if weights is None else (each * weights.flatten()).sum()
+    oracle = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
     expected = torch.autograd.grad(oracle * 0.7, (hidden, weight))
-    assert n == (54 if weights is None else pytest.approx(float(weights[targets >= 0].sum())))
-    assert loss.dtype == torch.float64 and abs((loss - oracle).item()) < 1e-6
+    assert n == 54 and loss.dtype == torch.float64 and abs((loss - oracle).item()) < 1e-6
     for a, b in zip(grads, expected, strict=True):
         assert (a - b).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_of_1_change_no_bit_of_the_loss(dtype):
-    torch.manual_seed(0)
-    targets, results = torch.randint(83, (40,)), []
-    targets[3:9] = -100
-    hidden, head = torch.randn(40, 16).to(dtype), torch.randn(83, 16).to(dtype)
-    for weights in (None, torch.ones(40)):
-        inputs = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        loss, n = linear_cross_entropy(*inputs, targets, chunk_tokens=7, weights=weights)
-        results.append((loss, *torch.autograd.grad(loss / n, inputs)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -567,8 +550,6 @@ def test_loss_refuses_what_would_overflow_or_not_fit():
         linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64), chunk_tokens=2**30)
     with pytest.raises(ValueError, match="do not fit"):
         linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"weights \(2,\) do not fit \(3,\)"):
-        linear_cross_entropy(hidden, weight, torch.zeros(3).long(), weights=torch.ones(2))
 
 
 # ---- folders -----------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def simulated_peak(config, T: int, keep: bool, split: bool = False) -> int:
                 hidden = model.hidden(ids, ids)[0]
                 # linear_cross_entropy counts valid targets, which are not there
                 loss = model_module._LinearCrossEntropy.apply(
-                    hidden, model.lm_head.weight, ids[0], None, -100, budget.CHUNK
+                    hidden, model.lm_head.weight, ids[0], -100, budget.CHUNK
                 )
                 del hidden
                 loss.backward()

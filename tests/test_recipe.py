@@ -113,20 +113,6 @@ def test_impactful_types_by_hand():
         impactful_types(total, count * 0)
 
 
-@pytest.mark.parametrize("min_count", [1, 3])
-def test_loss_weights_equal_a_slow_loop(min_count):
-    """[E29] Bounded by 5, and 1 for what was not seen often enough."""
-    total = 6 * torch.randn(300, generator=generator(0), dtype=torch.float64)
-    count = torch.randint(0, 7, (300,), generator=generator(1))
-    expected = [
-        min(math.exp(float(s) / int(n)), 5.0) if n >= min_count else 1.0
-        for s, n in zip(total, count, strict=True)
-    ]
-    found = recipe.loss_weights(total, count, min_count)
-    assert found.dtype == torch.float32 and found.tolist() == pytest.approx(expected, rel=1e-6)
-    assert found.max() == 5 and (found[count < min_count] == 1).all() and 0 < found.min() < 0.5
-
-
 def test_impactful_types_covers_the_share_and_no_type_more():
     for seed in range(20):
         total = torch.randn(200, generator=generator(seed), dtype=torch.float64)
@@ -180,7 +166,7 @@ BYTES = ByteTokenizer()
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 20))
 def test_short_segments_are_joined(lengths, least):
-    """[E30] Segment by segment; at least 1 token: as they are."""
+    """[E29] Segment by segment; at least 1 token: as they are."""
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     slow: list[int] = []  # lengths
     for n in lengths:

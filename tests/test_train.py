@@ -3,7 +3,6 @@ input."""
 
 import dataclasses
 import json
-import math
 import re
 import shutil
 import signal
@@ -45,44 +44,35 @@ def unequal_batches() -> list[tuple[torch.Tensor, ...]]:
     return singles, [tuple(padded)]
 
 
-def accumulated(batches, type_weights=None, dtype=torch.float64) -> tuple[float, list]:
+def accumulated(batches) -> tuple[float, list]:
     """(loss, gradients) of the same model."""
     torch.manual_seed(1)
-    model = Llama(CONFIG).to(dtype)
-    loss = train.accumulate(model, batches, type_weights=type_weights)
+    model = Llama(CONFIG).double()
+    loss = train.accumulate(model, batches)
     return loss, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_four_times_one_equals_one_times_four_at_unequal_lengths(weighted):
+def test_four_times_one_equals_one_times_four_at_unequal_lengths():
     """[E17] Normalised by the whole step, and equal to a slow loop over its targets: same loss and
-    gradients (float64). A weight belongs to the type of the target, not of the input."""
+    gradients (float64)."""
     singles, padded = unequal_batches()
-    type_weights = torch.rand(97) * 5 if weighted else None
     torch.manual_seed(1)
-    model, total, weight = Llama(CONFIG).double(), 0.0, 0.0
+    model, losses = Llama(CONFIG).double(), []
     for ids, positions, targets in singles:
         for logits, target in zip(model(ids, positions)[0], targets[0], strict=True):
             if target != -100:
-                w = float(type_weights[target]) if weighted else 1.0
-                total, weight = total - w * logits.log_softmax(-1)[target], weight + w
-    (total / weight).backward()
+                losses.append(-logits.log_softmax(-1)[target])
+    mean = sum(losses) / len(losses)
+    mean.backward()
     for batches in (singles, padded):
-        loss, grads = accumulated(batches, type_weights)
-        assert abs(loss - float(total.detach() / weight)) < 1e-10
+        loss, grads = accumulated(batches)
+        assert abs(loss - float(mean.detach())) < 1e-10
         for a, p in zip(grads, model.parameters(), strict=True):
             # angles are fp32 inside, equal in both; the rest is float64
             assert (a - p.grad).abs().max() < 1e-10
     # the usual mistake, the mean of the four means, is far away
-    means = [accumulated([single], type_weights)[0] for single in singles]
+    means = [accumulated([single])[0] for single in singles]
     assert abs(sum(means) / 4 - loss) > 1e-4
-
-
-def test_weights_of_1_change_no_bit_of_a_step():
-    singles, _ = unequal_batches()
-    loss, grads = accumulated(singles, dtype=torch.float32)
-    same_loss, same_grads = accumulated(singles, torch.ones(97), torch.float32)
-    assert loss == same_loss and all(map(torch.equal, grads, same_grads))
 
 
 def test_a_step_without_targets_is_refused():
@@ -190,13 +180,13 @@ def without_probe_steps(argv: list[str]) -> list[str]:
     return argv[:i] + argv[i + 2 :]
 
 
-def record(monkeypatch) -> list[tuple[list, torch.Tensor | None]]:
-    """The batch and the type_weights of every step that train.py takes from now on."""
+def record(monkeypatch) -> list[list]:
+    """The batch of every step that train.py takes from now on."""
     seen, original = [], train.accumulate
 
-    def recording(model, batch, after_each, type_weights):
-        seen.append((batch, type_weights))
-        return original(model, batch, after_each, type_weights)
+    def recording(model, batch, *rest):
+        seen.append(batch)
+        return original(model, batch, *rest)
 
     monkeypatch.setattr(train, "accumulate", recording)
     return seen
@@ -477,7 +467,7 @@ def test_other_methods_take_the_same_path_and_the_same_tokens(
         train.main(command(toy_dir, prose_file, tmp_path / name, *flags))
     rows = read_metrics(tmp_path / method)
     assert len(rows) == 9 and rows[5]["loss"] < rows[0]["loss"] - 0.5
-    for (ours, _), (other, _) in zip(seen[:6], seen[9:15], strict=True):
+    for ours, other in zip(seen[:6], seen[9:15], strict=True):
         for (ids, positions, _), (same_ids, other_positions, _) in zip(ours, other, strict=True):
             assert torch.equal(ids, same_ids) and not torch.equal(positions, other_positions)
 
@@ -579,53 +569,6 @@ def test_the_rebased_analysis_sees_no_shift_where_nothing_was_learnt(toy_dir, pr
         for name in ("zero", "unequal", "failure")
     ]
     assert set(shifts[0]) == set(shifts[1]) == {0.0} and max(map(abs, shifts[2])) > 0.01
-
-
-WEIGH = ("--weigh", "--log_softmax", "--select", "random")
-
-
-def test_weigh_weighs_the_extension_by_the_shifts_of_the_probe(
-    toy_dir, prose_file, tmp_path, monkeypatch, bad, capsys
-):
-    """Probe and replay are plain. --impactful of the run gives the same weights, without an
-    analysis; a run that is stopped in the extension goes on with them."""
-    seen, out = record(monkeypatch), tmp_path / "out"
-    train.main(command(toy_dir, prose_file, out, *WEIGH))
-    assert [w is None for _, w in seen] == [True] * 2 + [False] * 4 + [True] * 3
-    shifts = json.loads((out / "shifts.json").read_text())
-    weights = seen[2][1]
-    assert shifts["log_softmax"] is True and len(shifts["types"]) > 20
-    for v in range(len(weights)):
-        total, n = shifts["types"].get(str(v), (0.0, 1))
-        assert float(weights[v]) == pytest.approx(min(5, math.exp(total / n)), rel=1e-6)
-    assert weights.max() > 1.05 and weights.min() < 0.95
-
-    again = (*WEIGH, "--impactful", str(out / "impactful.json"))
-    train.main(command(toy_dir, prose_file, tmp_path / "again", *again))
-    assert all(torch.equal(w, weights) for _, w in seen[11:15])
-    assert model_bytes(tmp_path / "again") == model_bytes(out)
-    assert not (tmp_path / "again" / "shifts.json").exists()
-
-    run_stopped(command(toy_dir, prose_file, tmp_path / "stopped", *again), 1)
-    with pytest.raises(SystemExit):  # the weights were made with the run's own
-        train.main(["--resume", "--out", str(tmp_path / "stopped"), "--min_count", "2"])
-    assert "--resume with another --min_count" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "stopped")
-
-    run_stopped(command(toy_dir, prose_file, tmp_path / "stopped", *WEIGH), 4)
-    monkeypatch.setattr(train, "analyse", lambda *_: pytest.fail("a second analysis"))
-    train.main(["--resume", "--out", str(tmp_path / "stopped")])
-    assert model_bytes(tmp_path / "stopped") == model_bytes(out)
-
-    new = {"out": tmp_path / "new"}
-    (out / "shifts.json").unlink()
-    bad(f"--weigh needs {out / 'shifts.json'}, which train.py writes beside", *again, **new)
-    for broken, said in (
-        ({"log_softmax": False}, "is not of an analysis with --log_softmax"),
-        ({"types": {"5": [1.0]}}, "shifts.json is not a shifts.json of a run"),
-    ):
-        (out / "shifts.json").write_text(json.dumps(shifts | broken))
-        bad(said, *again, **new)
 
 
 def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):

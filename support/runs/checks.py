@@ -51,16 +51,11 @@ def check_lengths(settings) -> None:
 
 
 def check_analysis(settings) -> None:
-    if settings.weigh and not settings.log_softmax:
-        raise BadInput(
-            "--weigh needs --log_softmax: its weights are ratios of probabilities, and raw logits"
-            " have an arbitrary offset"
-        )
     needs_probe = settings.analyses and not settings.extended
     if needs_probe and settings.method == "none" and settings.train_len <= settings.base_len:
         raise BadInput(
             "--method none never leaves the old window, so its analysis would see nothing:"
-            " --impactful FILE of another run, or neither --select impact nor --weigh"
+            " --impactful FILE of another run, or another --select"
         )
     if not 0 <= settings.probe_steps <= settings.steps or (
         needs_probe and settings.probe_steps == 0

@@ -59,7 +59,6 @@ OTHER = (
     "rebased_analysis",
     "top",
     "min_count",
-    "weigh",
 )
 
 
@@ -67,8 +66,6 @@ def check_exportable(settings, options) -> None:
     """BadInput for flags of train.py that leave open which samples it would see."""
     if options.resume or options.plan:
         raise BadInput("--export goes with neither --resume nor --plan")
-    if settings.weigh:
-        raise BadInput("--export holds samples, not weights of their losses: without --weigh")
     if settings.analyses:
         raise BadInput(
             "--export with --select impact needs the impactful types beforehand: --impactful FILE,"

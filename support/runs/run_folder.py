@@ -64,7 +64,7 @@ class RunFolder:
                     kind, remedy = "holds a finished run", "move it away"
                 raise BadInput(f"output folder {self.path} {kind}: another --out, or {remedy}")
             return
-        analysed = settings["impactful"] or (self.path / IMPACTFUL).is_file()
+        analysed = (self.path / IMPACTFUL).is_file()
         may_differ = MAY_DIFFER if analysed else MAY_DIFFER + BEFORE_THE_ANALYSIS
         check_same(settings_to_resume(self.path), settings, may_differ)
 

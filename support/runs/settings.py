@@ -62,11 +62,6 @@ class Settings:
     min_count: int = flag(
         1, "an impactful token type is seen at least so many times in the analysis"
     )
-    weigh: bool = flag(
-        False,
-        "weigh each target's loss in the extension by exp(mean shift of its token type), at most 5"
-        " (needs --log_softmax)",
-    )
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
     steps: int = flag(104, "optimizer steps of the extension, probe included", "training")
@@ -126,7 +121,7 @@ class Settings:
     @property
     def analyses(self) -> bool:
         """Does the run make an analysis itself?"""
-        return (self.select == "impact" or self.weigh) and self.impactful is None
+        return self.select == "impact" and self.impactful is None
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,6 @@ class Stage:
     prefix: bool = False
     min_segment_tokens: int = 1
     two_segments: bool = False  # if a text leaves only one, another is drawn
-    weigh: bool = False  # losses are weighted by the shifts of the targets' types
 
 
 def plan_stages(settings: Settings) -> list[Stage]:
@@ -159,10 +153,9 @@ def plan_stages(settings: Settings) -> list[Stage]:
         # tokens.
         "two_segments": settings.method != "full",
     }
-    extend_steps = settings.steps - settings.probe_steps
     return [
         Stage("probe", settings.probe_steps, *long, first_select, **more),
-        Stage("extend", extend_steps, *long, settings.select, **more, weigh=settings.weigh),
+        Stage("extend", settings.steps - settings.probe_steps, *long, settings.select, **more),
         Stage("replay", settings.replay_steps, *short, settings.replay_lr),
     ]
 
