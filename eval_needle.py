@@ -129,7 +129,7 @@ def needle_places(ids: Tensor, tokenizer, at: str = "sentences") -> Tensor:
     each line; at="spaces", at each token that begins with white space); increasing, below T.
 
     A line break inside a sentence (hard-wrapped text) is a segment border for training, but no
-    place here. BadInput if ids are empty."""
+    place here. ValueError if ids are empty."""
     starts = split_segments(ids, tokenizer)
     if at == "spaces":
         space = [tokenizer.token_bytes(i)[:1].isspace() for i in ids.tolist()]

@@ -179,6 +179,19 @@ def test_flags_that_change_no_sample_may_differ(trained, toy_dir, prose_file, tm
     assert export(tmp_path, [*argv, "--dtype", "bfloat16", "--save_minutes", "1"]) == index
 
 
+def test_an_export_of_an_older_version_goes_on(trained, toy_dir, prose_file, tmp_path, capsys):
+    """Settings that it does not name have their defaults."""
+    argv = flags(toy_dir, prose_file, trained)
+    index = export(tmp_path, argv)
+    for name in ("rope", "rope_scaling", "min_segment_tokens"):
+        del index["settings"][name]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert export(tmp_path, argv) == index
+    with pytest.raises(SystemExit):
+        export(tmp_path, [*argv, "--min_segment_tokens", "9"])
+    assert "another min_segment_tokens (1, now 9)" in capsys.readouterr().err
+
+
 def test_one_writer_at_a_time(trained, toy_dir, prose_file, tmp_path, capsys):
     with only_writer(tmp_path / "samples"), pytest.raises(SystemExit):
         export(tmp_path / "samples", flags(toy_dir, prose_file, trained))

@@ -190,7 +190,7 @@ def read_rope(raw: dict) -> tuple[float, dict | None]:
 
 
 def yarn_options(rope: dict) -> dict:
-    """The fields of yarn that are given and need not be; model.py has the defaults of the rest."""
+    """The fields of yarn that are given and need not be; yarn.py has the defaults of the rest."""
     given = [name for name in YARN_OPTIONS if rope.get(name) is not None]
     options = {name: positive(rope, name, (int, float)) for name in given}
     if options.get("beta_fast", 32) < options.get("beta_slow", 1):

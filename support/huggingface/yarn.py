@@ -1,7 +1,5 @@
-"""RoPE type yarn (Peng et al., 2309.00071): which pairs of dimensions model.py
-slows down, and the factor of their cosines and sines in Llama.hidden.
-
-`scaling` is rope_scaling of a LlamaConfig."""
+"""RoPE type yarn (Peng et al., 2309.00071): which pairs of dimensions slow down, and by what factor
+all cosines and sines are multiplied. model.py calls both with the rope_scaling of its config."""
 
 import math
 

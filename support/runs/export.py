@@ -30,6 +30,7 @@ the seed's. A file is whole or not there, the same command goes on where it was 
 import json
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from support.data import sources as corpora
 from support.data.text import Corpus
 from support.huggingface.config import read_json
 from support.runs.flags import as_kept, settings_of
-from support.runs.settings import plan_stages
+from support.runs.settings import Settings, plan_stages
 from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance, telling
 from support.system.whole_files import LOCK, only_writer, replacing, write_atomically
@@ -139,7 +140,9 @@ def whole(folder: Path, steps: list[dict]) -> str:
 
 def check_folder(folder: Path, index: dict) -> None:
     if (folder / INDEX).is_file():
+        defaults = {field.name: field.default for field in fields(Settings)}  # of newer settings
         old, new = settings_of(folder, INDEX), json.loads(json.dumps(index["settings"]))
+        old = {name: defaults.get(name) for name in new} | old
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 shown = [str(x.get(name))[:60] for x in (old, new)]
