@@ -38,7 +38,6 @@ Glossary (one for all four files)
 """
 
 import dataclasses
-import math
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -95,9 +94,8 @@ class LlamaConfig:
     raw: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
-        heads = self.num_attention_heads
-        derived = {"num_key_value_heads": heads, "head_dim": self.hidden_size // heads}
-        for field, value in derived.items():
+        H = self.num_attention_heads
+        for field, value in {"num_key_value_heads": H, "head_dim": self.hidden_size // H}.items():
             if getattr(self, field) is None:
                 object.__setattr__(self, field, value)  # the only change to a frozen object
 
@@ -109,8 +107,7 @@ class LlamaConfig:
     def with_rope(self, theta: float, max_len: int, scaling: dict | None = None) -> "LlamaConfig":
         """The same shape with another theta and window, all that extension changes here; with
         `scaling` also another rope_scaling (None: it stays as it is)."""
-        scaling = scaling or self.rope_scaling
-        rope = {"rope_theta": float(theta), "rope_scaling": scaling}
+        rope = {"rope_theta": float(theta), "rope_scaling": scaling or self.rope_scaling}
         return dataclasses.replace(self, max_position_embeddings=max_len, **rope)
 
 
@@ -150,7 +147,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None
     if scaling["rope_type"] == "yarn":
         stay = support("huggingface.yarn").share(head_dim, theta, scaling)
     else:
-        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * torch.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         stay = ((turns - low) / (high - low)).clamp(0, 1)
     return stay * inv_freq + (1 - stay) * slow
@@ -340,8 +337,7 @@ class Llama(nn.Module):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass, chunk by chunk, so that logits exist only inside
-    the loop."""
+    """Gradients come from the forward pass, chunk by chunk: logits exist only inside its loop."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, chunk_tokens):
