@@ -238,6 +238,9 @@ def facts() -> dict[str, str]:
     """The facts that are worked out from more than one place of a result."""
     leads = {name: STUDY.lead_over(name) for name in STUDY.shown()}
     known = {f"study verdict {name}": verdict(e) for name, e in leads.items() if e}
+    runs, target = STUDY.read()["runs"], STUDY.lengths[1]
+    for name in STUDY.shown():
+        known[f"study found {name}"] = FORMATS["%"](mean_of(texts_of(runs[name], target)))
     first = read("first_run.json")["results"]
     boards = {
         "first": (entries_of(first), 32_768),
