@@ -12,9 +12,9 @@
     python recipe.py --positions where.png  # draws where each method puts the tokens of a sample
 
 Everything here works on one sample of token ids (T,); nothing trains or needs a GPU. Copied into
-another project, it works with model.py alone, but for what says that it needs support/:
-`split_segments` and `make_example`, the methods that LongRecipe is compared with, `merge`, and the
-command. examples/longrecipe.ipynb extends a model with it.
+another project, it works with model.py alone, except `split_segments`, `make_example`, the methods
+that LongRecipe is compared with, `merge` and the command, which need support/.
+examples/longrecipe.ipynb extends a model with these functions.
 
 Does NOT do: content jumps of the published PoSE (all methods get the same tokens), parts of speech
 (the paper groups impactful types by them), RoPE types other than `default`. Glossary: see model.py.
@@ -143,8 +143,8 @@ def join_short_segments(starts: Tensor, total_tokens: int, min_tokens: int = 1) 
     """Starts (N,) of segments -> starts (M,), M <= N, of segments of at least min_tokens tokens.
 
     A short segment is joined with those that follow it until they are long enough together; a
-    short rest at the end, with the segment before it. Sources and tables, where each line is a
-    segment, keep more of their context so. 1 changes nothing: the paper's way.
+    short rest at the end, with the segment before it. This keeps more context in sources and
+    tables, where each line is a segment. min_tokens = 1, as in the paper, joins none.
 
     >>> join_short_segments(torch.tensor([0, 2, 3, 9, 11]), 12, min_tokens=3).tolist()
     [0, 3, 9]

@@ -28,13 +28,7 @@ from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results"
-OF_RUN = (
-    "seconds",
-    "peak_GiB",
-    "commit",
-    "hardware",
-    "threads",
-)  # fields of run.json that a row keeps
+OF_RUN = ("seconds", "peak_GiB", "commit", "hardware", "threads")  # of run.json, kept in a row
 
 
 def run(command: str) -> None:

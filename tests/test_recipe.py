@@ -1055,6 +1055,8 @@ def test_the_first_figure_of_readme(toy_dir, prose_file, tmp_path, capsys, monke
         if name == "longrecipe":  # positions jump at borders of sentences only
             jumps = [i for i in range(1, len(first)) if first[i] - first[i - 1] > 1]
             assert jumps and set(jumps) <= {int(x) for band in bands for x in band}
+    explain(capsys, *flags, tmp_path / "short.png", "--train_len", 60)  # shorter than the lower row
+    assert len(drawn[2].axes[-2].lines[0].get_ydata()) == 60
 
 
 def number(pattern: str, text: str) -> int:

@@ -439,10 +439,8 @@ def test_a_flag_that_an_older_run_knew_nothing_of_is_refused(finished, tmp_path,
     edited_run(finished, tmp_path, log_softmax=None, top=None)
     before = settings_of(tmp_path)
     assert "log_softmax" not in before and "top" not in before
-    for flags in (
-        [],
-        ["--top", "0.2", "--save_minutes", "1"],
-    ):  # giving the default changes nothing
+    # giving the default changes nothing
+    for flags in ([], ["--top", "0.2", "--save_minutes", "1"]):
         check_same(before, resumed(tmp_path, *flags))
     for flags in (["--log_softmax"], ["--top", "0.3"]):
         match = f"--resume with {flags[0]}: the run was begun by a version without that flag"

@@ -35,7 +35,7 @@ def draw(
                 mark_window(whole[i], old_window, target_len)
         end = target_len / 1000
         whole[0].set(xlim=(0, 1.04 * end), ylim=(0, 1.04 * end), ylabel="position id (thousands)")
-        top = max(int(positions[ZOOM - 1]) for _, positions in samples.values())
+        top = max(int(positions[:ZOOM][-1]) for _, positions in samples.values())
         zoom[0].set(xlim=(0, ZOOM), ylim=(0, 1.05 * top), ylabel="position id", xticks=(0, 50, 100))
         note = {"xycoords": "axes fraction", "va": "top", "fontsize": 12}
         zoom[0].annotate("grey: every\nsecond sentence", (0.03, 0.97), **note)

@@ -60,7 +60,7 @@ class Settings:
     rebased_analysis: bool = flag(False, "compare H' with the original under the new rope_theta")
     top: float = flag(0.2, "share of occurrences that count as impactful")
     min_count: int = flag(
-        1, "an impactful token type is seen at least so many times in the analysis"
+        1, "token types that the analysis sees fewer times than this are never impactful"
     )
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
