@@ -194,6 +194,19 @@ def study_table(study: Table) -> str:
     return table(columns, [[row[column] for column in columns] for row in rows])
 
 
+def merge_table() -> str:
+    """The curve over --merge_weight, on the same trainings; LongRecipe's own weight is 0.5."""
+    runs, lengths, rows = STUDY.read()["runs"], STUDY.lengths, []
+    weights = {"merge weight 0.25": 0.25, "longrecipe": 0.5, "merge weight 0.75": 0.75}
+    for name, weight in (weights | {"no merge": 1}).items():
+        row = [f"{weight}", f"{len(runs[name])}"]
+        for field, form in (("scores", FORMATS["%"]), ("nats", "{:.2f}".format)):
+            row += [form(mean_of(texts_of(runs[name], n, field))) for n in lengths]
+        rows.append(row)
+    columns = [f"{what} at {n:,}" for what in ("found, %,", "nats") for n in lengths]
+    return table(["merge weight", "seeds", *columns], rows)
+
+
 def plan_table() -> str:
     rows = []
     for name, r in read("plan_8b.json")["rows"].items():
@@ -283,6 +296,7 @@ REGIONS = {
     "study": lambda: study_table(STUDY),
     "real study": lambda: study_table(REAL_STUDY),
     "real": lambda: needle_table(*REAL),
+    "merge": merge_table,
     "plan": plan_table,
 }
 REGION = re.compile(r"(<!-- begin (.*?) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
