@@ -84,6 +84,8 @@ SETTINGS = {
         f"{name}, paper's base": f"--method {name} {{same}} --rope_base {{paper}}"
         for name in OTHERS
     },
+    "untrained with yarn, paper's base": None,
+    "yarn, paper's base": "--rope yarn {same} --rope_base {paper}",
     "untrained, old base": None,
     "longrecipe, old base": "--rope_base {old}",
 }
