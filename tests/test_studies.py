@@ -110,22 +110,16 @@ def test_the_untrained_row_of_yarn_has_its_scaling_and_the_theta_of_the_original
 
 
 def test_a_row_with_another_merge_weight_takes_longrecipes_training(tiny, monkeypatch):
-    """What is recorded of it: that training, and its own weight."""
-    of_run = {k: k for k in ("seconds", "peak_GiB", "commit", "hardware", "threads")}
-    merged, trained = [], []
+    cost = dict.fromkeys(("seconds", "peak_GiB", "commit", "hardware", "threads"), 1)
+    run_json = lambda _, flags: cost | {"settings": settings_of(flags)}  # noqa: E731
+    monkeypatch.setattr(common, "train_into", run_json)
+    merged = []
     monkeypatch.setattr(tiny_study, "merge", lambda *args: merged.append(args))
-
-    def train_into(out, flags):
-        trained.append(out)
-        return of_run | {"settings": settings_of(flags)}
-
-    monkeypatch.setattr(common, "train_into", train_into)
     row = tiny.make_model("merge weight 0.75", 1)
-    source = tiny.folder("longrecipe", 1)
-    assert set(trained) == {source} and "--keep_stages" in tiny.flags_of("longrecipe", 1)
-    target = tiny.folder("merge weight 0.75", 1)
-    assert merged == [("assets/tiny", source / "replayed", target, 0.75)]
-    assert row["recipe"]["merge_weight"] == 0.75 and row["seconds"] == "seconds"
+    trained, out = (tiny.folder(name, 1) for name in ("longrecipe", "merge weight 0.75"))
+    assert merged == [("assets/tiny", trained / "replayed", out, 0.75)]
+    assert row["recipe"]["merge_weight"] == 0.75 and row["seconds"] == 1
+    assert "--keep_stages" in tiny.flags_of("longrecipe", 1)
 
 
 def test_rows_outlive_their_models_until_what_is_asked_for_changes(smollm2_dir, tmp_path):
