@@ -15,6 +15,7 @@ transformers' generate, one by one. Linux only (/proc).
 
 import argparse
 import ctypes
+import math
 import os
 import statistics
 import time
@@ -179,18 +180,67 @@ def step(args) -> dict:
 
 
 def lengths(args) -> dict:
-    """What is measured is written after each length, so that one for which the memory is too small
-    takes nothing away."""
-    rows, ratios = [], {}
+    """Pairs of steps of each length. What is measured is written and drawn after each length, so
+    that one for which the memory is too small takes nothing away."""
+    rows, about = [], {"model": args.model, "dtype": str(args.dtype)[6:]}
     for tokens in args.lengths:
         found = steps(args, tokens, 1 if tokens >= 8192 else args.n)
-        seconds = {kind: [row["seconds"] for row in each] for kind, each in found.items()}
-        for pair in zip(*seconds.values(), strict=True):
-            rows.append({"tokens": tokens, **dict(zip(seconds, pair, strict=True))})
-        medians = [statistics.median(each) for each in seconds.values()]
-        ratios[tokens] = round(medians[0] / medians[1], 3)
-        write_json(args.out, {"rows": rows, "ratio_by_length": ratios}, indent=2)
-    return {"rows": rows, "ratio_by_length": ratios}
+        for pair in zip(*found.values(), strict=True):
+            seconds = [step["seconds"] for step in pair]
+            rows.append({"tokens": tokens, **dict(zip(ENGINES, seconds, strict=True))})
+        made = about | {"rows": rows, **by_length(rows)}
+        write_json(args.out, made, indent=2)
+        draw(made | provenance(0), args.out.with_suffix(".png"))
+    return made
+
+
+def by_length(rows: list[dict]) -> dict:
+    """The fits, and the ratio of the medians of each length."""
+    measured, ratios = sorted({r["tokens"] for r in rows}), {}
+    for tokens in measured:
+        same = [r for r in rows if r["tokens"] == tokens]
+        ours, theirs = (statistics.median(r[kind] for r in same) for kind in ENGINES)
+        ratios[tokens] = round(ours / theirs, 3)
+    return {"fit": {kind: fit(rows, kind) for kind in ENGINES}, "ratio_by_length": ratios}
+
+
+def fit(rows: list[dict], kind: str) -> dict:
+    """seconds = a T + b T^2, least squares of the relative error. No constant: the
+    optimizer's step is too short to show beside points that scatter by several percent."""
+    points = [(r["tokens"], r[kind]) for r in rows]
+    T, s = (torch.tensor(x, dtype=torch.float64) for x in zip(*points, strict=True))
+    design = torch.stack((T / s, T**2 / s), dim=1)
+    solution = torch.linalg.lstsq(design, torch.ones(len(s), 1, dtype=torch.float64)).solution
+    worst = float((design @ solution - 1).abs().max())
+    a, b = solution[:, 0].tolist()
+    return {"s_per_token": a, "s_per_token_squared": b, "largest_error": worst}
+
+
+def draw(found: dict, path: Path) -> None:
+    """Milliseconds a token: every length has the same weight, and the fit is a + b T."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes, rows = figure.subplots(), found["rows"]
+    measured = sorted({r["tokens"] for r in rows})
+    T = torch.logspace(math.log2(measured[0]), math.log2(measured[-1]), 100, base=2)
+    for (kind, f), colour in zip(found["fit"].items(), ("tab:blue", "tab:orange"), strict=True):
+        points = [(r["tokens"], 1e3 * r[kind] / r["tokens"]) for r in rows]
+        axes.plot(*zip(*points, strict=True), "o", color=colour, label=f"{kind}, a step each")
+        a, b = f["s_per_token"], f["s_per_token_squared"]
+        label = f"fit: {a * 1e3:.2f} ms + {b * 1e6:.2f} µs x T"
+        axes.plot(T, 1e3 * (a + b * T), color=colour, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(measured, [f"{n:,}" for n in measured])
+    axes.set_xlabel("T: length of the sample, tokens")
+    axes.set_ylabel("time of a training step, milliseconds a token")
+    axes.set_ylim(bottom=0)
+    n = ", ".join(str(sum(r["tokens"] == tokens for r in rows)) for tokens in measured)
+    machine = f"{found['threads']} cores of {found['hardware']}"
+    about = f"{found['model']}, {found['dtype']}, {machine}"
+    axes.set_title(f"{about}\npairs of steps by length: n = {n}", fontsize=10)
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=120)
 
 
 # ---- needles -----------------------------------------------------------------------------------

@@ -142,6 +142,9 @@ def test_optimizer_state_is_as_large_as_said(name, dtype, request):
     optimizer.step(1e-3, 1.0)
     states = [optimizer.adamw.state] + ([optimizer.eight_bit.state] if "8bit" in name else [])
     tensors = [t for state in states for one in state.values() for t in one.values()]
+    assert all(m.dtype == torch.float32 for m in optimizer.masters)
+    moments = [one["exp_avg_sq"] for one in optimizer.adamw.state.values()]
+    assert all(v.dtype == torch.float32 for v in moments)  # of the norms, with adamw-8bit
     own = {p.data_ptr() for p in model.parameters()}  # fp32 weights are their own masters
     counted = bytes_of(tensors + [m for m in optimizer.masters if m.data_ptr() not in own])
     said = budget.device_bytes(config, settings, T, "cpu")["optimizer"]
@@ -485,20 +488,32 @@ def test_bench_gpu_asks_for_a_gpu_and_known_parts(flags, reason, tmp_path, capsy
     assert stop.value.code == 2 and reason in capsys.readouterr().err
 
 
-def test_steps_by_length_are_timed_in_pairs(tmp_path, monkeypatch):
+def test_seconds_by_length_are_measured_in_pairs_fitted_and_drawn(tmp_path, monkeypatch):
     out, asked = tmp_path / "cost.json", []
 
     def in_turns(folder, dtype, work, tasks):
         asked.append([tokens for (tokens,) in tasks])
-        n = len(tasks) - 1
-        return {"ours": [{"seconds": 1.0}] * n, "transformers": [{"seconds": 2.0}] * n}
+        each = [{"seconds": 8e-3 * n + 1.1e-6 * n**2} for n in asked[-1][1:]]
+        return {"ours": each, "transformers": each}
 
     monkeypatch.setattr(beside_transformers, "in_turns", in_turns)
     beside_transformers.main(["lengths", "--lengths", "1024", "8192", "--out", str(out)])
     found = json.loads(out.read_text())
     assert asked == [[128, 1024, 1024], [1024, 8192]]
     assert [row["tokens"] for row in found["rows"]] == [1024, 1024, 8192]
-    assert found["ratio_by_length"] == {"1024": 0.5, "8192": 0.5}
+    assert found["ratio_by_length"] == {"1024": 1.0, "8192": 1.0}
+    expected = {"s_per_token": 8e-3, "s_per_token_squared": 1.1e-6, "largest_error": 0}
+    assert found["fit"]["ours"] == pytest.approx(expected, abs=1e-9)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_kept_fit_is_that_of_the_kept_rows():
+    kept = json.loads((RESULTS / "cost_by_length.json").read_text())
+    found = json.loads(json.dumps(beside_transformers.by_length(kept["rows"])))
+    assert found["ratio_by_length"] == kept["ratio_by_length"]
+    for kind, made in found["fit"].items():
+        assert made == pytest.approx(kept["fit"][kind])
+        assert made["s_per_token"] > 0 < made["s_per_token_squared"]
 
 
 @pytest.mark.slow
