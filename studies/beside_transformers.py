@@ -28,6 +28,7 @@ from eval_needle import TASKS, Haystack, SharedPrefix, make_sample
 from model import linear_cross_entropy, load_pretrained, load_tokenizer
 from support.memory.optimizer import MasterAdamW
 from support.needles.haystack import load_haystack
+from support.system.bad_input import BadInput
 from support.system.console import provenance, report_errors
 from train import next_token_targets
 
@@ -136,7 +137,10 @@ def in_turns(folder: str, dtype: torch.dtype, work, tasks: list[tuple]) -> dict[
     for task in tasks:
         for kind, pipe in pipes.items():
             pipe.send((work, *task))
-            found[kind].append(pipe.recv())
+            try:
+                found[kind].append(pipe.recv())
+            except EOFError:
+                raise BadInput(f"the process of {kind} was killed: too little memory?") from None
             print(f"{kind}: {found[kind][-1]['seconds']:.2f} s", flush=True)
     for pipe in pipes.values():
         pipe.send(None)

@@ -12,7 +12,6 @@ import types
 import pytest
 import torch
 from smollm2 import ROOT
-from torch.nn.attention import SDPBackend as Backend
 
 import eval_needle
 import model as model_py
@@ -29,8 +28,16 @@ CONFIG = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
 # ---- which attention kernel --------------------------------------------------------------------
 
 
+class OnGpu:
+    """What the choice asks of a tensor on a GPU."""
+
+    def __init__(self, T, d=128, dtype=torch.bfloat16, requires_grad=False):
+        self.shape, self.dtype, self.requires_grad = (1, 8, T, d), dtype, requires_grad
+        self.is_cuda, self.device = True, torch.device("cuda")
+
+
 @pytest.mark.parametrize(
-    ("T", "S", "capability", "first"),
+    ("T", "S", "gpu", "first"),
     [
         (39_424, 39_424, H100, CUDNN),
         (39_424, 39_424, (10, 0), CUDNN),
@@ -39,18 +46,11 @@ CONFIG = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
         (16_384, 131_072, H100, FLASH),
     ],
 )
-def test_cudnn_is_for_whole_sequences_on_hopper_and_newer(T, S, capability, first):
-    backends = kernels.cuda_backends(T, S, capability)
-    assert backends[0] == first and (CUDNN in backends) == (first == CUDNN)
-    assert backends[-2:] == [FLASH, EFFICIENT] and Backend.MATH not in backends
-
-
-class OnGpu:
-    """What `joining` asks of a tensor on a GPU."""
-
-    def __init__(self, T, d=128, dtype=torch.bfloat16, requires_grad=False):
-        self.shape, self.dtype, self.requires_grad = (1, 8, T, d), dtype, requires_grad
-        self.is_cuda, self.device = True, torch.device("cuda")
+def test_cudnn_is_for_whole_sequences_on_hopper_and_newer(T, S, gpu, first, monkeypatch):
+    monkeypatch.setattr(kernels, "capability", lambda _: gpu)
+    monkeypatch.setattr(kernels, "sdpa_kernel", lambda backends, set_priority: backends)
+    backends = kernels.chosen(OnGpu(T), OnGpu(S))
+    assert backends == [CUDNN, FLASH, EFFICIENT][first == FLASH :]
 
 
 @pytest.mark.parametrize(("gpu", "kernel"), [(H100, "cudnn"), (A100, "flash")])
@@ -71,6 +71,7 @@ def test_a_past_is_joined_on_a_gpu_where_it_pays(gpu, kernel, monkeypatch):
     ):
         assert kernels.joining(q, k) is None
     cpu = torch.zeros(1, 8, 2, 16), torch.zeros(1, 8, 9, 16)
+    assert isinstance(kernels.chosen(*cpu), contextlib.nullcontext)
     assert kernels.joining(*cpu) is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -81,17 +82,6 @@ def test_the_kernels_of_a_gpu_take_what_is_given_and_their_logsumexp_fits(gpu):
     k = torch.empty(1, 2, 5000, 64, dtype=torch.bfloat16, device="meta")
     out = kernels.past_and_own(q, k, k, kernels.kernel_with_lse("cuda", gpu))
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
-
-
-def test_the_context_names_the_backends_of_this_gpu(monkeypatch):
-    monkeypatch.setattr(kernels, "capability", lambda _: H100)
-    seen = []
-    monkeypatch.setattr(kernels, "sdpa_kernel", lambda x, set_priority: seen.append(x))
-    kernels.chosen(OnGpu(64), OnGpu(64))
-    kernels.chosen(OnGpu(1), OnGpu(64))
-    assert seen == [[CUDNN, FLASH, EFFICIENT], [FLASH, EFFICIENT]]
-    cpu = torch.zeros(1, 2, 3, 8)
-    assert isinstance(kernels.chosen(cpu, cpu), contextlib.nullcontext) and len(seen) == 2
 
 
 def test_an_installed_flash_package_is_handed_to_torch_and_preferred(monkeypatch):
