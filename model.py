@@ -109,20 +109,10 @@ class LlamaConfig:
 
 # ---- 2. Norm -----------------------------------------------------------------------------------
 
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019) by torch's kernel, in fp32 inside.
-
-    In bf16 the result is rounded once. transformers rounds twice, before and after the product
-    with the weight: there the two differ by at most the last bit."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+# Root-mean-square norm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight, in fp32
+# inside. In bf16 the result is rounded once. transformers rounds twice, before and after the
+# product with the weight: there the two differ by at most the last bit.
+RMSNorm = nn.RMSNorm
 
 
 # ---- 3. Rotary position embedding --------------------------------------------------------------
@@ -225,8 +215,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split and torch.is_grad_enabled():
-            weights = (y.weight for y in (self.gate_proj, self.up_proj, self.down_proj))
-            return support("memory.activations").split_mlp(x, *weights, gated)
+            return support("memory.activations").split_mlp(x, self, gated)
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -268,10 +257,6 @@ class Llama(nn.Module):
             if weight.ndim > 1:  # norms stay at one
                 nn.init.normal_(weight, std=0.02)
         self.tie_weights()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:

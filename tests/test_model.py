@@ -18,6 +18,7 @@ from smollm2 import ROOT
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as LlamaConfigOfTransformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -167,30 +168,15 @@ def test_transformers_cuts_attention_at_gaps_and_we_do_not(tmp_path):
     borders."""
     hf = make_hf_llama()
     hf.save_pretrained(tmp_path)
-    ours = load_pretrained(tmp_path)
     ids = torch.randint(331, (1, 40), generator=torch.Generator().manual_seed(2))
     pos = torch.cat((torch.arange(20), torch.arange(120, 140)))[None]
     with torch.no_grad():
         cut = hf(ids, position_ids=pos, use_cache=False).logits  # as its Trainer calls it
         whole = hf(ids, position_ids=pos, attention_mask=torch.ones_like(ids)).logits
-        # what "cut" means: the second half alone gives the same logits
-        alone = hf(ids[:, 20:], position_ids=pos[:, 20:]).logits
-        assert (cut[:, 20:] - alone).abs().max() < 1e-4
+        second_half_alone = hf(ids[:, 20:], position_ids=pos[:, 20:]).logits
+        assert (cut[:, 20:] - second_half_alone).abs().max() < 1e-4
         assert (cut[:, 20:] - whole[:, 20:]).abs().max() > 0.1
-        assert (ours(ids, pos) - whole).abs().max() < 1e-4
-
-
-def test_only_differences_of_positions_matter(tmp_path):
-    """RoPE is relative: shifting all ids leaves the logits, stretching them does not."""
-    make_hf_llama().save_pretrained(tmp_path)
-    model = load_pretrained(tmp_path, dtype=torch.float64)
-    ids = torch.randint(331, (1, 30), generator=torch.Generator().manual_seed(2))
-    pos = torch.arange(30)[None]
-    with torch.no_grad():
-        base = model(ids, pos)
-        # angles are fp32: at position 1,000 they are right to about 6e-5 radians
-        assert (model(ids, pos + 1000) - base).abs().max() < 5e-3
-        assert (model(ids, pos * 3) - base).abs().max() > 0.1
+        assert (load_pretrained(tmp_path)(ids, pos) - whole).abs().max() < 1e-4
 
 
 def test_rotation_equals_a_slow_loop():
@@ -415,56 +401,34 @@ def test_a_sliding_window_counts_what_the_cache_holds():
 # ---- loss --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("needed", ["", "hidden", "weight", "hidden weight"])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_linear_cross_entropy_equals_f_cross_entropy(chunk):
-    """[E9] loss and both gradients in float64, with ignored targets and a ragged last chunk."""
+def test_linear_cross_entropy_equals_f_cross_entropy(chunk, needed):
+    """[E9] loss and gradients in float64, with ignored targets and a ragged last chunk. Only the
+    gradients that are needed are computed, and all logits never exist at once."""
     torch.manual_seed(0)
-    hidden = torch.randn(2, 30, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(83, 16, dtype=torch.float64, requires_grad=True)
+    hidden, weight = torch.randn(2, 30, 4).double(), torch.randn(83, 4).double()
     targets = torch.randint(83, (2, 30))
     targets[0, 3:9] = -100
-    loss, n = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
-    torch.autograd.grad(loss * 0.7, (hidden, weight), retain_graph=True)  # twice: the same
-    grads = torch.autograd.grad(loss * 0.7, (hidden, weight))
-    oracle = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
-    expected = torch.autograd.grad(oracle * 0.7, (hidden, weight))
-    assert n == 54 and loss.dtype == torch.float64 and abs((loss - oracle).item()) < 1e-6
-    for a, b in zip(grads, expected, strict=True):
-        assert (a - b).abs().max() < 1e-6
-
-
-def test_no_tensor_of_all_logits_is_ever_allocated():
-    T, V, D = 600, 500, 8
-    hidden = torch.randn(1, T, D, requires_grad=True)
-    weight = torch.randn(V, D, requires_grad=True)
-    targets = torch.randint(V, (1, T))
-    with Watch() as naive:  # the measurement itself must be able to see one
-        F.cross_entropy((hidden @ weight.T)[0], targets[0]).backward()
-    assert naive.largest >= T * V
+    inputs = {"hidden": hidden, "weight": weight}
+    asked = [inputs[name].requires_grad_() for name in needed.split()]
+    with Watch() as naive:
+        logits = (hidden @ weight.T).flatten(0, 1)
+        oracle = F.cross_entropy(logits, targets.flatten(), reduction="sum")
     with Watch() as ours:
-        linear_cross_entropy(hidden, weight, targets, chunk_tokens=64)[0].backward()
-    assert ours.largest <= 64 * V
-
-
-@pytest.mark.parametrize("of_hidden", [False, True])
-@pytest.mark.parametrize("of_weight", [False, True])
-def test_the_loss_makes_only_the_gradients_that_are_needed(of_hidden, of_weight):
-    """A frozen head needs none. A parameter asks for its gradient even under no_grad."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(1, 6, 8), torch.randn(50, 8)
-    targets = torch.randint(50, (1, 6))
-    expected = F.cross_entropy(hidden[0] @ weight.T, targets[0], reduction="sum")
-    inputs = (hidden.requires_grad_(of_hidden), weight.requires_grad_(of_weight))
-    with Watch() as training:
-        loss, _ = linear_cross_entropy(*inputs, targets, chunk_tokens=2)
-    assert training.calls["mm"] == 3 * (1 + of_hidden + of_weight)
-    with torch.no_grad(), Watch() as judging:
-        judged, _ = linear_cross_entropy(*inputs, targets, chunk_tokens=2)
-    assert judging.calls["mm"] == 3
-    assert abs(loss - expected) < 1e-4 and torch.equal(judged, loss.detach())
-    if of_hidden or of_weight:
-        loss.backward()
-    assert [x.grad is not None for x in inputs] == [of_hidden, of_weight]
+        loss, n = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
+    with Watch() as judging, torch.no_grad():  # a parameter asks for its gradient even here
+        judged, _ = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
+    assert n == 54 and loss.dtype == torch.float64 and abs((loss - oracle).item()) < 1e-6
+    assert torch.equal(judged, loss.detach())
+    assert ours.largest <= max(min(chunk, 60) * 83, 83 * 4) <= naive.largest == 60 * 83
+    chunks = math.ceil(60 / chunk)
+    assert (judging.calls["mm"], ours.calls["mm"]) == (chunks, chunks * (1 + len(asked)))
+    if asked:
+        expected = torch.autograd.grad(oracle * 0.7, asked)
+        for _ in range(2):  # twice: the same
+            grads = torch.autograd.grad(loss * 0.7, asked, retain_graph=True)
+            assert all((a - b).abs().max() < 1e-6 for a, b in zip(grads, expected, strict=True))
 
 
 def test_any_ignore_index_is_ignored_and_nonsense_targets_are_not():
@@ -491,33 +455,25 @@ def test_loss_of_bf16_is_summed_in_fp32():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformers_opens_what_we_save(tied, tmp_path):
-    from transformers import AutoModelForCausalLM
-
+def test_transformers_opens_what_we_save(tied, tmp_path, monkeypatch):
+    """With another theta and window; read and written in shards."""
     hf = make_hf_llama(tie_word_embeddings=tied)
-    hf.save_pretrained(tmp_path / "hf")
+    hf.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     ours = load_pretrained(tmp_path / "hf")
     ours.config = ours.config.with_rope(250_000.0, 1024)
+    monkeypatch.setattr("support.huggingface.checkpoint.SHARD_BYTES", 50_000)
     save_pretrained(ours, tmp_path / "ours")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
-    assert again.config.max_position_embeddings == 1024
-    ids = torch.arange(60)[None]
+    for folder in (tmp_path / "hf", tmp_path / "ours"):
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    again, ids = load_pretrained(tmp_path / "ours"), torch.arange(60)[None]
     with torch.no_grad():
-        assert (again(ids).logits - ours(ids)).abs().max() < 1e-4
+        assert torch.equal(again(ids), ours(ids)) and again.config == ours.config
+        assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
         assert (hf(ids).logits - ours(ids)).abs().max() > 1e-2  # the new theta was not ignored
+    assert theirs.config.max_position_embeddings == 1024
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 250_000.0
-
-
-def test_sharded_folders_are_read_and_written(tmp_path, monkeypatch):
-    make_hf_llama().save_pretrained(tmp_path / "shards", max_shard_size="60KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    ours = load_pretrained(tmp_path / "shards")
-    monkeypatch.setattr("support.huggingface.checkpoint.SHARD_BYTES", 50_000)
-    save_pretrained(ours, tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
-    again = load_pretrained(tmp_path / "again").state_dict()
-    assert all(torch.equal(p, again[name]) for name, p in ours.state_dict().items())
 
 
 def test_a_save_that_is_cut_off_leaves_the_old_folder(tmp_path, monkeypatch):
@@ -572,7 +528,7 @@ def test_a_real_model_speaks(smollm2_dir):
 
 # ---- copied into another project ---------------------------------------------------------------
 
-MODEL_ALONE = """
+ALONE = """
 import torch
 from model import *
 
@@ -594,53 +550,43 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 LLAMA3["original_max_position_embeddings"] = 32
 plain, scaled = answers(None), answers(LLAMA3)
 assert (plain[0] - scaled[0]).abs().max() > 5e-5  # the scaling does act
-results = plain + scaled
-asks = (
-    lambda: load_pretrained("x"),
-    lambda: load_tokenizer("x"),
-    lambda: LlamaConfig.from_dir("x"),
-    lambda: save_pretrained(Llama(LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)), "x"),
-    lambda: inverse_frequencies(8, 1e4, {"rope_type": "yarn", "factor": 8.0}),
-)
-"""
-RECIPE_ALONE = """
-import torch
-import recipe
-from model import Llama, LlamaConfig, linear_cross_entropy
 
-torch.manual_seed(0)
-config = LlamaConfig(256, 32, 48, 2, 4, max_position_embeddings=64)
-original, tuned = Llama(config), Llama(config)
-theta = recipe.ntk_rope_base(config.rope_theta, config.head_dim, 64, 512)
-tuned.config = config.with_rope(theta, 512)
-ids = torch.tensor(list(b"Ada had 7 apples. Nobody knew! Was it Bob? " * 12))
-starts = torch.arange(0, len(ids), 18)  # segments of one's own
+import recipe
+
+original, tuned = (Llama(LlamaConfig(256, 32, 48, 2, 4)) for _ in range(2))
+theta = recipe.ntk_rope_base(1e4, 8, 64, 512)
+tuned.config = tuned.config.with_rope(theta, 512)
+text = torch.tensor(list(b"Ada had 7 apples. Nobody knew! Was it Bob? " * 12))
+starts = torch.arange(0, len(text), 18)  # segments of one's own
 g = torch.Generator().manual_seed(0)
 
-def sample(method, select, impactful=None):
-    kept, begins = recipe.select_segments(ids, starts, 160, select, g, impactful)
-    return ids[kept], recipe.sample_position_ids(method, 160, 512, begins, g)
+def sample(select, impactful=None):
+    kept, begins = recipe.select_segments(text, starts, 160, select, g, impactful)
+    return text[kept], recipe.sample_position_ids("longrecipe", 160, 512, begins, g)
 
-results = [torch.tensor(theta), *sample("none", "random"), *sample("longrecipe", "random")]
-delta, total, count = recipe.logit_shift(original, tuned, *results[-2:], first_position=64)
+shift, total, count = recipe.logit_shift(original, tuned, *sample("random"), first_position=64)
 types = recipe.impactful_types(total, count)
-results += [delta, types, *sample("longrecipe", "impact", types)]
-x, pos = (t[None] for t in results[-2:])
+x, pos = (t[None] for t in sample("impact", types))
 targets = recipe.next_token_targets(x)
 loss, n = linear_cross_entropy(tuned.hidden(x, pos), tuned.lm_head.weight, targets)
 merged = recipe.merge_weights(original.state_dict(), tuned.state_dict())
-results += [loss.detach() / n, *merged.values()]
-asks = (
-    lambda: recipe.split_segments(ids, None),
-    lambda: recipe.make_example(ids, None, 9, 99, method="none", select="first", generator=g),
-    lambda: recipe.merge("a", "b", "c"),
-    lambda: recipe.main([]),
-)
+results = [*plain, *scaled, torch.tensor(theta), shift, types, x, pos, loss.detach() / n]
+results += merged.values()
 """
-ASK = """
+ASKS = """
 import sys
 errors = []
-for ask in asks:
+for ask in (
+    lambda: load_pretrained("x"),
+    lambda: load_tokenizer("x"),
+    lambda: LlamaConfig.from_dir("x"),
+    lambda: save_pretrained(original, "x"),
+    lambda: inverse_frequencies(8, 1e4, {"rope_type": "yarn", "factor": 8.0}),
+    lambda: recipe.split_segments(text, None),
+    lambda: recipe.make_example(text, None, 9, 999, method="none", select="first", generator=g),
+    lambda: recipe.merge("a", "b", "c"),
+    lambda: recipe.main([]),
+):
     try:
         ask()
     except ModuleNotFoundError as error:
@@ -650,20 +596,16 @@ torch.save((results, errors), "results.pt")
 """
 
 
-@pytest.mark.parametrize(
-    ("files", "code"), [(("model.py",), MODEL_ALONE), (("model.py", "recipe.py"), RECIPE_ALONE)]
-)
-def test_these_files_work_alone(files, code, tmp_path):
+def test_model_py_and_recipe_py_work_alone(tmp_path):
     """Copied into an empty folder they give what they give here; what splits texts, or reads or
     writes model folders, says in one line what it lacks."""
-    for name in files:
+    for name in ("model.py", "recipe.py"):
         shutil.copy(ROOT / name, tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", code + ASK], check=True, cwd=tmp_path, env=env)
+    subprocess.run([sys.executable, "-c", ALONE + ASKS], check=True, cwd=tmp_path, env=env)
     theirs, errors = torch.load(tmp_path / "results.pt", weights_only=True)
     here: dict = {}
-    exec(code, here)
-    assert len(theirs) == len(here["results"]) >= 8
+    exec(ALONE, here)
     for a, b in zip(theirs, here["results"], strict=True):
         assert a.dtype == b.dtype and torch.allclose(a.double(), b.double(), atol=1e-5)
-    assert errors == ["No module named 'support'"] * len(here["asks"])
+    assert errors == ["No module named 'support'"] * 9
