@@ -405,9 +405,7 @@ class KVCache:
         kept, end = self._layers[layer], self.length + k.shape[2]
         if kept.shape[3] < end:
             room = max(end, self._capacity, 2 * kept.shape[3])
-            grown = new.new_empty(*new.shape[:3], room, new.shape[4])
-            grown[:, :, :, : self.length] = kept[:, :, :, : self.length]
-            kept = self._layers[layer] = grown
+            kept = self._layers[layer] = F.pad(kept, (0, 0, 0, room - kept.shape[3]))
         kept[:, :, :, self.length : end] = new
         return kept[0, :, :, :end], kept[1, :, :, :end]
 
