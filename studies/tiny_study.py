@@ -175,13 +175,11 @@ def main(argv=None) -> None:
         args = p.parse_args(argv)
         os.chdir(ROOT)
         args.model, args.out = ORIGINAL, Path("runs/tiny_study") / str(args.target)
-        names, seeds = args.only or list(SETTINGS), args.seeds
         if args.score:
-            names, seeds = [args.score], [0]
-        rows = [(name, seed) for seed in seeds for name in names]
+            args.only, args.seeds = [args.score], [0]
         about = {"target": args.target, "steps": args.steps, "haystacks": args.texts}
         study = TinyStudy(args, table_of(args.target))
-        study.main(rows, f"tokens of {args.steps} steps", **about)
+        study.main(f"tokens of {args.steps} steps", **about)
 
 
 if __name__ == "__main__":
