@@ -432,9 +432,15 @@ class Study:
             self.table.draw(title)
             longest = max(longest, time.monotonic() - started)
 
-    def main(self, rows: list[tuple[str, int]], title: str, **about) -> None:
-        """Make the rows, unless --report is given, and print the table of those that are there."""
-        if unknown := [name for name, _ in rows if name not in self.table.names]:
+    def main(self, title: str, **about) -> None:
+        """Make the rows of --only (all) and --seeds, but not with --report; print and draw all rows
+        that are there."""
+        names = self.args.only or self.table.names
+        rows = [(name, seed) for seed in self.args.seeds for name in names]
+        if self.args.texts < 2:
+            told = f"{self.args.texts} text(s) a length, but an interval needs two or more"
+            raise BadInput(f"{told} (--n of tiny_study.py, --texts of real_study.py)")
+        if unknown := [name for name in names if name not in self.table.names]:
             raise BadInput(f"{unknown[0]!r} is none of the rows: {'; '.join(self.table.names)}")
         if not self.args.report:
             self.make_rows(rows, title, **about)

@@ -84,23 +84,22 @@ def needle_table(*files: str) -> str:
 
 def main_table() -> str:
     """README's one table: the toy under a theta that is too small, and under the paper's."""
-    shown = {
-        "original": ("original model", "untrained, old base"),
-        "untrained": ("original weights under the new theta, **untrained**", "untrained"),
-        "plain positions": ("trained, plain positions (`--method none`)", "none"),
-        "PoSE": ("trained, one jump (`--method pose`)", "pose"),
-        "LongRecipe": ("trained, **LongRecipe**", "longrecipe"),
+    shown = {  # row of the study -> row of the tables, and what README calls it
+        "untrained, old base": ("original", "original model"),
+        "untrained": ("untrained", "original weights under the new theta, **untrained**"),
+        "none": ("plain positions", "trained, plain positions (`--method none`)"),
+        "pose": ("PoSE", "trained, one jump (`--method pose`)"),
+        "longrecipe": ("LongRecipe", "trained, **LongRecipe**"),
     }
-    small, entries = STUDY.read()["runs"], entries_of(read(TOY))
-    pairs = {
-        row: (cell(small[setting], 32_768), entries[row, False, 131_072])
-        for row, (_, setting) in shown.items()
-    }
-    n, large_n = (e["n"] for e in pairs["LongRecipe"])
-    counts = ["n = answers a row", str(n), f"{large_n} (original: {pairs['original'][1]['n']})"]
+    rows, runs, entries = [], STUDY.read()["runs"], entries_of(read(TOY))
+    for name, (row, label) in shown.items():
+        small, large = cell(runs[name], 32_768), entries[row, False, 131_072]
+        rows.append([label, share(small), share(large)])
+    of_original = entries["original", False, 131_072]["n"]
+    counts = [str(small["n"]), f"{large['n']} (original: {of_original})"]
     header = ["answers found, 95 % interval", "32,768 tokens, theta x 4"]
-    rows = [[shown[row][0], *map(share, pair)] for row, pair in pairs.items()]
-    return table([*header, "131,072 tokens, the paper's theta"], [*rows, counts])
+    header += ["131,072 tokens, the paper's theta"]
+    return table(header, [*rows, ["n = answers a row", *counts]])
 
 
 def windows_table() -> str:

@@ -5,7 +5,7 @@
     python studies/real_study.py --report    # the table of the rows that are there
 
 Killed at any time, the same command goes on where it was: training from its last save, judging from
-its last answer. Rows come in order of worth (ORDER, or the order of --only), and each goes to a
+its last answer. Rows come in order of worth (NAMES, or the order of --only), and each goes to a
 JSON file in assets/results at once; a row that is there is not made again, even if the models in
 --out are gone. Start it in a checkout that nobody edits (`git worktree add DIR`), so that all rows
 come from one version.
@@ -30,31 +30,14 @@ from pathlib import Path
 from common import RESULTS, ROOT, WINDOW, Study, Table, parser, read_lines, reference, run
 
 from recipe import METHODS
-from support.system.bad_input import BadInput
 from support.system.console import report_errors
 
-TARGET, PAPER = 16_384, ", paper's theta"
-# name, training seed. Theta is the original's x target / 8,192 unless the name says that it is the
-# paper's.
-ORDER = [
-    ("longrecipe", 0),
-    ("none", 0),
-    ("untrained", 0),
-    ("longrecipe", 1),
-    ("none", 1),
-    ("original", 0),
-    ("pose", 0),
-    ("rpes", 0),
-    (f"untrained{PAPER}", 0),
-    (f"longrecipe{PAPER}", 0),
-    (f"none{PAPER}", 0),
-    (f"longrecipe{PAPER}", 1),
-    (f"none{PAPER}", 1),
-    (f"pose{PAPER}", 0),
-    (f"rpes{PAPER}", 0),
-]
-NAMES = [name for name, _ in ORDER] + [m + theta for theta in ("", PAPER) for m in METHODS]
-NAMES = [name for name in dict.fromkeys(NAMES) if not name.startswith("full")]  # other samples
+TARGET = 16_384
+# In order of worth. Theta is the original's x target / 8,192 unless the name says that it is the
+# paper's. A sample of `--method full` is of other tokens.
+NAMES = ["longrecipe", "none", "untrained", "original"]
+NAMES += [m for m in METHODS if m not in (*NAMES, "full")]
+NAMES += [name + ", paper's theta" for name in NAMES if name != "original"]
 
 
 def table_of(target: int) -> Table:
@@ -73,15 +56,15 @@ class RealStudy(Study):
         steps = max(2, args.samples // batch)
         eighth = max(1, steps // 8)
         return (
-            f"--model {args.model} --target_len {args.target} --data {args.data} --join"
+            f"--model {args.model} --target_len {args.target} --data data/prose --join"
             f" --batch_sequences {batch} --steps {steps} --probe_steps {eighth}"
             f" --analysis_samples {eighth} --log_softmax --rebased_analysis --replay_steps {eighth}"
             f" --lr 2e-4 --replay_lr 2e-5 --dtype {args.dtype} --save_minutes {args.save_minutes:g}"
         )
 
     def judge_flags(self) -> str:
-        args, lengths = self.args, f"--lengths {WINDOW} {self.args.target}"
-        return f"--tasks {args.task} --haystack {args.haystack} {lengths} --dtype {args.dtype}"
+        lengths = f"--lengths {WINDOW} {self.args.target}"
+        return f"--tasks needles_8 --haystack data/essays {lengths} --dtype {self.args.dtype}"
 
     def flags_of(self, name: str, seed: int) -> str | None:
         method = name.partition(",")[0]
@@ -106,23 +89,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--texts", type=int, default=12, help="essay texts a length, 8 questions each")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     p.add_argument("--save_minutes", type=float, default=10, help="between saves of the training")
-    p.add_argument("--model", default="models/smollm2", metavar="DIR", help="window 8,192 tokens")
-    p.add_argument("--data", default="data/prose", metavar="PATH", help="to train on")
-    p.add_argument("--haystack", default="data/essays", metavar="PATH", help="to be judged by")
-    p.add_argument("--task", default="needles_8", help="of eval_needle.py")
+    p.set_defaults(model="models/smollm2")
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
         args = parse(argv)
-        if args.texts < 2:
-            raise BadInput(f"--texts {args.texts}: an interval needs two texts or more")
         os.chdir(ROOT)
         study = RealStudy(args, table_of(args.target))
-        rows = [(name, seed) for seed in args.seeds for name in args.only or ()] or ORDER
         about = {"train": study.train_flags(), "judge": study.judge_flags()}
-        study.main(rows, "SmolLM2-135M", **about)
+        study.main("SmolLM2-135M", **about)
 
 
 if __name__ == "__main__":
