@@ -332,20 +332,15 @@ def test_ctrl_c_saves_and_resume_goes_on(stop_at, finished, toy_dir, prose_file,
 
 
 @pytest.mark.parametrize("name", ["adamw-host", "adamw-8bit"])
-def test_the_other_optimizers_resume_too_and_in_bf16(name, toy_dir, prose_file, tmp_path):
+def test_the_other_optimizers_resume_too_and_in_bf16(name, toy_dir, prose_file, tmp_path, request):
     """Their states pass the check for NaN, are read again, and give the same bytes."""
     if name == "adamw-8bit":
-        pytest.importorskip("torchao")
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    torch.compiler.set_stance("force_eager")  # torchao compiles its step for half a minute
-    try:
-        more = ("--optimizer", name, "--dtype", "bfloat16")
-        train.main(command(toy_dir, prose_file, whole, *more))
-        run_stopped(command(toy_dir, prose_file, out, *more), 4)
-        assert torch.load(out / "state.pt", weights_only=True)["step"] == 4
-        train.main(["--resume", "--out", str(out)])
-    finally:
-        torch.compiler.set_stance("default")
+        request.getfixturevalue("eager")
+    whole, out, more = tmp_path / "whole", tmp_path / "out", f"--optimizer {name} --dtype bfloat16"
+    train.main(command(toy_dir, prose_file, whole, *more.split()))
+    run_stopped(command(toy_dir, prose_file, out, *more.split()), 4)
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == 4
+    train.main(["--resume", "--out", str(out)])
     assert model_bytes(out) == model_bytes(whole)
     rows = read_metrics(whole)
     assert rows[5]["loss"] < rows[0]["loss"] - 0.5

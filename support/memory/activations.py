@@ -24,7 +24,7 @@ import weakref
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 PIECE_TOKENS = 4096  # of the MLP at a time, with --split_mlp
@@ -41,9 +41,10 @@ def keep_attention():
 # ---- the MLP in pieces -------------------------------------------------------------------------
 
 
-def split_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, gated) -> Tensor:
+def split_mlp(x: Tensor, mlp: nn.Module, gated) -> Tensor:
     """down @ gated(gate @ x, up @ x) for x (..., D), PIECE_TOKENS tokens at a time."""
-    return _SplitMLP.apply(x.flatten(0, -2), gate, up, down, gated).view_as(x)
+    weights = (layer.weight for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    return _SplitMLP.apply(x.flatten(0, -2), *weights, gated).view_as(x)
 
 
 class _SplitMLP(torch.autograd.Function):
@@ -100,12 +101,6 @@ class LayerInputsOnHost:
         self.let_go()
         self.ahead.clear()
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-
-    def close(self) -> None:
-        """Give the host memory back (a run ends with its process and need not)."""
-        self.let_go()
-        self.ahead.clear()
-        self.buffers.clear()
 
     def buffer(self, i: int, like: Tensor) -> Tensor:
         """The host memory of layer i, shaped as `like`; page-locked where the device is a GPU."""
@@ -182,17 +177,14 @@ def host_memory(size: int, locked: bool) -> Tensor:
     array = np.frombuffer(pages, dtype=np.uint8)
     memory = torch.from_numpy(array)  # holds `array`, which holds `pages`
     if locked:
-        check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
-        weakref.finalize(array, unlock, memory.data_ptr(), pages).atexit = False
+        address, cuda = memory.data_ptr(), torch.cuda.cudart()
+        torch.cuda.check_error(int(cuda.cudaHostRegister(address, size, 0)))
+        weakref.finalize(array, unlock, address, pages).atexit = False
     return memory
 
 
 def unlock(address: int, pages: mmap.mmap) -> None:
-    check(torch.cuda.cudart().cudaHostUnregister(address))
-
-
-def check(code) -> None:
-    torch.cuda.check_error(int(code))
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
 
 
 def set_levers(model, settings) -> None:
