@@ -307,7 +307,8 @@ def find_types(trainer: Trainer, corpus: Corpus) -> None:
     """Make the analysis, and give its impactful types to the trainer. H' is the model in training,
     or --extended."""
     settings, extended = trainer.settings, trainer.model
-    load = {"dtype": extended.dtype, "device": extended.lm_head.weight.device}
+    weight = extended.lm_head.weight
+    load = {"dtype": weight.dtype, "device": weight.device}
     original = load_pretrained(settings.model, **load)
     if settings.extended:
         extended = load_pretrained(settings.extended, **load)
