@@ -719,7 +719,7 @@ def test_what_is_said_and_what_is_drawn_agree(explain, drawn, tmp_path):
     # selection: the tokens of the bars are those of the sample and of the text
     bars = [round(1000 * sum(bar.get_height() for bar in c)) for c in selection.containers]
     labels = [t.get_text() for t in selection.get_legend().get_texts()]
-    segments, tokens = zip(*(re.findall(r"[\d,]+", label) for label in labels), strict=True)
+    segments, tokens = zip(*(re.findall(r"\d[\d,]*", label) for label in labels), strict=True)
     assert bars == [number(n) for n in tokens] and sum(bars) == number(
         re.search(r"text: ([\d,]+) tokens", out)[1]
     )
