@@ -49,8 +49,8 @@ from recipe import split_segments
 from support.data.segments import CLOSERS, STOPS, WIDE_STOPS
 from support.memory.kernels import use_flash_package
 from support.needles import tasks as table
-from support.needles.cost import WorkBar, announce, prompt_flops
-from support.needles.haystack import CITIES, NOISE, fold, listed, load_haystack
+from support.needles.cost import announce, prompt_flops, tell_time, work_bar
+from support.needles.haystack import CITIES, NOISE, Hidden, fold, listed, load_haystack
 from support.needles.report import write_report
 from support.needles.results import Results, setup_of
 from support.needles.settings import (
@@ -135,10 +135,9 @@ def needle_places(ids: Tensor, tokenizer, at: str = "sentences") -> Tensor:
         space = [tokenizer.token_bytes(i)[:1].isspace() for i in ids.tolist()]
         return torch.tensor([True, *space[1:]]).nonzero()[:, 0]
     before = [tokenizer.decode(ids[max(0, s - 8) : s].tolist()) for s in starts[1:].tolist()]
-    stops = tuple(STOPS + WIDE_STOPS)
-    if at == "lines":
-        ended = [text.endswith("\n") for text in before]
-    else:
+    ended = [text.endswith("\n") for text in before]
+    if at == "sentences":
+        stops = tuple(STOPS + WIDE_STOPS)
         ended = [text.rstrip().rstrip(CLOSERS).endswith(stops) for text in before]
     return starts[torch.tensor([True, *ended])]
 
@@ -168,11 +167,6 @@ class Haystack:
         return self.ids.repeat(repeats)[begin : begin + tokens]
 
 
-@functools.lru_cache(maxsize=1)
-def noise_haystack(tokenizer) -> Haystack:
-    return Haystack(NOISE, tokenizer)
-
-
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One prompt. Depths are shares of the haystack, 0..1, where the needles really are."""
@@ -189,14 +183,13 @@ class Sample:
 class Prompts:
     """What all prompts of one (task, length, repeat) share; they differ in depth and question."""
 
+    hidden: Hidden  # what the task hides; below as ids
     head: list[int]  # BOS and task text
-    hay: Tensor  # haystack (length,)
     places: list[int]  # in the haystack, where a needle may go
     room: int  # haystack tokens that fit beside the longest question: so needles stay in place
     needles: list[tuple[list[int], list[int]]]  # ids of each: in running text, on its own line
     chance: list[float]  # see Task.spread
     questions: list[list[int]]  # with the beginning of the answer, for each that is asked
-    expected: list[list[str]]
     answer_ids: list[Tensor]  # " 4821906"; where several are asked for, " 4821906, and 1234567"
     answer_tokens: int
 
@@ -205,7 +198,7 @@ class Prompts:
 def make_prompts(task: Task, haystack: Haystack, length: int, row_seed: str) -> Prompts:
     tokenizer, rng = haystack.tokenizer, random.Random(row_seed)
     encode = functools.partial(tokenizer.encode, continued=True)  # all texts after the intro
-    haystack = noise_haystack(tokenizer) if task.haystack == "noise" else haystack
+    haystack = Haystack(NOISE, tokenizer) if task.haystack == "noise" else haystack
     hidden = task.hide(task, haystack, length, rng)
     head = ([tokenizer.bos_id] if tokenizer.adds_bos else []) + tokenizer.encode(task.intro)
     # " needle" in running text, "needle\n" on a line of its own
@@ -228,8 +221,8 @@ def make_prompts(task: Task, haystack: Haystack, length: int, row_seed: str) -> 
     at = "lines" if task.haystack == "needles" else haystack.at
     places = needle_places(hidden.hay[:room], tokenizer, at).tolist()
     chance = [rng.random() for _ in needles]
-    shared = (head, hidden.hay, places, room, needles, chance, questions, hidden.expected)
-    return Prompts(*shared, answer_ids, answer_tokens)
+    ids = (head, places, room, needles, chance, questions, answer_ids)
+    return Prompts(hidden, *ids, answer_tokens)
 
 
 def make_sample(
@@ -247,8 +240,8 @@ def make_sample(
     NO_NEEDLES or NEEDLE_ALONE. BadInput if the frame alone is longer than `length`."""
     task = task if isinstance(task, Task) else Task(**task)
     p, decode = make_prompts(task, haystack, length, row_seed), haystack.tokenizer.decode
-    asked, room = task.asked(depth), p.room
-    shown = range(len(p.needles))
+    asked, room, hay = task.asked(depth), p.room, p.hidden.hay.tolist()
+    shown = range(len(p.needles)) if control != NO_NEEDLES else []
     if control == NEEDLE_ALONE:
         room, shown = min(room, SHORT_TEXT), [asked] if task.ask == "each" else shown
     # [E11] place = the last sentence end at or before token depth * room
@@ -256,23 +249,27 @@ def make_sample(
         p.places[bisect.bisect_right(p.places, d * room) - 1] for d in task.spread(depth, p.chance)
     ]
     inserted = []  # (place, ids of a needle), in the order of the text
-    for i in sorted(shown if control != NO_NEEDLES else (), key=places.__getitem__):
-        before = decode(p.hay[max(0, places[i] - 4) : places[i]].tolist())
+    for i in sorted(shown, key=places.__getitem__):
+        before = decode(hay[max(0, places[i] - 4) : places[i]])
         own_line = places[i] == 0 or before[-1:].isspace()
         inserted.append((places[i], p.needles[i][1 if own_line else 0]))
     frame = len(p.head) + len(p.questions[asked]) + sum(len(needle) for _, needle in inserted)
     end = room if control == NEEDLE_ALONE else length - p.answer_tokens - frame
-    parts, done = [p.head], 0
+    ids, done = list(p.head), 0
     for place, needle in inserted:
-        parts += [p.hay[done:place].tolist(), needle]
+        ids += hay[done:place] + needle
         done = place
-    parts += [p.hay[done:end].tolist(), p.questions[asked]]
-    ids = torch.tensor([i for part in parts for i in part])
+    ids += hay[done:end] + p.questions[asked]
     assert len(ids) == end + frame, "a prompt of the wrong length"
     depths = [round(place / room, 4) for place in places]
-    true_depth = depths[asked] if depths else 0.0
-    answers = p.expected[asked], p.answer_ids[asked]
-    return Sample(ids, *answers, true_depth, depths, p.answer_tokens)
+    return Sample(
+        ids=torch.tensor(ids),
+        expected=p.hidden.expected[asked],
+        answer_ids=p.answer_ids[asked],
+        true_depth=depths[asked] if depths else 0.0,
+        true_depths=depths,
+        answer_tokens=p.answer_tokens,
+    )
 
 
 # ---- 3. Running a text: its prompts share the prefill of their common beginning ----------------
@@ -408,10 +405,12 @@ def run_candidate(
                 model = load_pretrained(candidate.folder, dtype, settings.device).eval()
                 model.config = candidate.config
                 shared = SharedPrefix(model)
-                bar.tell_time(candidate, functools.partial(prefill, model))
+                if bar.n == 0 and settings.device == "cpu":  # a GPU needs little time
+                    tell_time(bar.total, model.config, functools.partial(prefill, model))
             sample = sample_of(asked, tasks, haystack, candidate.control)
             known = results.add(measure(asked, sample, shared, haystack.tokenizer))
-            bar.done(candidate.label, work)
+            bar.set_description(candidate.label, refresh=False)
+            bar.update(work)
         found.append(known | {"model": candidate.label})
     return found
 
@@ -434,13 +433,12 @@ def main(argv: list[str] | None = None) -> None:
         queued = [queue(c, tasks, haystack, setups, settings) for c in candidates]
         missing = [(asked, work) for q in queued for asked, work in q if not results.find(asked)]
         announce(source, haystack, candidates, [asked for asked, _ in missing], settings)
-        bar, found = WorkBar(sum(work for _, work in missing)), []
+        bar, found = work_bar(sum(work for _, work in missing)), []
         with results.writing():
             for candidate, q in zip(candidates, queued, strict=True):
                 found += run_candidate(candidate, q, tasks, haystack, results, bar, settings)
             bar.close()
-            order = [(c.identity, c.label) for c in candidates]
-            found = results.of_setup(found, setups, order, settings)
+            found = results.of_setup(found, setups, candidates, settings)
             write_report(found, candidates, tasks, source, settings, started)
 
 

@@ -49,23 +49,19 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-try:
-    from support.memory import kernels
+try:  # the fastest kernels for this device
+    from support.memory.kernels import compiled_in_training, scaled_dot_product_attention
     from support.system.bad_input import BadInput  # a command prints it as one line
-except ModuleNotFoundError:  # copied without support/: torch chooses its kernels itself
-    kernels, BadInput = None, ValueError
-# one kernel instead of several, in training on a GPU only
-compiled_in_training = kernels.compiled_in_training if kernels else lambda function: function
+except ModuleNotFoundError:  # copied without support/: plain torch does the same
+    BadInput, scaled_dot_product_attention = ValueError, F.scaled_dot_product_attention
+
+    def compiled_in_training(function):
+        return function
 
 
 def support(name: str):
     """Import a module of support/ on first use, so that the rest of this file works without it."""
-    try:
-        return import_module(f"support.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("support", f"support.{name}"):  # some other package is missing
-            raise
-        raise ModuleNotFoundError(f"this takes support/ beside model.py: {error}") from None
+    return import_module(f"support.{name}")
 
 
 # ---- 1. Configuration --------------------------------------------------------------------------
@@ -113,20 +109,10 @@ class LlamaConfig:
 
 # ---- 2. Norm -----------------------------------------------------------------------------------
 
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019) by torch's kernel, in fp32 inside.
-
-    In bf16 the result is rounded once. transformers rounds twice, before and after the product
-    with the weight: there the two differ by at most the last bit."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+# Root-mean-square norm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight, in fp32
+# inside. In bf16 the result is rounded once. transformers rounds twice, before and after the
+# product with the weight: there the two differ by at most the last bit.
+RMSNorm = nn.RMSNorm
 
 
 # ---- 3. Rotary position embedding --------------------------------------------------------------
@@ -179,16 +165,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     T, S = q.shape[2], k.shape[2]
     if not 1 <= T <= S:
         raise ValueError(f"attention of {T} queries to {S} tokens: 1 <= T <= S must hold")
-    if kernels and (kernel := kernels.joining(q, k)):  # for T < S without gradients
-        return kernels.past_and_own(q, k, v, kernel)
     # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0, not
     # S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.
     mask = None if T in (1, S) else causal_lower_right(T, S)
-    if q.is_cuda and q.dtype == torch.float32:
-        # CUDA's only memory-linear fp32 kernel does not support grouped heads
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    with kernels.chosen(q, k) if kernels else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=True)
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -235,8 +215,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split and torch.is_grad_enabled():
-            weights = (y.weight for y in (self.gate_proj, self.up_proj, self.down_proj))
-            return support("memory.activations").split_mlp(x, *weights, gated)
+            return support("memory.activations").split_mlp(x, self, gated)
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -278,10 +257,6 @@ class Llama(nn.Module):
             if weight.ndim > 1:  # norms stay at one
                 nn.init.normal_(weight, std=0.02)
         self.tie_weights()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
 
     def tie_weights(self) -> None:
         if self.config.tie_word_embeddings:
@@ -430,9 +405,7 @@ class KVCache:
         kept, end = self._layers[layer], self.length + k.shape[2]
         if kept.shape[3] < end:
             room = max(end, self._capacity, 2 * kept.shape[3])
-            grown = new.new_empty(*new.shape[:3], room, new.shape[4])
-            grown[:, :, :, : self.length] = kept[:, :, :, : self.length]
-            kept = self._layers[layer] = grown
+            kept = self._layers[layer] = F.pad(kept, (0, 0, 0, room - kept.shape[3]))
         kept[:, :, :, self.length : end] = new
         return kept[0, :, :, :end], kept[1, :, :, :end]
 

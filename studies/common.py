@@ -4,6 +4,7 @@ measured, and the table and figure of the rows.
 Importing this file lets a study import the repository's own files and tests/helpers.
 """
 
+import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -12,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import train  # noqa: E402
 from model import LlamaConfig, load_pretrained, save_pretrained  # noqa: E402
+from recipe import ntk_rope_base  # noqa: E402
+from support.huggingface.config import yarn_scaling  # noqa: E402
 from support.memory.machine import HERE, machine  # noqa: E402
 from support.needles.intervals import clustered, mean_of, paired  # noqa: E402
 from support.system.bad_input import BadInput  # noqa: E402
@@ -28,7 +30,10 @@ from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "assets" / "results"
-OF_RUN = ("seconds", "peak_GiB", "commit", "hardware", "threads")  # of run.json, kept in a row
+WINDOW = 8192  # of every model that a study starts from, tokens
+
+
+# ---- commands and files ----
 
 
 def run(command: str) -> None:
@@ -64,45 +69,18 @@ def in_processes(work, kinds: tuple[str, ...], *args) -> dict:
     return pipes
 
 
-# ---- models ----
-
-
-def train_into(out: Path, flags: str) -> dict:
-    """run.json of train.py with these flags, which is run, resumed, or found finished in `out`.
-    SystemExit if the folder holds a run of other settings."""
-    made = read_json(out / "run.json")
-    if made and not same_recipe(made["settings"], flags):
-        sys.exit(f"error: {out} holds a run of other settings; move it away")
-    if made.get("status") != "done":
-        run(f"train.py {flags} --out {out} {'--resume' if made else ''}")
-    return read_json(out / "run.json")
-
-
-def retheta(
-    original: str, out: Path, theta: float, window: int, scaling: dict | None = None
-) -> None:
-    """The untrained row: the weights of `original` under another theta (and scaling of RoPE), for
-    another window."""
-    if not (out / "config.json").is_file():
-        model = load_pretrained(original)
-        model.config = model.config.with_rope(theta, window, scaling)
-        save_pretrained(model, out, tokenizer_from=original)
-
-
-def settings_of(flags: str) -> dict:
-    """All settings that train.py, as it is now, makes of these flags."""
-    return train.as_kept(*resolved(flags.split()))
+# ---- trainings ----
 
 
 def resolved(flags: list[str]) -> tuple[train.Settings, train.RunOptions]:
+    """What train.py, as it is now, makes of these flags."""
     given, options = train.parse(flags)
     config = LlamaConfig.from_dir(given["model"])
     return train.resolve(given, config, machine(HERE, "cpu", options.out)), options
 
 
-def copy_record(run: Path, to: Path) -> None:
-    """Copy run.json, with paths relative to the repository, so that the copy names no machine."""
-    to.write_text((run / "run.json").read_text().replace(f"{ROOT}/", ""))
+def settings_of(flags: str) -> dict:
+    return train.as_kept(*resolved(flags.split()))
 
 
 def recipe_in(settings: dict) -> dict:
@@ -121,22 +99,32 @@ def same_recipe(recorded: dict, flags: str) -> bool:
     return all(now[k] == then[k] for k in now.keys() & then.keys())
 
 
+def train_into(out: Path, flags: str) -> dict:
+    """run.json of train.py with these flags, which is run, resumed, or found finished in `out`.
+    SystemExit if the folder holds a run of other settings."""
+    made = read_json(out / "run.json")
+    if made and not same_recipe(made["settings"], flags):
+        sys.exit(f"error: {out} holds a run of other settings; move it away")
+    if made.get("status") != "done":
+        run(f"train.py {flags} --out {out} {'--resume' if made else ''}")
+    return read_json(out / "run.json")
+
+
 # ---- what was measured of a model ----
 
 
-def by_text(results: list[dict], field: str = "score") -> dict[str, list[list[float]]]:
-    """length -> a list for each text: `field` of each of its answers."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for r in results:
-        if r["task"] != "loss":
-            found.setdefault(str(r["length"]), {}).setdefault(r["repeat"], []).append(r[field])
-    return {length: [texts[i] for i in sorted(texts)] for length, texts in found.items()}
-
-
 def measured(results: list[dict]) -> dict:
-    """The answers of one model: hits (1: the whole answer was found) and nats (the log-probability
-    of the right answer)."""
-    return {"scores": by_text(results), "nats": by_text(results, "answer_logprob")}
+    """The answers of one model: "scores" (1: the whole answer was found) and "nats" (the
+    log-probability of the right answer), each as length -> a list for each text."""
+    found: dict[str, dict] = {"scores": {}, "nats": {}}
+    answers = [r for r in results if r["task"] != "loss"]
+    for r in sorted(answers, key=lambda r: r["repeat"]):
+        for name, value in (("scores", r["score"]), ("nats", r["answer_logprob"])):
+            texts = found[name].setdefault(str(r["length"]), {})
+            texts.setdefault(r["repeat"], []).append(value)
+    for lengths in found.values():
+        lengths |= {length: list(texts.values()) for length, texts in lengths.items()}
+    return found
 
 
 def texts_of(seeds: dict, length: int | str, field: str = "scores") -> list[list[float]]:
@@ -145,22 +133,40 @@ def texts_of(seeds: dict, length: int | str, field: str = "scores") -> list[list
     return [text for row in rows for text in row[str(length)]]
 
 
-def lead(ours: dict, other: dict, length: int, field: str = "scores") -> dict:
-    """By how much `ours` is above `other` (seed -> row, both) on the same texts: mean of the
-    differences, text by text, in the seeds that both have, and its 95 % interval (Student's t for n
-    texts); and the mean of each seed, as what training owes to chance is in no interval."""
+def cell(seeds: dict, length: int) -> dict:
+    """Share of answers found in all texts of all seeds, its 95 % interval over whole texts, and n,
+    the number of answers."""
+    texts = texts_of(seeds, length)
+    n = sum(map(len, texts))
+    return {"mean": mean_of(texts), "interval_95": clustered(texts), "n": n}
+
+
+def share(e: dict | None, n: int | None = None) -> str:
+    """A cell in words; with its number of answers where that is not n.
+
+    >>> share({"mean": 0.5, "interval_95": (0.25, 0.75), "n": 8}, n=16)
+    '50 % (25-75), n = 8'
+    """
+    if e is None:
+        return "not run"
+    low, high = e["interval_95"]
+    told = f"{100 * e['mean']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
+    return told if n in (None, e["n"]) else f"{told}, n = {e['n']}"
+
+
+def lead(ours: dict, other: dict, length: int, field: str = "scores") -> dict | None:
+    """By how much `ours` is above `other` (seed -> row, both) on the same texts: `paired` of the
+    differences, text by text, in the seeds where both have the field (None: there is no such seed);
+    and the mean of each seed, because an interval over texts holds no luck of the training."""
     by_seed = []
     for seed in sorted(ours.keys() & other.keys()):
-        pairs = zip(*(row[seed][field][str(length)] for row in (ours, other)), strict=True)
-        by_seed.append([statistics.mean(a) - statistics.mean(b) for a, b in pairs])
-    gains = [gain for one in by_seed for gain in one]
-    found = paired(gains)
-    return {
-        "mean": found["mean"],
-        "interval_95": tuple(found["interval_95"]),
-        "n": found["texts"],
-        "by_seed": [statistics.mean(one) for one in by_seed],
-    }
+        if field in ours[seed] and field in other[seed]:
+            pairs = zip(*(row[seed][field][str(length)] for row in (ours, other)), strict=True)
+            by_seed.append([statistics.mean(a) - statistics.mean(b) for a, b in pairs])
+    if not by_seed:
+        return None
+    found = paired([gain for one in by_seed for gain in one])
+    return found | {"by_seed": [statistics.mean(one) for one in by_seed]}
 
 
 def gain(found: dict | None, scale: float, how: str) -> str:
@@ -203,14 +209,24 @@ def in_words(name: str) -> str:
     return "original" if shown == "untrained, old theta" else shown
 
 
+def reference(name: str) -> str:
+    """The row that another is compared with, and whose analysis it takes: longrecipe under the same
+    theta.
+
+    >>> reference("pose, paper's theta")
+    "longrecipe, paper's theta"
+    """
+    return "longrecipe" + "".join(name.partition(",")[1:])
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The rows of a study in one JSON file: runs[name][seed of the training] = what was measured;
-    beside it what is the same for all rows. Lengths: the old window and the target, tokens."""
+    beside it what is the same for all rows."""
 
     file: Path
-    lengths: tuple[int, int]
-    names: list[str]  # in the order in which they are shown
+    target: int  # the new window, tokens
+    names: list[str]  # in the order in which the figure shows them
 
     def read(self) -> dict:
         return read_json(self.file) or {"runs": {}}
@@ -223,64 +239,70 @@ class Table:
         """Add a row, or replace it. Read again first: another process may have added rows."""
         found = self.read()
         found["runs"].setdefault(name, {})[str(seed)] = row
-        found |= about
-        found |= {k: provenance(0)[k] for k in ("torch", "python", "hardware", "threads")}
+        found |= about | {k: provenance(0)[k] for k in ("torch", "python", "hardware", "threads")}
         write_json(self.file, found)
 
     def shown(self) -> list[str]:
+        """The names of the rows that are there."""
         runs = self.read()["runs"]
         return [name for name in self.names if name in runs]
 
-    def best_first(self, runs: dict) -> list[str]:
-        """Names of rows that are there, for each theta those first that find most at the target."""
-        names = [name for name in self.names if name in runs]
-        thetas = list(dict.fromkeys(name.partition(",")[2] for name in names))
+    def lead_over(self, name: str, field: str = "scores") -> dict | None:
+        """By how much longrecipe under the same theta is above a row at the target."""
+        runs, ours = self.read()["runs"], reference(name)
+        if name == ours:
+            return None
+        return lead(runs.get(ours, {}), runs[name], self.target, field)
+
+    def cells(self) -> list[dict[str, str]]:
+        """For each row: column -> cell, empty where that was not measured. For each theta those
+        rows come first that find most at the target."""
+        runs, names = self.read()["runs"], self.shown()
+        thetas = [name.partition(",")[2] for name in names]
 
         def place(name: str) -> tuple[int, float]:
-            found = mean_of(texts_of(runs[name], self.lengths[1]))
+            found = mean_of(texts_of(runs[name], self.target))
             return thetas.index(name.partition(",")[2]), -found
 
-        return sorted(names, key=place)
+        return [self.cells_of(name, runs) for name in sorted(names, key=place)]
 
-    def report(self, names: list[str] | None = None) -> None:
-        """Print a line for each row: means over the seeds, intervals over whole texts (clustered).
-        Last columns: longrecipe under the same theta minus this row, on the same texts."""
-        runs = self.read()["runs"]
-        head = "".join(f"{f'found at {n:,}':>20}{'nats':>8}" for n in self.lengths)
-        print(f"{'':30}{'seeds':>6}{'minutes':>9}{head}{'longrecipe leads, %':>24}{'nats':>24}")
-        for name in names or self.shown():
-            seeds = runs[name]
-            minutes = sum(one.get("seconds", 0) for one in seeds.values()) / len(seeds) / 60
-            line = f"{in_words(name):30}{len(seeds):>6}{minutes:>9.1f}"
-            for length in map(str, self.lengths):
-                low, high = clustered(texts := texts_of(seeds, length))
-                line += f"{mean_of(texts):.1%} [{low:.0%},{high:.0%}]".rjust(20)
-                nats = texts_of(seeds, length, "nats")
-                line += f"{mean_of(nats):8.2f}" if nats else " " * 8
-            line += gain(self.lead_over(name), 100, "+.3g").rjust(24)
-            print(line + gain(self.lead_over(name, "nats"), 1, "+.3g").rjust(24))
+    def cells_of(self, name: str, runs: dict) -> dict[str, str]:
+        seeds, original = runs[name], runs.get("untrained, old base", {})
 
-    def lead_over(self, name: str, field: str = "scores") -> dict | None:
-        """By how much longrecipe under the same theta is above a row at the target: `lead` in the
-        seeds where both have the field; None if there is no such seed."""
-        runs = self.read()["runs"]
-        ours, other = (
-            {seed: row for seed, row in runs.get(who, {}).items() if field in row}
-            for who in (self.reference(name), name)
+        def mean(values: list[float], how: str) -> str:
+            return format(statistics.mean(values), how) if values else ""
+
+        kept, pairs = (
+            mean([100 * row[key] for row in seeds.values() if key in row], ".0f")
+            for key in ("questions_kept", "their_pair_kept")
         )
-        if name == self.reference(name) or not ours.keys() & other.keys():
-            return None
-        return lead(ours, other, self.lengths[1], field)
+        losses = [
+            statistics.mean(row["losses"]) - statistics.mean(original[seed]["losses"])
+            for seed, row in seeds.items()
+            if row.get("losses") and original.get(seed, {}).get("losses")
+        ]
+        row = {"setting": in_words(name)}
+        row["steps"] = str(next(iter(seeds.values())).get("recipe", {}).get("steps", ""))
+        row["questions kept, %"] = kept
+        row["with their pair, %"] = "" if kept == "0" else pairs  # a pair needs a question
+        row["loss above the original's"] = mean(losses, "+.3f")
+        for length in (WINDOW, self.target):
+            row[f"at {length:,}"] = share(cell(seeds, length))
+            found = texts_of(seeds, length, "nats")
+            row[f"nats at {length:,}"] = f"{mean_of(found):.2f}" if found else ""
+        each = [mean_of(texts_of({s: seeds[s]}, self.target)) for s in sorted(seeds)]
+        row["by seed"] = ", ".join(f"{100 * found:.0f}" for found in each)
+        row["LongRecipe above it by"] = gain(self.lead_over(name), 100, "+.0f")
+        row["in nats"] = gain(self.lead_over(name, "nats"), 1, "+.2f")
+        return row
 
-    @staticmethod
-    def reference(name: str) -> str:
-        """The row that another is compared with, and whose analysis it takes: longrecipe under the
-        same theta.
-
-        >>> Table.reference("pose, paper's theta")
-        "longrecipe, paper's theta"
-        """
-        return "longrecipe" + "".join(name.partition(",")[1:])
+    def report(self) -> None:
+        """Print the cells, in columns."""
+        cells = self.cells()
+        lines = [list(cells[0]), *(list(row.values()) for row in cells)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            print("  ".join(map(str.ljust, line, widths)).rstrip())
 
     def draw(self, title: str) -> None:
         """Share found at both lengths: mean of the seeds, 95 % interval, and a bar each seed."""
@@ -289,61 +311,140 @@ class Table:
         runs, names = self.read()["runs"], self.shown()[::-1]  # the first on top
         figure = Figure(figsize=(9, 1.3 + 0.27 * len(names)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for axis, length in zip(panels, self.lengths, strict=True):
-            for y, name in enumerate(names):
-                texts = texts_of(runs[name], length)
-                mean, (low, high) = mean_of(texts), clustered(texts)
+        for axis, length in zip(panels, (WINDOW, self.target), strict=True):
+            found = {name: cell(runs[name], length) for name in names}
+            for y, (name, e) in enumerate(found.items()):
                 colour = "tab:orange" if name == "longrecipe" else "tab:blue"
-                axis.plot((100 * low, 100 * high), (y, y), color=colour)
-                axis.plot(100 * mean, y, "o", color=colour)
+                axis.plot([100 * x for x in e["interval_95"]], (y, y), color=colour)
+                axis.plot(100 * e["mean"], y, "o", color=colour)
                 each = [100 * mean_of(one["scores"][str(length)]) for one in runs[name].values()]
                 axis.plot(each, [y] * len(each), "k|", markersize=7)
             axis.set(xlim=(-2, 102), xlabel=f"answers found at {length:,} tokens, %")
             axis.grid(axis="x", alpha=0.3)
-        answers = {name: sum(map(len, texts_of(runs[name], self.lengths[1]))) for name in names}
-        labels = [f"{in_words(name)} ({answers[name]})" for name in names]
+        labels = [f"{in_words(name)} ({e['n']})" for name, e in found.items()]
         panels[0].set_yticks(range(len(names)), labels, fontsize=8)
         notes = "mean and 95 % interval; bars: each seed; (n answers)"
         figure.suptitle(f"{title}: {notes}", fontsize=9)
         figure.savefig(self.file.with_suffix(".png"), dpi=120)
 
 
-def file_name(name: str, seed: int) -> str:
-    """Of a row's model.
-
-    >>> file_name("none, paper's theta", 1)
-    'none__paper_s_theta_1'
-    """
-    return f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+# ---- a study ----
 
 
-def check_rows(names: Iterable[str], known: Collection[str]) -> None:
-    if unknown := [name for name in names if name not in known]:
-        raise BadInput(f"{unknown[0]!r} is none of the rows: {'; '.join(known)}")
+def parser(doc: str, target: int, seeds: list[int]) -> argparse.ArgumentParser:
+    """With the flags that all studies have, and these defaults."""
+    p = argparse.ArgumentParser(description=doc.split("\n")[0])
+    p.add_argument("--target", type=int, default=target, help="window to reach, tokens")
+    p.add_argument("--only", nargs="+", metavar="ROW", help="these rows, in this order")
+    p.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of the training")
+    p.add_argument("--minutes", type=float, help="begin no row that may end after so many")
+    p.add_argument("--again", action="store_true", help="also rows that have no nats yet")
+    p.add_argument("--report", action="store_true", help="only the table of what is there")
+    return p
 
 
-def make_rows(
-    table: Table,
-    rows: list[tuple[str, int]],
-    is_done: Callable,
-    measure: Callable,
-    args,
-    title: str,
-    **about,
-) -> None:
-    """Measure the rows (name, seed) that are not there yet, and keep each at once.
+class Study:
+    """Makes the model of each row, has it judged, and keeps the row. What differs between studies
+    is left to them: which rows are not trained, the flags of the others, and the judge.
 
-    is_done(row, name, seed, args): may what the table holds stay? measure(name, seed, args) -> row.
-    args.minutes: no row begins that would end later if it took as long as the longest before it."""
-    began, longest = time.monotonic(), 0.0
-    minutes = getattr(args, "minutes", None)
-    for name, seed in rows:
-        if is_done(table.row(name, seed), name, seed, args):
-            continue
-        started = time.monotonic()
-        if minutes is not None and started - began + longest > 60 * minutes:
-            log(f"--minutes {minutes:g}: stopped before {name}, seed {seed}")
-            return
-        table.keep(name, seed, measure(name, seed, args), **about)
-        table.draw(title)
-        longest = max(longest, time.monotonic() - started)
+    args: the flags of `parser`, the `model` to start from, the folder `out` of the models made, and
+    the number of `texts` that they are judged by at each length."""
+
+    def __init__(self, args: argparse.Namespace, table: Table):
+        self.args, self.table = args, table
+
+    def flags_of(self, name: str, seed: int) -> str | None:
+        """All flags that train.py is given for a row, but for --out and --resume. None: the row is
+        not trained, only its theta is changed."""
+        raise NotImplementedError
+
+    def judge(self, name: str, seed: int) -> list[dict]:
+        """The results (lines of needle.jsonl) of the row's model."""
+        raise NotImplementedError
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Of the row's model, as in DIR/none__paper_s_theta_1."""
+        return self.args.out / f"{''.join(c if c.isalnum() else '_' for c in name)}_{seed}"
+
+    def theta_of(self, name: str) -> float:
+        """The original's x T* / L0, unless the name of the row says another."""
+        config, target = LlamaConfig.from_dir(self.args.model), self.args.target
+        method, _, theta = name.partition(", ")
+        if "paper's" in theta:
+            return ntk_rope_base(config.rope_theta, config.head_dim, WINDOW, target)
+        stays = "yarn" in method or method == "original" or theta == "old base"
+        return config.rope_theta * (1 if stays else target / WINDOW)
+
+    def types_of(self, name: str, seed: int) -> Path:
+        """impactful.json of `reference`, from its row if the run is gone."""
+        file = self.folder(reference(name), seed) / "impactful.json"
+        kept = self.table.row(reference(name), seed).get("impactful")
+        if kept and not file.is_file():
+            file = file.parent.with_suffix(".json")
+            write_json(file, kept)
+        return file
+
+    def make_model(self, name: str, seed: int) -> dict:
+        """Train the model of a row, or only give the original another theta; what that took."""
+        out, flags = self.folder(name, seed), self.flags_of(name, seed)
+        if flags is None:
+            theta, target = self.theta_of(name), self.args.target
+            window = WINDOW if name == "original" else target
+            scaling = yarn_scaling(WINDOW, target) if "yarn" in name else None
+            if not (out / "config.json").is_file():
+                model = load_pretrained(self.args.model)
+                model.config = model.config.with_rope(theta, window, scaling)
+                save_pretrained(model, out, tokenizer_from=self.args.model)
+            return {"rope_theta": theta, "seconds": 0}
+        if "--impactful" in flags and not self.types_of(name, seed).is_file():
+            self.make_model(reference(name), seed)
+        made = train_into(out, flags)
+        row = {"flags": flags, "recipe": recipe_in(made["settings"])}
+        if name == reference(name):
+            row["impactful"] = read_json(out / "impactful.json")
+        return row | {k: made[k] for k in ("seconds", "peak_GiB", "commit", "hardware", "threads")}
+
+    def is_done(self, row: dict, name: str, seed: int) -> bool:
+        """Does the row hold as many texts as are asked for now, from a training with the settings
+        of now? Rows of an older version have no nats; they get them when --again makes them."""
+        texts = row.get("scores", {}).get(str(self.args.target), [])
+        if len(texts) != self.args.texts or (self.args.again and "nats" not in row):
+            return False
+        return "recipe" not in row or same_recipe(row["recipe"], self.flags_of(name, seed))
+
+    def measure(self, name: str, seed: int) -> dict:
+        row, results = self.make_model(name, seed), self.judge(name, seed)
+        losses = [r["score"] for r in results if r["task"] == "loss" and r["length"] == WINDOW]
+        return row | measured(results) | {"losses": losses}
+
+    def make_rows(self, rows: list[tuple[str, int]], title: str, **about) -> None:
+        """Measure the rows (name, seed) that are not there yet, and keep each at once. No row
+        begins that would end after --minutes if it took as long as the longest before it."""
+        began, longest, minutes = time.monotonic(), 0.0, self.args.minutes
+        for name, seed in rows:
+            if self.is_done(self.table.row(name, seed), name, seed):
+                continue
+            started = time.monotonic()
+            if minutes is not None and started - began + longest > 60 * minutes:
+                log(f"--minutes {minutes:g}: stopped before {name}, seed {seed}")
+                return
+            self.table.keep(name, seed, self.measure(name, seed), **about)
+            self.table.draw(title)
+            longest = max(longest, time.monotonic() - started)
+
+    def main(self, title: str, **about) -> None:
+        """Make the rows of --only (all) and --seeds, but not with --report; print and draw all rows
+        that are there."""
+        names = self.args.only or self.table.names
+        rows = [(name, seed) for seed in self.args.seeds for name in names]
+        if self.args.texts < 2:
+            raise BadInput(f"{self.args.texts} text a length: an interval needs two or more")
+        if unknown := [name for name in names if name not in self.table.names]:
+            raise BadInput(f"{unknown[0]!r} is none of the rows: {'; '.join(self.table.names)}")
+        if not self.args.report:
+            self.make_rows(rows, title, **about)
+        if self.table.shown():
+            self.table.report()
+            self.table.draw(title)
+        there = sum(bool(self.table.row(*row)) for row in rows)
+        log(f"{there} of {len(rows)} rows: {self.table.file}")

@@ -9,21 +9,16 @@ tests/test_docs.py fails when a page is stale.
 
 import collections
 import functools
-import json
 import re
 import statistics
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common import RESULTS, WORDS, Table, gain, in_words, texts_of  # noqa: E402
-from real_study import TABLE as REAL_STUDY  # noqa: E402
-from tiny_study import table_of  # noqa: E402
+from common import RESULTS, ROOT, WORDS, Table, cell, read_json, read_lines, share, texts_of
+from real_study import TABLE as REAL_STUDY
+from tiny_study import table_of
 
-from support.needles.intervals import clustered, mean_of  # noqa: E402
-from support.needles.settings import default_lengths  # noqa: E402
+from support.needles.intervals import mean_of
+from support.needles.settings import default_lengths
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STUDY = table_of(32_768)
@@ -32,8 +27,8 @@ TOY = "tiny_128k/needle_results.json"
 REAL = [f"smollm2_16k/{part}/needle_results.json" for part in ("rows", "stages")]
 
 
-def read(path: Path | str) -> dict:
-    return json.loads((RESULTS / path).read_text())
+def read(path: str) -> dict:
+    return read_json(RESULTS / path)
 
 
 def rows_of(models: Iterable[str]) -> dict[str, str]:
@@ -65,37 +60,12 @@ def entries_of(*found: dict) -> dict[tuple[str, bool, int], dict]:
     return entries
 
 
-# ---- cells -------------------------------------------------------------------------------------
+# ---- regions -----------------------------------------------------------------------------------
 
 
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
+def table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def share(e: dict | None, n: int | None = None) -> str:
-    """Mean and 95 % interval of the share of answers found; their number where it is not n."""
-    if e is None:
-        return "not run"
-    low, high = e["interval_95"]
-    told = f"{100 * e['mean']:.0f} % ({100 * low:.0f}-{100 * high:.0f})"
-    return told if n in (None, e["n"]) else f"{told}, n = {e['n']}"
-
-
-def overlap(a: dict, b: dict) -> str:
-    (a_low, a_high), (b_low, b_high) = a["interval_95"], b["interval_95"]
-    return "overlap" if a_low <= b_high and b_low <= a_high else "differ"
-
-
-def verdict(e: dict) -> str:
-    """Where the interval of a lead is."""
-    low, high = e["interval_95"]
-    if low > 0 and (len(e["by_seed"]) < 2 or min(e["by_seed"]) <= 0):
-        return "above on average, but not with each seed (or there is one seed only),"
-    return "above" if low > 0 else "below" if high < 0 else "not told apart from"
-
-
-# ---- regions -----------------------------------------------------------------------------------
 
 
 def needle_table(*files: str) -> str:
@@ -112,96 +82,53 @@ def needle_table(*files: str) -> str:
     return table([f"n = {n} answers", *header], lines)
 
 
-def cell(seeds: dict, length: int) -> dict:
-    """A cell of a study: all texts of all seeds."""
-    texts = texts_of(seeds, length)
-    n = sum(map(len, texts))
-    return {"mean": mean_of(texts), "interval_95": clustered(texts), "n": n}
-
-
 def main_table() -> str:
     """README's one table: the toy under a theta that is too small, and under the paper's."""
-    shown = {
-        "original": ("original model", "untrained, old base"),
-        "untrained": ("original weights under the new theta, **untrained**", "untrained"),
-        "plain positions": ("trained, plain positions (`--method none`)", "none"),
-        "PoSE": ("trained, one jump (`--method pose`)", "pose"),
-        "LongRecipe": ("trained, **LongRecipe**", "longrecipe"),
+    shown = {  # row of the study -> row of the tables, and what README calls it
+        "untrained, old base": ("original", "original model"),
+        "untrained": ("untrained", "original weights under the new theta, **untrained**"),
+        "none": ("plain positions", "trained, plain positions (`--method none`)"),
+        "pose": ("PoSE", "trained, one jump (`--method pose`)"),
+        "longrecipe": ("LongRecipe", "trained, **LongRecipe**"),
     }
-    small, entries = STUDY.read()["runs"], entries_of(read(TOY))
-    pairs = {
-        row: (cell(small[setting], 32_768), entries[row, False, 131_072])
-        for row, (_, setting) in shown.items()
-    }
-    n, large_n = (e["n"] for e in pairs["LongRecipe"])
-    counts = ["n = answers a row", str(n), f"{large_n} (original: {pairs['original'][1]['n']})"]
+    rows, runs, entries = [], STUDY.read()["runs"], entries_of(read(TOY))
+    for name, (row, label) in shown.items():
+        small, large = cell(runs[name], 32_768), entries[row, False, 131_072]
+        rows.append([label, share(small), share(large)])
+    of_original = entries["original", False, 131_072]["n"]
+    counts = [str(small["n"]), f"{large['n']} (original: {of_original})"]
     header = ["answers found, 95 % interval", "32,768 tokens, theta x 4"]
-    rows = [[shown[row][0], *map(share, pair)] for row, pair in pairs.items()]
-    return table([*header, "131,072 tokens, the paper's theta"], [*rows, counts])
+    header += ["131,072 tokens, the paper's theta"]
+    return table(header, [*rows, ["n = answers a row", *counts]])
 
 
 def windows_table() -> str:
     """train.py and eval_needle.py with other --target_len (readme_runs.py default --target N)."""
     rows, shown = [], ("original", "untrained", "LongRecipe")
     for folder in sorted(RESULTS.glob("tiny_*k"), key=lambda f: int(f.name[5:-1])):
-        run, entries = read(folder / "run.json"), entries_of(read(folder / "needle_results.json"))
-        target = run["settings"]["target_len"]
+        run, found = (read(f"{folder.name}/{name}.json") for name in ("run", "needle_results"))
+        entries, target = entries_of(found), run["settings"]["target_len"]
         cost = f"{run['seconds'] / 60:.1f} on {run['threads']} core(s), commit {run['commit']}"
         link = f"[{target:,}](../assets/results/{folder.name})"
         rows.append([link, *(share(entries[row, False, target]) for row in shown), cost])
     return table(["window", *shown, "minutes of training"], rows)
 
 
-def study_row(study: Table, name: str, runs: dict) -> dict[str, str]:
-    """Column -> cell, empty where that was not measured."""
-    seeds, original = runs[name], runs.get("untrained, old base", {})
-
-    def mean(values: Iterable, how: str, scale: float = 1) -> str:
-        values = [x for x in values if x is not None]
-        return format(scale * statistics.mean(values), how) if values else ""
-
-    kept, pairs = (
-        mean((row.get(key) for row in seeds.values()), ".0f", 100)
-        for key in ("questions_kept", "their_pair_kept")
-    )
-    losses = [
-        statistics.mean(row["losses"]) - statistics.mean(original[seed]["losses"])
-        for seed, row in seeds.items()
-        if row.get("losses") and original.get(seed, {}).get("losses")
-    ]
-    row = {"setting": in_words(name)}
-    row["steps"] = str(next(iter(seeds.values())).get("recipe", {}).get("steps", ""))
-    row["questions kept, %"] = kept
-    row["with their pair, %"] = "" if kept == "0" else pairs  # a pair needs a question
-    row["loss above the original's"] = mean(losses, "+.3f")
-    for length in study.lengths:
-        row[f"at {length:,}"] = share(cell(seeds, length))
-        found = texts_of(seeds, length, "nats")
-        row[f"nats at {length:,}"] = f"{mean_of(found):.2f}" if found else ""
-    means = [cell({s: seeds[s]}, study.lengths[1])["mean"] for s in sorted(seeds)]
-    row["by seed"] = ", ".join(map(FORMATS["%"], means))
-    row["LongRecipe above it by"] = gain(study.lead_over(name), 100, "+.0f")
-    row["in nats"] = gain(study.lead_over(name, "nats"), 1, "+.2f")
-    return row
-
-
 def study_table(study: Table) -> str:
-    runs = study.read()["runs"]
-    if not runs:
+    if not (rows := study.cells()):
         return "Not run yet."
-    rows = [study_row(study, name, runs) for name in study.best_first(runs)]
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    return table(columns, [[row[column] for column in columns] for row in rows])
+    return table(columns, ([row[column] for column in columns] for row in rows))
 
 
 def merge_table() -> str:
     """The curve over --merge_weight, on the same trainings; LongRecipe's own weight is 0.5."""
-    runs, lengths, rows = STUDY.read()["runs"], STUDY.lengths, []
+    runs, lengths, rows = STUDY.read()["runs"], (8192, STUDY.target), []
     weights = {"merge weight 0.25": 0.25, "longrecipe": 0.5, "merge weight 0.75": 0.75}
     for name, weight in (weights | {"no merge": 1}).items():
         row = [f"{weight}", f"{len(runs[name])}"]
-        for field, form in (("scores", FORMATS["%"]), ("nats", "{:.2f}".format)):
-            row += [form(mean_of(texts_of(runs[name], n, field))) for n in lengths]
+        row += [f"{100 * mean_of(texts_of(runs[name], n)):.0f}" for n in lengths]
+        row += [f"{mean_of(texts_of(runs[name], n, 'nats')):.2f}" for n in lengths]
         rows.append(row)
     columns = [f"{what} at {n:,}" for what in ("found, %,", "nats") for n in lengths]
     return table(["merge weight", "seeds", *columns], rows)
@@ -217,6 +144,17 @@ def plan_table() -> str:
     header = ["39,424 tokens", "GPU, GB", "host, GB", "disk, GB", "hours: probe, analysis, extend"]
     return table([*header, "hours: replay (68M tokens)", "hours: all, with merge and saves"], rows)
 
+
+REGIONS = {
+    "main": main_table,
+    "toy": lambda: needle_table(TOY),
+    "windows": windows_table,
+    "study": lambda: study_table(STUDY),
+    "real study": lambda: study_table(REAL_STUDY),
+    "real": lambda: needle_table(*REAL),
+    "merge": merge_table,
+    "plan": plan_table,
+}
 
 # ---- facts -------------------------------------------------------------------------------------
 
@@ -246,40 +184,58 @@ def fact(name: str) -> str:
     return FORMATS[how](value) if how in FORMATS else format(value, how)
 
 
+def verdict(lead: dict) -> str:
+    """Where LongRecipe is, compared with another row: "above" only if it is so with every seed of
+    the training, and there are two or more. One word for FACT: its spaces do not break.
+
+    >>> verdict({"verdict": "above", "by_seed": [0.5, 0.25]})
+    'above'
+    >>> verdict({"verdict": "above", "by_seed": [0.5, -0.25]})
+    'not&nbsp;told&nbsp;apart&nbsp;from'
+    """
+    sure = len(lead["by_seed"]) > 1 and min(lead["by_seed"]) > 0
+    if lead["verdict"] == "below" or (lead["verdict"] == "above" and sure):
+        return lead["verdict"]
+    return "not told apart from".replace(" ", "&nbsp;")
+
+
+def overlap(a: dict, b: dict) -> str:
+    (a_low, a_high), (b_low, b_high) = a["interval_95"], b["interval_95"]
+    return "overlap" if a_low <= b_high and b_low <= a_high else "differ"
+
+
 @functools.cache
 def facts() -> dict[str, str]:
     """The facts that are worked out from more than one place of a result."""
-    leads = {name: STUDY.lead_over(name) for name in STUDY.shown()}
-    known = {f"study verdict {name}": verdict(e) for name, e in leads.items() if e}
-    runs, target = STUDY.read()["runs"], STUDY.lengths[1]
+    known, runs = {"toy judging": FORMATS["minutes"](judging_seconds())}, STUDY.read()["runs"]
     for name in STUDY.shown():
-        known[f"study found {name}"] = FORMATS["%"](mean_of(texts_of(runs[name], target)))
-    first = read("first_run.json")["results"]
+        known[f"study found {name}"] = FORMATS["%"](mean_of(texts_of(runs[name], STUDY.target)))
+        if lead := STUDY.lead_over(name):
+            known[f"study verdict {name}"] = verdict(lead)
     boards = {
-        "first": (entries_of(first), 32_768),
-        "toy": (entries_of(read(TOY)), 131_072),
-        "real": (entries_of(*map(read, REAL)), 16_384),
+        "first": (32_768, read("first_run.json")["results"]),
+        "toy": (131_072, read(TOY)),
+        "real": (16_384, *map(read, REAL)),
     }
-    for name, (entries, target) in boards.items():
+    for name, (target, *found) in boards.items():
+        entries = entries_of(*found)
         ours = entries["LongRecipe", False, target]
         known[f"{name} n"] = str(ours["n"])
-        for row in (row for row in ROWS if (row, False, target) in entries):
-            e = entries[row, False, target]
-            known[f"{name} {row}"] = FORMATS["%"](e["mean"])
-            known[f"{name} verdict {row}"] = overlap(e, ours)
-    return known | {"toy judging": FORMATS["minutes"](judging_seconds())}
+        for (row, loss, length), e in entries.items():
+            if not loss and length == target:
+                known[f"{name} {row}"] = FORMATS["%"](e["mean"])
+                known[f"{name} verdict {row}"] = overlap(e, ours)
+    return known
 
 
 def judging_seconds() -> float:
     """What eval_needle.py's defaults take for the toy at 131,072 tokens: the lengths and texts of
     today at the recorded seconds a text (the record has more of both)."""
     rows, taken = rows_of(read(TOY)["models"]), collections.defaultdict(list)
-    for line in (RESULTS / "tiny_128k/needle.jsonl").read_text().splitlines():
-        r = json.loads(line)
+    for r in read_lines(RESULTS / "tiny_128k/needle.jsonl"):
         if r["task"] == "multiquery" and r["model"] in rows:
             taken[rows[r["model"]], r["length"]].append(r["seconds"])
-    needle = json.loads((ROOT / "assets/tiny/needle.json").read_text())
-    total = 0.0
+    needle, total = read_json(ROOT / "assets/tiny/needle.json"), 0.0
     for row in ("original", "untrained", "LongRecipe"):
         for length in default_lengths([8192, 131_072]):
             texts = needle["n_beyond" if row == "original" and length > 8192 else "n"]
@@ -289,16 +245,6 @@ def judging_seconds() -> float:
 
 # ---- writing -----------------------------------------------------------------------------------
 
-REGIONS = {
-    "main": main_table,
-    "toy": lambda: needle_table(TOY),
-    "windows": windows_table,
-    "study": lambda: study_table(STUDY),
-    "real study": lambda: study_table(REAL_STUDY),
-    "real": lambda: needle_table(*REAL),
-    "merge": merge_table,
-    "plan": plan_table,
-}
 REGION = re.compile(r"(<!-- begin (.*?) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 FACT = re.compile(r"([^\s(|>*]+)<!--(?! )(.*?)-->")
 

@@ -1,6 +1,6 @@
 """Make assets/tiny: a Llama of 1.2 M parameters, window 8,192, trained from random weights.
 
-    python studies/make_tiny.py --out assets/tiny      # resumable: the same command goes on
+    python studies/make_tiny.py --out assets/tiny
 
 What it learns: to predict Python source, and to recall the second word of a pair up to 8,192
 tokens back, given the first. A tiny model does not find that by itself, so its lessons grow:
@@ -17,10 +17,8 @@ those of the model there.
 """
 
 import argparse
-import json
-import math
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,7 +32,6 @@ from support.data import toy
 from support.data.sources import standard_library_sources
 from support.data.toy import Weaver, insert, integer, pick
 from support.system.console import log, progress, provenance
-from support.system.whole_files import write_atomically
 
 CONFIG = LlamaConfig(
     vocab_size=2048,
@@ -88,13 +85,9 @@ def make_tokenizer(folder: Path, documents: list[str]) -> None:
 def copy_sample(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random pieces in which a block comes twice, at a random distance (a fixed one would teach
     "n tokens back" instead) -> (ids, scored), each (tokens,)."""
-
-    def integer(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (1,), generator=generator))
-
-    size = integer(12, tokens // 2)
-    gap = integer(0, tokens - 2 * size)
-    first = integer(0, tokens - 2 * size - gap)
+    size = 12 + integer(tokens // 2 - 11, generator)
+    gap = integer(tokens - 2 * size + 1, generator)
+    first = integer(tokens - 2 * size - gap + 1, generator)
     second = first + size + gap
     ids = torch.randint(CONFIG.vocab_size, (tokens,), generator=generator)
     ids[second : second + size] = ids[first : first + size]
@@ -114,14 +107,7 @@ class LessonWeaver(Weaver):
         self.other = self.pieces[~torch.isin(self.pieces, held_out)]
 
     def weave(
-        self,
-        draw: Callable[[int], Tensor],
-        tokens: int,
-        pairs: int,
-        generator: torch.Generator,
-        *,
-        any_piece: float = 0.0,
-        blocks: int = 0,
+        self, draw, tokens: int, pairs: int, generator, *, any_piece: float = 0.0, blocks: int = 0
     ) -> tuple[Tensor, Tensor]:
         """(ids (tokens,), role (tokens,)): `pairs` pair sentences at random places of the text
         draw(n) -> (n,) and a question for each at the end.
@@ -130,11 +116,10 @@ class LessonWeaver(Weaver):
         blocks: runs of random pieces that occur twice. SCORED are the second word of a question
         and the repeated pieces: what can be known from far before."""
         words = pairs - int(any_piece * pairs)
-        keys = torch.cat(
-            (pick(self.keys, words, generator), pick(self.other, pairs - words, generator))
-        )
+        keys = [pick(self.keys, words, generator), pick(self.other, pairs - words, generator)]
         chosen = torch.randint(len(self.values), (words,), generator=generator)
-        values = torch.cat((self.values[chosen], pick(self.other, pairs - words, generator)))
+        values = [self.values[chosen], pick(self.other, pairs - words, generator)]
+        keys, values = torch.cat(keys), torch.cat(values)
         woven: list[tuple[float, Tensor, int]] = []  # place in 0..1, ids, SCORED ones at their end
         for pair in torch.stack((keys, values), dim=1):
             # subtle: the recorded model's order of random numbers, from when a pair could have
@@ -197,70 +182,44 @@ def loss_of(model: Llama, ids, positions, scored, plain) -> tuple[Tensor, dict]:
     return total, parts
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--out", type=Path, default=Path("runs/tiny"))
-    p.add_argument("--work", type=Path, default=Path("runs/tiny_work"), help="state to resume from")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a quick try")
-    args = p.parse_args()
-    started = time.time()
-    args.work.mkdir(parents=True, exist_ok=True)
-    documents = standard_library_sources()
-    if not (args.work / "tokenizer.json").exists():
-        make_tokenizer(args.work, documents)
-    tokenizer = load_tokenizer(args.work)
-    text = torch.tensor([i for d in documents for i in tokenizer.encode(d)])
-    weaver = LessonWeaver(tokenizer)
-    log(f"{len(text):,} tokens of Python source")
-
-    torch.manual_seed(args.seed)
-    model = Llama(CONFIG)
+def train_lessons(model: Llama, text: Tensor, weaver: LessonWeaver, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    state_file, done, seconds = args.work / "state.pt", 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done, seconds = state["done"], state["seconds"]
-    metrics = args.work / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    whole = (line for line in lines if line.endswith("\n"))  # a kill may have cut the last one
-    kept = [line for line in whole if json.loads(line)["step"] <= done]  # not those after the save
-    write_atomically(metrics, "".join(kept))
-    number = 0
-    for lesson, (name, (*_, steps, lr)) in enumerate(LESSONS.items()):
-        steps = math.ceil(steps * args.scale)
+    number = 0  # of the step, over all lessons
+    for name, (*_, steps, lr) in LESSONS.items():
         bar = progress(range(steps), name, unit="step")
         for step in bar:
             number += 1
-            if number <= done:
-                continue
-            began = time.monotonic()
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + number)
-            batch = make_batch(name, text, weaver, generator)
-            loss, parts = loss_of(model, *batch)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            loss, parts = loss_of(model, *make_batch(name, text, weaver, generator))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            last = lesson + 1 == len(LESSONS)
-            rate = lr * min(1.0, (step + 1) / 50) * (max(0.02, 1 - step / steps) if last else 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = lr * min(1.0, (step + 1) / 50)
+            if name == "8192":  # the last lesson
+                rate *= max(0.02, 1 - step / steps)
+            optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
-            seconds += time.monotonic() - began
             bar.set_postfix(parts, refresh=False)
-            row = {"lesson": name, "step": number, "seconds": round(seconds, 1)}
-            row |= {k: round(v, 4) for k, v in parts.items()}
-            with open(metrics, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            if number % 100 == 0 or step + 1 == steps:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save(state | {"done": number, "seconds": seconds}, args.work / "new.pt")
-                (args.work / "new.pt").replace(state_file)
-    save_pretrained(model.to(torch.bfloat16), args.out, tokenizer_from=args.work)
+        log(f"{name}: {parts}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--out", type=Path, default=Path("runs/tiny"))
+    p.add_argument("--seed", type=int, default=0)
+    args, started = p.parse_args(), time.time()
+    documents = standard_library_sources()
+    with tempfile.TemporaryDirectory() as folder:
+        make_tokenizer(Path(folder), documents)
+        tokenizer = load_tokenizer(folder)
+        text = torch.tensor([i for d in documents for i in tokenizer.encode(d)])
+        log(f"{len(text):,} tokens of Python source")
+        torch.manual_seed(args.seed)
+        model, begun = Llama(CONFIG), time.time()
+        train_lessons(model, text, LessonWeaver(tokenizer), args.seed)
+        record = {"seed": args.seed, "training_seconds": round(time.time() - begun)}
+        save_pretrained(model.to(torch.bfloat16), args.out, tokenizer_from=folder)
     write_json(args.out / "needle.json", toy.needle(), indent=2)
-    record = {"seed": args.seed, "scale": args.scale, "training_seconds": round(seconds)}
     record |= {"lessons": LESSONS, "text_tokens": len(text), **provenance(started)}
     write_json(args.out / "training.json", record, indent=2)
 

@@ -15,43 +15,34 @@ file that holds them is older than our words).
 of longrecipe with seed 0: two runs of train.py and an evaluation, minutes on two cores.
 """
 
-import argparse
 import functools
 import os
 from pathlib import Path
 
 import torch
 from common import (
-    OF_RUN,
     RESULTS,
     ROOT,
+    WINDOW,
+    Study,
     Table,
-    check_rows,
-    file_name,
-    make_rows,
-    measured,
-    read_json,
+    parser,
     read_lines,
     recipe_in,
     resolved,
-    retheta,
     run,
-    same_recipe,
     settings_of,
-    train_into,
 )
 
 import train
 from model import load_tokenizer
-from recipe import METHODS, merge, ntk_rope_base, train_length
+from recipe import METHODS, merge, train_length
 from support.data.sources import load_toy_text
 from support.data.toy import ToyCorpus, answerable
-from support.huggingface.config import yarn_scaling
 from support.runs.analysis import read_impactful
 from support.system.console import report_errors
 
-RUNS = Path("runs/tiny_study")
-ORIGINAL, WINDOW, THETA = "assets/tiny", 8192, 10_000.0
+ORIGINAL = "assets/tiny"
 OTHERS = {m: f"--method {m} {{same}}" for m in METHODS if m not in ("longrecipe", "full")}
 # Theta is the original's x T* / L0 where nothing else is said. With the paper's (x 14 at four times
 # the window) the tiny model finds nearly everything untrained, so nothing could be told apart.
@@ -79,116 +70,70 @@ SETTINGS = {
     "untrained with yarn": None,
     "yarn": "--rope yarn {same}",
     "untrained, paper's base": None,
-    "longrecipe, paper's base": "--rope_base {paper}",
-    **{
-        f"{name}, paper's base": f"--method {name} {{same}} --rope_base {{paper}}"
-        for name in OTHERS
-    },
+    "longrecipe, paper's base": "",
+    **{f"{name}, paper's base": flags for name, flags in OTHERS.items()},
     "untrained with yarn, paper's base": None,
-    "yarn, paper's base": "--rope yarn {same} --rope_base {paper}",
+    "yarn, paper's base": "--rope yarn {same}",
     "untrained, old base": None,
-    "longrecipe, old base": "--rope_base {old}",
+    "longrecipe, old base": "",
 }
 
 
 def table_of(target: int) -> Table:
-    return Table(RESULTS / f"tiny_study_{target}.json", (WINDOW, target), list(SETTINGS))
+    return Table(RESULTS / f"tiny_study_{target}.json", target, list(SETTINGS))
 
 
-# ---- a row's flags and its model ----
+class TinyStudy(Study):
+    def same_tokens(self, flags: str, steps: int) -> int:
+        """Number of steps that make as many tokens as `steps` of 30 % of the target."""
+        words, usual = flags.split(), train_length(self.args.target)
+        length = self.args.target if "full" in words else usual
+        if "--train_len" in words:
+            length = int(words[words.index("--train_len") + 1])
+        return max(2, round(steps * usual / length))
 
+    def flags_of(self, name: str, seed: int) -> str | None:
+        if SETTINGS[name] is None:
+            return None
+        target, steps = self.args.target, self.args.steps
+        short = f"--target_len {target} --steps {steps}".split()
+        flags = SETTINGS[name].format(
+            same=f"--impactful {self.types_of(name, seed)}"
+            f" --probe_steps {resolved(short)[0].probe_steps}",
+            tenth=target // 1280 * 128,
+            more=2 * train_length(target),
+            window=WINDOW,
+        )
+        flags += f" --rope_base {self.theta_of(name)} --steps {self.same_tokens(flags, steps)}"
+        samples = self.same_tokens(flags, 2)  # in the analysis: as many tokens
+        flags += f" --analysis_samples {samples} --seed {seed}"
+        flags += " --keep_stages" * (name == "longrecipe")  # for the rows that merge it otherwise
+        return f"--target_len {target} {flags}"
 
-def same_tokens(flags: str, target: int, steps: int) -> int:
-    """Number of steps that make as many tokens as `steps` of 30 % of the target."""
-    words, length = flags.split(), train_length(target)
-    if "full" in words:
-        length = target
-    if "--train_len" in words:
-        length = int(words[words.index("--train_len") + 1])
-    return max(2, round(steps * train_length(target) / length))
+    def make_model(self, name: str, seed: int) -> dict:
+        """A row with another weight of the merge takes longrecipe's training."""
+        flags = self.flags_of(name, seed)
+        if "--merge_weight" not in (flags or ""):
+            return super().make_model(name, seed)
+        made, recipe = super().make_model("longrecipe", seed), recipe_in(settings_of(flags))
+        trained = self.folder("longrecipe", seed) / "replayed"
+        merge(ORIGINAL, trained, self.folder(name, seed), recipe["merge_weight"])
+        del made["impactful"]
+        return made | {"flags": flags, "recipe": recipe}
 
+    def judge(self, name: str, seed: int) -> list[dict]:
+        out = self.folder(name, seed)
+        common = f"--model {out} --compare --n {self.args.texts} --seed {seed}"
+        run(f"eval_needle.py {common} --lengths {WINDOW} --loss")
+        run(f"eval_needle.py {common} --lengths {self.args.target}")
+        return read_lines(out / "needle.jsonl")
 
-def folder(name: str, seed: int, args) -> Path:
-    return RUNS / str(args.target) / file_name(name, seed)
-
-
-def theta_of(name: str, target: int) -> float:
-    """The theta of a row whose flags do not name it."""
-    if "paper" in name:
-        return ntk_rope_base(THETA, 64, WINDOW, target)
-    stays = "yarn" in name or "old base" in name.partition(",")[2]
-    return THETA if stays else THETA * target / WINDOW
-
-
-def flags_of(name: str, seed: int, args) -> str:
-    """All flags that train.py is given for a row, but for --out and --resume."""
-    short = f"--target_len {args.target} --steps {args.steps}"
-    flags = SETTINGS[name].format(
-        same=f"--impactful {types_of(name, seed, args)}"
-        f" --probe_steps {settings_of(short)['probe_steps']}",
-        tenth=args.target // 1280 * 128,
-        more=2 * train_length(args.target),
-        window=WINDOW,
-        paper=theta_of("paper's base", args.target),
-        old=THETA,
-    )
-    flags += "" if "--rope_base" in flags else f" --rope_base {theta_of(name, args.target)}"
-    steps = same_tokens(flags, args.target, args.steps)
-    samples = max(2, same_tokens(flags, args.target, 2))  # in the analysis: as many tokens
-    more = f"--steps {steps} --analysis_samples {samples} --seed {seed}"
-    more += " --keep_stages" * (name == "longrecipe")  # for the rows that merge it otherwise
-    return f"--target_len {args.target} {flags} {more}"
-
-
-def types_of(name: str, seed: int, args) -> Path:
-    """The analysis that a row with {same} takes."""
-    return folder(Table.reference(name), seed, args) / "impactful.json"
-
-
-def make_model(name: str, seed: int, args) -> dict:
-    """Train the model of one row (or only change its theta); the flags and what that took."""
-    out = folder(name, seed, args)
-    if SETTINGS[name] is None:
-        theta, yarn = theta_of(name, args.target), "yarn" in name
-        scaling = yarn_scaling(WINDOW, args.target) if yarn else None
-        retheta(ORIGINAL, out, theta, args.target, scaling)
-        return {"flags": f"--rope_base {theta}{' --rope yarn' * yarn}", "seconds": 0}
-    flags = flags_of(name, seed, args)
-    if "--impactful" in flags and not types_of(name, seed, args).is_file():
-        make_model(Table.reference(name), seed, args)  # the run left this machine
-    if "--merge_weight" in flags:  # longrecipe's training: only the last stage is another
-        trained, recipe = folder("longrecipe", seed, args), recipe_in(settings_of(flags))
-        if not (trained / "replayed").is_dir():
-            make_model("longrecipe", seed, args)
-        merge(ORIGINAL, trained / "replayed", out, recipe["merge_weight"])
-        made = read_json(trained / "run.json")
-    else:
-        made = train_into(out, flags)
-        recipe = recipe_in(made["settings"])
-    return {"flags": flags, "recipe": recipe, **{k: made[k] for k in OF_RUN}}
-
-
-# ---- what is measured of it ----
-
-
-def is_done(row: dict, name: str, seed: int, args) -> bool:
-    """Rows of an older version, without nats, are complete; they get them when made again."""
-    if row.get("haystacks") != args.n or (args.again and "nats" not in row):
-        return False
-    return SETTINGS[name] is None or same_recipe(row["recipe"], flags_of(name, seed, args))
-
-
-def measure(name: str, seed: int, args) -> dict:
-    out, record = folder(name, seed, args), make_model(name, seed, args)
-    judge = f"eval_needle.py --model {out} --compare --n {args.n} --seed {seed} --lengths"
-    run(f"{judge} {WINDOW} --loss")
-    run(f"{judge} {args.target}")
-    results = read_lines(out / "needle.jsonl")
-    if SETTINGS[name] is not None:
-        merged = "merge_weight" in record["flags"]
-        record |= selected(folder("longrecipe", seed, args) if merged else out)
-    losses = [r["score"] for r in results if r["task"] == "loss" and r["length"] == WINDOW]
-    return record | {"haystacks": args.n, **measured(results), "losses": losses}
+    def measure(self, name: str, seed: int) -> dict:
+        row = super().measure(name, seed)
+        if "recipe" in row:
+            merged = "--merge_weight" in row["flags"]
+            row |= selected(self.folder("longrecipe" if merged else name, seed))
+        return row
 
 
 @functools.cache
@@ -220,29 +165,21 @@ def selected(out: Path, samples: int = 8) -> dict:
 
 
 def main(argv=None) -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--target", type=int, default=32_768, help="window to reach, tokens")
+    p = parser(__doc__, target=32_768, seeds=[0, 1, 2])
     p.add_argument("--steps", type=int, default=40, help="optimizer steps of 30 %% of the target")
-    p.add_argument("--n", type=int, default=8, help="texts a length, 8 questions each")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--only", nargs="+", metavar="ROW", help="rows to run")
-    p.add_argument("--again", action="store_true", help="also rows that have no nats yet")
-    p.add_argument("--report", action="store_true", help="run nothing")
+    p.add_argument(
+        "--n", type=int, default=8, dest="texts", help="texts a length, each with 8 questions"
+    )
     p.add_argument("--score", metavar="METHOD", help="one row with seed 0, and the board")
     with report_errors():
         args = p.parse_args(argv)
         os.chdir(ROOT)
-        names, seeds = args.only or list(SETTINGS), args.seeds
+        args.model, args.out = ORIGINAL, Path("runs/tiny_study") / str(args.target)
         if args.score:
-            names, seeds = [args.score], [0]
-        check_rows(names, SETTINGS)
-        table, title = table_of(args.target), f"tokens of {args.steps} steps"
-        rows = [(name, seed) for seed in seeds for name in names]
-        if not args.report:
-            about = {"target": args.target, "steps": args.steps, "haystacks": args.n}
-            make_rows(table, rows, is_done, measure, args, title, **about)
-        table.report(table.best_first(table.read()["runs"]) if args.score else None)
-        table.draw(title)
+            args.only, args.seeds = [args.score], [0]
+        about = {"target": args.target, "steps": args.steps, "haystacks": args.texts}
+        study = TinyStudy(args, table_of(args.target))
+        study.main(f"tokens of {args.steps} steps", **about)
 
 
 if __name__ == "__main__":

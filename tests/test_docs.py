@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import functools
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import mutate
 import pytest
 import readme_runs
-from common import settings_of
+from common import read_json, recipe_in, same_recipe
 from fresh_copy import environment, fresh_copy
 from make_docs import FACT, PAGES, REGION, REGIONS, RESULTS, ROOT, fact, render
 
@@ -20,10 +19,6 @@ import train
 TEXT = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 ALL = "\n".join(TEXT.values())
 SOURCES = [*ROOT.glob("*.py"), *sorted((ROOT / "support").rglob("*.py"))]
-
-
-def tags(text: str) -> set[str]:
-    return set(re.findall(r"\[(E\d+)\]", text))
 
 
 @functools.cache
@@ -76,11 +71,8 @@ def test_measurements_are_facts_or_in_regions(page):
 
 @pytest.mark.parametrize("name", ["tiny_128k", "tiny_64k", "tiny_16k"])
 def test_the_toys_kept_runs_have_the_settings_that_the_commands_have_now(name):
-    kept = json.loads((RESULTS / name / "run.json").read_text())["settings"]
-    machines = ("model", "optimizer", "keep_attention", "offload_inputs")  # chosen for a machine
-    now = settings_of(f"--target_len {kept['target_len']}")
-    both = {k: v for k, v in now.items() if k in kept and k not in machines}
-    assert both == {k: kept[k] for k in both} and len(both) > 25
+    kept = read_json(RESULTS / name / "run.json")["settings"]
+    assert same_recipe(kept, f"--target_len {kept['target_len']}") and len(recipe_in(kept)) > 20
 
 
 @pytest.mark.parametrize(
@@ -88,61 +80,40 @@ def test_the_toys_kept_runs_have_the_settings_that_the_commands_have_now(name):
 )
 def test_a_kept_run_was_measured_with_the_commands_shown(name, page):
     shown = [line for block, lines in shell_blocks().items() if page in block for line in lines]
-    measured = json.loads((RESULTS / f"{name}_run.json").read_text())
-    for part, command in readme_runs.SETS[name].items():
+    measured = read_json(RESULTS / f"{name}_run.json")
+    for part, (_, command) in readme_runs.SETS[name].items():
         assert measured[part]["command"] == command
         if part in ("train", "eval"):
             assert f"python {command}" in [" ".join(line.split()) for line in shown]
-
-
-def test_the_table_of_smollm2_rests_on_the_committed_rows():
-    rows = [json.loads(line) for line in (RESULTS / "smollm2_16k/needle.jsonl").open()]
-    summary = json.loads((RESULTS / "smollm2_16k/rows/needle_results.json").read_text())
-    for e in (e for e in summary["table"] if e["task"] == "niah_single"):
-        same = [r for r in rows if all(r[k] == e[k] for k in ("model", "task", "length"))]
-        assert len(same) == e["n"] and sum(r["score"] for r in same) / e["n"] == e["mean"]
 
 
 # ---- formulas ----------------------------------------------------------------------------------
 
 
 def test_equations_are_in_code_page_and_tests():
-    code, tests = (
-        tags("".join(path.read_text() for path in paths))
-        for paths in (SOURCES, (ROOT / "tests").glob("test_*.py"))
-    )
-    page = tags(TEXT["docs/equations.md"])
-    assert code == page == tests and len(code) > 20
-
-
-def test_every_row_of_the_equation_table_names_code_and_a_test_that_exist():
-    """The function holds the tag, and so does each test named."""
-    row = r"^\| \[(E\d+)\].*\| `([\w/]+\.py):(\w+)` \| (`.*`) \|$"
-    rows = re.findall(row, TEXT["docs/equations.md"], re.MULTILINE)
-    assert [tag for tag, *_ in rows] == list(mutate.MUTANTS)
-    for tag, file, function, named in rows:
-        assert f"[{tag}]" in functions(ROOT / file)[function], (tag, function)
-        for test_file, test in re.findall(r"`(\w+\.py)::(\w+)`", named):
-            assert f"[{tag}]" in functions(ROOT / "tests" / test_file)[test], (tag, test)
-        assert mutate.named_tests()[tag]
+    """The function that the page names holds the tag, and so does each test."""
+    page = mutate.equations()
+    for paths in (SOURCES, (ROOT / "tests").glob("test_*.py"), [ROOT / "docs/equations.md"]):
+        text = "".join(path.read_text() for path in paths)
+        assert set(re.findall(r"\[(E\d+)\]", text)) == set(page) and len(page) > 20
+    for tag, (file, function, tests) in page.items():
+        for path, name in [(file, function), *(test.split("::") for test in tests)]:
+            assert tests and f"[{tag}]" in functions(ROOT / path)[name], (tag, name)
 
 
 def test_each_formula_has_mutants_that_a_test_kills():
     """Cheaply, from the kept table: it is of the present list and of the present lines, which are
     in functions that hold the tag. A line that changes asks for `python studies/mutate.py`."""
-    kept = json.loads(mutate.TABLE.read_text())["mutants"]
-    listed = [
-        (tag, right, wrong, mutate.line_of(file, right))
-        for tag, (file, *pairs) in mutate.MUTANTS.items()
-        for right, wrong in pairs
-    ]
+    kept, page = read_json(mutate.TABLE)["mutants"], mutate.equations()
+    listed = [(*mutant, mutate.line_of(page[mutant[0]][0], mutant[1])) for mutant in mutate.MUTANTS]
     fields = ("tag", "right", "wrong", "line")  # not the file: it may have moved since
     assert [tuple(row[k] for k in fields) for row in kept] == listed, "run python studies/mutate.py"
     assert all(row["killed_by"] for row in kept)
-    for tag, (file, *pairs) in mutate.MUTANTS.items():
-        tagged = "".join(body for body in functions(ROOT / file).values() if f"[{tag}]" in body)
-        assert len(pairs) >= 2 and all(right != wrong for right, wrong in pairs)
-        assert all(right in tagged for right, _ in pairs), tag
+    of_tag = [tag for tag, _, _ in mutate.MUTANTS]
+    assert list(dict.fromkeys(of_tag)) == list(page) and min(map(of_tag.count, page)) >= 2
+    for tag, right, wrong in mutate.MUTANTS:
+        bodies = functions(ROOT / page[tag][0]).values()
+        assert any(f"[{tag}]" in body and right in body for body in bodies) and right != wrong, tag
 
 
 # ---- commands ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import signal
 from collections import Counter
 
 import pytest
@@ -15,21 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_needle
-from eval_needle import (
-    TASKS,
-    Haystack,
-    SharedPrefix,
-    common_prefix,
-    make_sample,
-    score,
-    text_loss,
-)
+from eval_needle import TASKS, Haystack, SharedPrefix, common_prefix, make_sample, score, text_loss
 from model import BadInput, LlamaConfig, generate, load_pretrained, load_tokenizer, save_pretrained
 from support.huggingface.config import yarn_scaling
 from support.memory.count import forward_flops, training_flops
 from support.needles.cost import kv_cache_bytes
 from support.needles.figures import draw_curves, draw_heatmap
-from support.needles.haystack import Hidden, load_haystack
+from support.needles.haystack import Hidden, listed, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.results import KEY, Results
 from support.needles.summary import gain, gains, summarise, versus
@@ -46,69 +39,125 @@ def real_haystack(smollm2_dir, essays_dir):
     return Haystack(text, load_tokenizer(smollm2_dir))
 
 
+def text_of(stack, sample) -> str:
+    return stack.tokenizer.decode(sample.ids.tolist())
+
+
 # ---- prompts -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def stacks(haystack, toy_dir, tmp_path_factory):
+    """Also a tokenizer that merges digits and adds a BOS, a text that repeats many times, and one
+    in other scripts."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    numbers = " ".join(f"is: {random.Random(i).randint(10**6, 10**7 - 1)}." for i in range(999))
+    write_tokenizer(folder, PROSE + numbers, 900, digits=False, add_bos_token=True)
+    merging, plain = load_tokenizer(folder), haystack.tokenizer
+    assert len(merging.encode(" 4821906")) < 7 and merging.adds_bos and not plain.adds_bos
+    scripts = "雪の日は静かです。春になれば花が咲く！ Très bien, «ça va». Ñandú 🐦 ok? Да. " * 40
+    short = Haystack("One essay. It is short, and it is all there is.", plain)
+    return [haystack, Haystack(PROSE, merging), short, Haystack(scripts, plain)]
+
+
 @given(
-    st.sampled_from(sorted(TASKS)),
+    st.integers(0, 3),
+    st.sampled_from([*sorted(TASKS), "uuids"]),
     st.integers(700, 30_000),
     st.sampled_from([0.0, 0.333, 0.5, 1.0]),
     st.integers(0, 9),
 )
 @settings(max_examples=60, deadline=None)
-def test_prompts_are_exact(haystack, name, length, depth, seed):
+def test_prompts_are_exact(stacks, stack, name, length, depth, seed):
     """[E11] Prompt and answer budget are `length` tokens; also where the haystack has to repeat.
-    Keys and values are in their needles and nowhere else."""
-    task = TASKS[name]
+    Keys and values are in their needles and nowhere else, and a sentence ends before each needle.
+    Other depths share all but the place."""
+    stack = stacks[0 if name == "common_words" else stack]  # which takes many words, and tokens
     length = max(length, 6000) if name == "common_words" else length
-    sample = make_sample(task, haystack, length, depth, f"{seed}")
+    uuids = dataclasses.replace(TASKS["niah_single"], keys="uuids", values="uuids")
+    task = TASKS.get(name, uuids)
+    sample = make_sample(task, stack, length, depth, f"{seed}")
     assert len(sample.ids) + sample.answer_tokens == length
-    decode = haystack.tokenizer.decode
-    text, asked = decode(sample.ids.tolist()), task.asked(depth)
-    prompts = eval_needle.make_prompts(task, haystack, length, f"{seed}")
-    needles = [decode(ids).strip() for ids, _ in prompts.needles]
-    assert all(text.count(needle) == 1 for needle in needles)
-    assert text.endswith(decode(prompts.questions[asked]))
+    bos = (sample.ids == stack.tokenizer.bos_id).nonzero().flatten().tolist()
+    assert bos == [0] * stack.tokenizer.adds_bos
+    text, asked = text_of(stack, sample), task.asked(depth)
+    prompts = eval_needle.make_prompts(task, stack, length, f"{seed}")
+    assert text.endswith(stack.tokenizer.decode(prompts.questions[asked]))
+    needles = [stack.tokenizer.decode(ids).strip() for ids, _ in prompts.needles]
     assert len(sample.true_depths) == len(needles) == task.needles
+    for needle in needles:
+        before, _ = text.split(needle)
+        assert before.rstrip()[-1] in ".!?。！？»"
     for answer in sample.expected:
         inside = sum(needle.count(answer) for needle in needles)
         assert not needles or text.count(answer) == inside > 0
-    if not needles:
-        return
     if task.ask == "each":  # the needle of the part that holds `depth`
         part, n = min(int(depth * task.needles), task.needles - 1), task.needles
         assert part / n - 0.02 < sample.true_depth < (part + 1) / n or length < 3000
-        return
-    assert sample.true_depth <= depth
-    if depth == 0.0:
-        assert sample.true_depth == 0.0
-    if length > 3000:
-        assert depth - sample.true_depth < 0.02
+    elif needles:
+        assert sample.true_depth == 0.0 if depth == 0.0 else sample.true_depth <= depth
+        assert depth - sample.true_depth < (0.02 if length > 3000 else 0.25)
+        assert make_sample(task, stack, length, 0.7, f"{seed}").expected == sample.expected
+        assert make_sample(task, stack, length, depth, "else").expected != sample.expected
 
 
-def test_each_needle_is_asked_for_after_the_same_text(haystack):
-    task = dataclasses.replace(TASKS["needles_8"], needles=4)
-    depths = task.depths([0.0, 1.0])
-    assert depths == [0.125, 0.375, 0.625, 0.875]
-    samples = [make_sample(task, haystack, 4000, d, "s") for d in depths]
-    assert len({s.expected[0] for s in samples}) == 4
-    assert [s.true_depth for s in samples] == sorted({s.true_depth for s in samples})
-    texts = [haystack.tokenizer.decode(s.ids.tolist()) for s in samples]
-    for text, sample in zip(texts, samples, strict=True):
-        asked = text.rsplit(" is:", 1)[0].rsplit(" for ", 1)[1]
-        assert f"numbers for {asked} is: {sample.expected[0]}." in text
-    shared = min(common_prefix(samples[0].ids, s.ids) for s in samples[1:])
-    assert shared > 3800  # one prefill for all four
+NUMBER = r"One of the special magic numbers for ([\w -]+) is: (\d{7})\."
+ONE = (
+    "What is the special magic number for {0} that the text above mentions?"
+    " The special magic number for {0} is:"
+)
+ALL = (
+    "What are all the special magic numbers for {0} that the text mentions?"
+    " The special magic numbers for {0} are:"
+)
+BY_HAND = dict.fromkeys(("niah_single", "multikey", "multikey_hard", "needles_8"), (NUMBER, ONE))
+BY_HAND |= dict.fromkeys(("multivalue", "multiquery"), (NUMBER, ALL))
+BY_HAND["passkey"] = (
+    r"The (pass key) is (\d{7})\. Remember it: \2 is the pass key\.",
+    "What is the pass key that the text above mentions? The pass key is",
+)  # task -> (its needles: key, value; its question)
 
 
-def test_several_keys_are_asked_for_in_one_question(haystack):
-    texts = {}
-    for name in ("multiquery", "multivalue"):
-        sample = make_sample(TASKS[name], haystack, 2000, 0.5, "s")
-        assert len(set(sample.expected)) == 4 and len(sample.true_depths) == 4
-        texts[name] = haystack.tokenizer.decode(sample.ids.tolist()).rsplit("\n\n", 1)[1]
-    assert re.search(r"numbers for (\w+ ?\w+, ){3}and \w+ are:$", texts["multiquery"])
-    assert re.search(r"numbers for \w+ are:$", texts["multivalue"])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_what_is_hidden_and_asked_by_hand(name, haystack):
+    """The question, literally, holds the key of each answer; eight in turn come after one text."""
+    task, (needle, question) = TASKS[name], BY_HAND[name]
+    samples = [make_sample(task, haystack, 4000, depth, "s") for depth in task.depths([0.3])]
+    for sample in samples:
+        text = text_of(haystack, sample)
+        key_of = {value: key for key, value in re.findall(needle, text)}
+        assert len(key_of) == task.needles or name == "multikey_hard"
+        keys = list(dict.fromkeys(key_of[answer] for answer in sample.expected))
+        assert len(keys) == (4 if name == "multiquery" else 1)
+        assert len(set(sample.expected)) == (4 if task.ask == "all" else 1)
+        assert text.endswith("\n\n" + question.format(listed(keys)))
+    assert len({sample.expected[0] for sample in samples}) == len(samples)
+    assert [s.true_depth for s in samples] == sorted(s.true_depth for s in samples)
+    assert all(common_prefix(samples[0].ids, s.ids) > 3800 for s in samples)
+
+
+def test_a_chain_of_variables_is_in_order_and_all_of_it_is_asked_for(haystack):
+    """RULER's variable tracking, by hand: VAR A = 12345., VAR B = VAR A., ... in that order."""
+    sample = make_sample(TASKS["variable_tracking"], haystack, 1200, 0.3, "s")
+    text = text_of(haystack, sample)
+    names, values = zip(*re.findall(r"VAR ([A-Z]{5}) = (.*?)\.", text), strict=True)
+    assert list(names) == sample.expected and len(set(names)) == 5
+    assert list(values[1:]) == [f"VAR {name}" for name in names[:-1]]
+    assert values[0].isdecimal() and text.endswith(f"with the value {values[0]} are:")
+    assert sample.true_depths == sorted(sample.true_depths) and sample.true_depth <= 0.3
+
+
+@pytest.mark.parametrize("length", [6000, 20_000])
+def test_ten_words_are_common_and_all_others_are_not(haystack, length):
+    """RULER's common words extraction: in the numbered list each of the ten comes several times as
+    often as any other word."""
+    sample = make_sample(TASKS["common_words"], haystack, length, 0.5, "s")
+    counts = Counter(re.findall(r"\d+\. (\S+)", text_of(haystack, sample))).most_common()
+    assert {word for word, _ in counts[:10]} == set(sample.expected) and sample.true_depths == []
+    assert counts[9][1] >= 3 * counts[10][1] and counts[10][1] <= 3
+    assert length < 20_000 or 24 <= counts[9][1] <= 30
+    with pytest.raises(BadInput, match="--lengths 900 is too short for a list of common words"):
+        make_sample(TASKS["common_words"], haystack, 900, 0.5, "s")
 
 
 def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
@@ -118,8 +167,8 @@ def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
     task = dataclasses.replace(niah, keys=("Ada", "Bob", "Zoe"))  # Ada and Bob are in the story
     tea = dataclasses.replace(niah, values=("Cafe\u0301", "tea"))
     for seed in range(6):
-        ids = make_sample(task, story, 900, 0.5, f"{seed}").ids.tolist()
-        assert tokenizer.decode(ids).endswith("number for Zoe is:")
+        sample = make_sample(task, story, 900, 0.5, f"{seed}")
+        assert text_of(story, sample).endswith("number for Zoe is:")
         assert make_sample(tea, cafe, 700, 0.5, f"{seed}").expected == ["tea"]
     none_left = dataclasses.replace(task, keys=("Ada", "Bob"))
     with pytest.raises(BadInput, match="the haystack holds all but 0 of the needles' 1 words"):
@@ -129,54 +178,23 @@ def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
     assert make_sample(niah, spoiled, 600, 0.5, "s").expected != [number]
 
 
-def test_controls_leave_out_the_needles_or_all_but_the_needle(haystack):
+@pytest.mark.parametrize("name", TASKS.keys() - {"common_words"})
+def test_controls_leave_out_the_needles_or_all_but_the_needle(name, haystack):
     """Without needles a prompt is as long as with them; alone, what is asked for is in a short
     text, and what is not asked for is in none."""
-    for name in TASKS.keys() - {"common_words"}:
-        task = TASKS[name]
-        whole, without, alone = (
-            make_sample(task, haystack, 1500, 0.4, "s", control)
-            for control in (None, "no needles", "needle alone")
-        )
-        text, short = (haystack.tokenizer.decode(s.ids.tolist()) for s in (without, alone))
-        assert len(without.ids) == len(whole.ids) and without.expected == whole.expected
-        assert not any(answer in text for answer in without.expected), name
-        assert alone.expected == whole.expected and 256 < len(alone.ids) < 700
-        assert all(answer in short for answer in alone.expected), name
-        if task.ask == "each":
-            others = [make_sample(task, haystack, 1500, d, "s") for d in (0.1, 0.6)]
-            assert not any(s.expected[0] in short for s in others)
-
-
-def test_a_chain_of_variables_is_in_order_and_all_of_it_is_asked_for(haystack):
-    """RULER's variable tracking, by hand: VAR A = 12345., VAR B = VAR A., ... in that order."""
-    sample = make_sample(TASKS["variable_tracking"], haystack, 1200, 0.3, "s")
-    text = haystack.tokenizer.decode(sample.ids.tolist())
-    lines = re.findall(r"VAR ([A-Z]{5}) = (.*?)\.", text)
-    names = [name for name, _ in lines]
-    assert names == sample.expected and len(set(names)) == 5
-    assert [value for _, value in lines[1:]] == [f"VAR {name}" for name in names[:-1]]
-    assert lines[0][1].isdecimal() and text.endswith(f"with the value {lines[0][1]} are:")
-    assert sample.true_depths == sorted(sample.true_depths) and sample.true_depth <= 0.3
-    assert score(sample.expected, f"{names[0].lower()} and {names[3]}") == 0.4
-
-
-@pytest.mark.parametrize("length", [6000, 20_000])
-def test_ten_words_are_common_and_all_others_are_not(haystack, length):
-    """RULER's common words extraction: in the numbered list each of the ten comes several times as
-    often as any other word."""
-    sample = make_sample(TASKS["common_words"], haystack, length, 0.5, "s")
-    with pytest.raises(BadInput, match="--lengths 900 is too short for a list of common words"):
-        make_sample(TASKS["common_words"], haystack, 900, 0.5, "s")
-    text = haystack.tokenizer.decode(sample.ids.tolist())
-    counts = Counter(re.findall(r"\d+\. (\S+)", text))
-    ten = {word for word, _ in counts.most_common(10)}
-    assert ten == set(sample.expected) and len(sample.expected) == 10
-    others = [n for word, n in counts.items() if word not in ten]
-    assert min(counts[word] for word in ten) >= 3 * max(others) and max(others) <= 3
-    if length == 20_000:
-        assert 24 <= min(counts[word] for word in ten) <= 30
-    assert len(sample.ids) + sample.answer_tokens == length and sample.true_depths == []
+    task = TASKS[name]
+    whole, without, alone = (
+        make_sample(task, haystack, 1500, 0.4, "s", control)
+        for control in (None, "no needles", "needle alone")
+    )
+    text, short = (text_of(haystack, sample) for sample in (without, alone))
+    assert len(without.ids) == len(whole.ids) and 256 < len(alone.ids) < 700
+    assert whole.expected == without.expected == alone.expected
+    assert not any(answer in text for answer in whole.expected)
+    assert all(answer in short for answer in whole.expected)
+    if task.ask == "each":
+        others = [make_sample(task, haystack, 1500, d, "s") for d in (0.1, 0.6)]
+        assert not any(s.expected[0] in short for s in others)
 
 
 @pytest.mark.parametrize(("text", "at"), [("คำ ภาษา ไทย ", "spaces"), ("a line\n", "lines")])
@@ -199,71 +217,17 @@ def test_a_task_whose_answer_is_empty_is_refused(haystack):
         make_sample(task, haystack, 900, 0.5, "0")
 
 
-@pytest.mark.parametrize("case", ["digits merged", "one short essay", "not ASCII", "uuids"])
-def test_cases_nobody_tuned_for(case, toy_dir, tmp_path):
-    """Tokenizers that merge digits, a haystack that repeats hundreds of times, another script,
-    other words: prompts stay exact, and the needle is in the text once, after a sentence."""
-    text, task = PROSE, TASKS["niah_single"]
-    if case == "one short essay":
-        text = "One essay. It is short, and it is all there is."
-    if case == "not ASCII":
-        text = "雪の日は静かです。春になれば花が咲く！ Très bien, «ça va». Ñandú 🐦 ok? Да. " * 40
-    if case == "uuids":
-        task = dataclasses.replace(task, keys="uuids", values="uuids")
-    folder = toy_dir
-    if case == "digits merged":
-        numbers = " ".join(f"is: {random.Random(i).randint(10**6, 10**7 - 1)}." for i in range(999))
-        write_tokenizer(tmp_path, PROSE + numbers, 900, digits=False)
-        folder = tmp_path
-    stack = Haystack(text, load_tokenizer(folder))
-    for length, depth in ((701, 0.0), (997, 0.333), (1403, 1.0)):
-        sample = make_sample(task, stack, length, depth, f"{length}")
-        assert len(sample.ids) + sample.answer_tokens == length
-        prompt = stack.tokenizer.decode(sample.ids.tolist())
-        before, _, after = prompt.partition(f" is: {sample.expected[0]}.")
-        assert after and sample.expected[0] not in before + after
-        hay = before.rsplit("One of the", 1)[0].rstrip()
-        assert hay[-1] in ".!?。！？»" and 0 <= depth - sample.true_depth < 0.15
-    if case == "digits merged":
-        assert len(stack.tokenizer.encode(" 4821906")) < 7
-
-
-def test_needles_are_between_sentences_of_a_text_that_is_not_encoded_again(real_haystack):
-    """Seen in the decoded text: before each needle a sentence ends, after it text goes on. The
-    haystack's own tokens are in the prompt untouched, in order, around the needle."""
-    for seed in range(20):
-        sample = make_sample(TASKS["multikey"], real_haystack, 1500, 0.5, f"{seed}")
-        text = real_haystack.tokenizer.decode(sample.ids.tolist())
-        parts = text.split("One of the special magic numbers")
-        for before in parts[:-1]:
-            end = before.rstrip().rstrip(")\"'”’]")[-1:]
-            assert end in ".!?", before[-40:]
-        for after in parts[1:]:
-            assert after[after.index(".") + 1].isspace()
+def test_the_tokens_of_a_real_text_are_in_the_prompt_untouched_and_in_order(real_haystack):
+    """A text with hard-wrapped lines is not encoded again, and needles are after its sentences."""
     sample = make_sample(TASKS["niah_single"], real_haystack, 2048, 0.5, "x")
     hay = real_haystack.ids.unfold(0, 400, 1)
     for begin in (100, 1200):
         assert (hay == sample.ids[begin : begin + 400]).all(dim=1).any()
-
-
-def test_the_depths_of_a_text_share_everything_else(haystack):
-    a, b = (
-        make_sample(TASKS["multikey"], haystack, 900, d, "0/multikey/900/0") for d in (0.2, 0.9)
-    )
-    assert a.expected == b.expected and len(a.ids) == len(b.ids)
-    c = make_sample(TASKS["multikey"], haystack, 900, 0.2, "0/multikey/900/1")
-    assert c.expected != a.expected
-    again = make_sample(TASKS["multikey"], haystack, 900, 0.2, "0/multikey/900/0")
-    assert torch.equal(again.ids, a.ids)
-
-
-def test_a_bos_comes_once_and_only_if_the_tokenizer_adds_one(haystack, toy_dir, tmp_path):
-    write_tokenizer(tmp_path, PROSE, 400, add_bos_token=True)
-    with_bos = Haystack(PROSE, load_tokenizer(tmp_path))
-    for stack, expected in ((haystack, 0), (with_bos, 1)):
-        ids = make_sample(TASKS["niah_single"], stack, 700, 0.5, "0").ids
-        bos = stack.tokenizer.bos_id
-        assert int((ids == bos).sum()) == expected and (ids[0] == bos) == bool(expected)
+    for seed in range(5):
+        sample = make_sample(TASKS["multikey"], real_haystack, 1500, 0.5, f"{seed}")
+        first, *others = text_of(real_haystack, sample).split("One of the special magic numbers")
+        for before in (first, *others[:-1]):
+            assert before.rstrip().rstrip(")\"'”’]")[-1:] in ".!?", before[-40:]
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -282,22 +246,80 @@ def test_wilson_by_hand():
     assert [round(x, 3) for x in wilson(0, 10)] == [0.0, 0.278]
 
 
+def result_of(model="m", repeat=0, score=0.0, nats=-1.0, answers=1, **more) -> dict:
+    """A line of needle.jsonl, made by hand."""
+    row = {"model": model, "repeat": repeat, "score": score, "answer_logprob": nats}
+    expected = [f"{repeat}{i}" for i in range(answers)]
+    return {"task": "t", "length": 9, "depth": 0, "prompt": "p", "expected": expected} | row | more
+
+
 def test_multiquery_interval_draws_whole_haystacks():
     """[E22] Two haystacks, one all right and one all wrong: resampling gives 0, 1/2 or 1, while
     Wilson on the 16 answers, taken for independent, would be far too sure."""
-    row = {"model": "m", "length": 100, "task": "multiquery"}
-    rows = [row | {"repeat": r, "score": float(r)} for r in (0, 1)] * 8
-    assert summarise(rows)[0]["interval_95"] == [0.0, 1.0] and wilson(8, 16)[0] > 0.2
-    agree = [r | {"score": 1.0} for r in rows]  # two haystacks that agree prove little
-    assert summarise(agree)[0]["interval_95"] == [round(x, 3) for x in wilson(16, 16)]
-    assert summarise(rows)[0]["texts"] == 2 and summarise(rows)[0]["n"] == 16
-    one = [r | {"repeat": 0} for r in rows]
-    assert summarise(one)[0]["interval_95"] == [round(x, 3) for x in wilson(8, 16)]
-    cells = summarise(
-        [r | {"depth": i // 2} for i, r in enumerate(rows)], ("model", "task", "depth")
-    )
-    assert [c["interval_95"] for c in cells] == [[round(x, 3) for x in wilson(1, 2)]] * 8
+
+    def entry(repeats=(0, 1), scores=(0.0, 1.0)) -> dict:
+        pairs = zip(repeats, scores, strict=True)
+        (found,) = summarise([result_of(repeat=r, score=s) for r, s in pairs for _ in range(8)])
+        return found
+
+    assert entry()["interval_95"] == [0.0, 1.0] and wilson(8, 16)[0] > 0.2
+    assert entry()["texts"] == 2 and entry()["n"] == 16
+    # two haystacks that agree prove little
+    assert entry(scores=(1.0, 1.0))["interval_95"] == [round(x, 3) for x in wilson(16, 16)]
+    assert entry(repeats=(0, 0))["interval_95"] == [round(x, 3) for x in wilson(8, 16)]
+    cells = [result_of(repeat=i, score=i, depth=d) for d in range(8) for i in (0, 1)]
+    intervals = [c["interval_95"] for c in summarise(cells, ("model", "task", "depth"))]
+    assert intervals == [[round(x, 3) for x in wilson(1, 2)]] * 8
     assert resampled([[1.0, 0.0]] * 50) == (0.5, 0.5)
+
+
+def test_niah_m_is_the_mean_of_its_three_tasks():
+    """[E21]"""
+    scores = {"multikey": (1.0, 1.0), "multivalue": (0.5, 0.0), "multiquery": (0.25, 0.25)}
+    rows = [
+        result_of(task=task, repeat=i, score=s, answers=2)
+        for task, pair in scores.items()
+        for i, s in enumerate(pair)
+    ]
+    entry = summarise(rows)[-1]
+    assert entry["task"] == "NIAH(M)" and entry["mean"] == 0.5 and entry["n"] == 12
+    assert not any(e["task"] == "NIAH(M)" for e in summarise(rows[:4]))
+
+
+def test_gain_by_hand():
+    """[E24] Two answers in a prompt: -3 nats with their needles and -9 without are 3 an answer;
+    alone in a short text 4, so three quarters of the gain survive the distance."""
+    rows = [
+        result_of(label, repeat, 0.0, nats - 2 * repeat, answers=2)
+        for label, nats in (("m", -3.0), ("none", -9.0), ("alone", -1.0))
+        for repeat in (0, 1)
+    ]
+    assert gain(rows[0], rows[2]) == 3.0
+    whole, alone = gains(rows, "m", "none", "alone")
+    assert whole["mean"] == 3.0 and alone["mean"] == 4.0 and whole["share_of_short_text"] == 0.75
+    assert whole["interval_95"] == [3.0, 3.0] and whole["texts"] == 2
+
+
+def test_models_are_compared_text_by_text_on_the_same_prompts():
+    """Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for 3 texts);
+    the prompt that only one was asked counts for neither."""
+    rows = [result_of("a", i, 1.0, -1.0) for i in range(4)]
+    rows += [result_of("b", i, float(i > 0), -2.0 - i) for i in range(3)]
+    rows += [result_of("b", 3, 1.0, -99.0, prompt="another")]
+    (pair,) = versus(rows, "a")
+    assert (pair["model"], pair["against"], pair["nats"]["texts"]) == ("a", "b", 3)
+    assert pair["nats"]["mean"] == 2.0 and pair["nats"]["verdict"] == "not told apart"
+    half = 4.303 / 3**0.5
+    assert pair["nats"]["interval_95"] == pytest.approx([2 - half, 2 + half])
+    assert pair["nats"]["texts_needed"] == 4  # 3.182 / 2 < 2
+    assert pair["found"]["mean"] == pytest.approx(1 / 3)
+    assert paired([-1.0, -2.0, -3.0, -2.0])["verdict"] == "below"
+    assert paired([1.0])["interval_95"] is None and paired([1.0])["verdict"] == "not told apart"
+    assert paired([0.0, 0.0])["texts_needed"] is None
+    assert [student(n) for n in (5, 30)] == pytest.approx([2.571, 2.042], abs=4e-3)
+
+
+# ---- running -----------------------------------------------------------------------------------
 
 
 def test_text_loss_equals_the_plain_way(toy_dir):
@@ -307,62 +329,42 @@ def test_text_loss_equals_the_plain_way(toy_dir):
         losses = torch.nn.functional.cross_entropy(
             model(ids[None, :-1])[0], ids[1:], reduction="none"
         )
-    expected = [float(x.mean()) for x in losses.split(100)]
-    found = text_loss(model, ids, 100)
-    assert [loss for loss, _ in found] == pytest.approx(expected, abs=1e-5)
-    assert [n for _, n in found] == [100, 100, 50]
-
-
-# ---- running -----------------------------------------------------------------------------------
+    means, counts = zip(*text_loss(model, ids, 100), strict=True)
+    assert means == pytest.approx([float(x.mean()) for x in losses.split(100)], abs=1e-5)
+    assert counts == (100, 100, 50)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_shared_prefixes_change_no_answer(toy_dir, haystack, name):
-    """Deep to shallow through one cache gives what each prompt alone gives, and prefills less."""
-    model = load_pretrained(toy_dir)
-    depths = (0.9, 0.6, 0.3) if TASKS[name].ask == "each" else (1.0, 0.75, 0.5)
-    length = 6000 if name == "common_words" else 1500
-    samples = [make_sample(TASKS[name], haystack, length, d, "0") for d in depths]
-    shared, prefilled = SharedPrefix(model), 0
-    original = model.hidden
-
-    def counting(ids, *args, **kwargs):
-        nonlocal prefilled
-        prefilled += ids.shape[1]
-        return original(ids, *args, **kwargs)
-
-    model.hidden = counting
-    answers = [shared.answer(s.ids, 6, ()) for s in samples]
-    assert prefilled < 0.75 * sum(len(s.ids) for s in samples)
-    assert answers == [generate(model, s.ids, 6) for s in samples]
-
-
-@pytest.mark.parametrize("name", ["niah_single", "multivalue", "needles_8"])
-def test_nats_of_the_answer_are_those_of_a_whole_forward(toy_dir, haystack, name):
-    """After the shared prefill as after none, and by transformers: the sum of log-softmax over the
-    answer's tokens. The answer that is generated afterwards is as if nothing had been scored."""
+def test_shared_prefixes_change_nothing(name, toy_dir, haystack, monkeypatch):
+    """Deep to shallow through one cache: nats are those of one pass of transformers over prompt and
+    answer, answers those of each prompt alone, and less is prefilled."""
     from transformers import AutoModelForCausalLM
 
-    task, tokenizer = TASKS[name], haystack.tokenizer
-    shared = SharedPrefix(load_pretrained(toy_dir))
     theirs = AutoModelForCausalLM.from_pretrained(toy_dir, dtype=torch.float32).eval()
-    for depth in sorted(task.depths([0.0, 0.5, 1.0]), reverse=True):
-        s = make_sample(task, haystack, 900, depth, "0")
+    model, task = load_pretrained(toy_dir), TASKS[name]
+    depths = (0.9, 0.6, 0.3) if task.ask == "each" else (1.0, 0.75, 0.5)
+    length = 6000 if name == "common_words" else 1500
+    samples = [make_sample(task, haystack, length, d, "0") for d in depths]
+    shared, prefilled = SharedPrefix(model), []
+
+    def counting(ids, *args, original=model.hidden, **kwargs):
+        prefilled.append(ids.shape[1])
+        return original(ids, *args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden", counting)
+    nats, answers = [], []
+    for s in samples:
+        nats.append(shared.log_probability(s.ids, s.answer_ids))
+        answers.append(shared.answer(s.ids, 6, ()))
+    assert sum(prefilled) < 0.75 * sum(len(s.ids) for s in samples)
+    assert answers == [generate(model, s.ids, 6) for s in samples]
+    for s, found in zip(samples, nats, strict=True):
         words = ", and ".join([", ".join(s.expected[:-1]), s.expected[-1]][len(s.expected) == 1 :])
-        assert s.answer_ids.tolist() == tokenizer.encode(f" {words}")
-        nats = shared.log_probability(s.ids, s.answer_ids)
-        whole = torch.cat([s.ids, s.answer_ids])[None]
-        for model in (shared.model, lambda ids: theirs(ids).logits):
-            with torch.no_grad():
-                scores = model(whole)[0].log_softmax(-1)
-            slow = 0.0
-            for i, token in enumerate(s.answer_ids.tolist()):
-                slow += float(scores[len(s.ids) - 1 + i, token])
-            assert nats == pytest.approx(slow, abs=1e-4) and nats < 0
-        assert shared.answer(s.ids, 6, ()) == generate(shared.model, s.ids, 6)
-
-
-SEED_300 = "0/niah_single/300/0"  # seed, task, length, repeat
+        assert s.answer_ids.tolist() == haystack.tokenizer.encode(f" {words}")
+        with torch.no_grad():
+            scores = theirs(torch.cat([s.ids, s.answer_ids])[None]).logits[0].log_softmax(-1)
+        pairs = enumerate(s.answer_ids.tolist(), len(s.ids) - 1)
+        assert found == pytest.approx(sum(float(scores[i, token]) for i, token in pairs), abs=1e-4)
 
 
 @pytest.fixture
@@ -394,75 +396,91 @@ def refused(judge, tmp_path, capsys):
     return run
 
 
-def results_of(out) -> dict:
+def report_of(out) -> dict:
     return json.loads((out / "needle_results.json").read_text())
 
 
-def test_the_command_writes_rows_table_and_figure(judge, toy_dir, tmp_path, capsys):
-    rows, out = judge("--loss"), tmp_path / "out"
-    assert len(rows) == 2 * 2 * 2 + 2 * 2
-    for row in rows:
-        assert row["seconds"] >= 0 and row["seed"] == 0 and row["model"] == toy_dir.name
-    needles = [r for r in rows if r["task"] == "niah_single"]
-    assert all(r["score"] == score(r["expected"], r["output"]) for r in needles)
-    assert all(r["answer_logprob"] < 0 < r["answer_tokens_scored"] for r in needles)
-    table = results_of(out)["table"]
-    cells = {(task, n) for task in ("niah_single", "loss") for n in (300, 400)}
-    assert {(e["task"], e["length"]) for e in table} == cells
-    for e in table:
-        assert e["n"] == 4 and e["nats"] < 0 if e["task"] != "loss" else e["n"] == 2
-    losses = [e["mean"] for e in table if e["task"] == "loss"]
-    assert all(4 < x < 15 for x in losses)  # a random model: about ln 400 = 6 or worse
-    for name in ("needle", "nats", "curves"):
-        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert "niah_single (found" in (said := capsys.readouterr().out)
-    assert "niah_single (log-probability of an answer, nats)" in said and "theta" in said
+def template(folder, **fields) -> str:
+    """The flag for a template with these fields."""
+    path = folder / "needle.json"
+    path.write_text(json.dumps(fields))
+    return f"--template {path}"
+
+
+def test_the_command_writes_results_tables_and_figures(judge, toy_dir, tmp_path, capsys):
+    """Several tasks and the loss; flags that repeat a task or a length."""
+    tasks = ["multikey", "multivalue", "multiquery", "needles_8"]
+    rows = judge(
+        f"--loss --tasks {' '.join(tasks)} multikey --n 1 --lengths 900 800 800 --depths 1 0 0"
+    )
+    prompts = {"multikey": 4, "multivalue": 4, "multiquery": 4, "needles_8": 16, "loss": 2}
+    assert Counter(r["task"] for r in rows) == prompts
+    parts = {(i + 0.5) / 8 for i in range(8)}
+    assert {r["depth"] for r in rows if r["task"] == "needles_8"} == parts
+    for r in rows:
+        assert r["seconds"] >= 0 and r["seed"] == 0 and r["model"] == toy_dir.name
+        if r["task"] == "loss":
+            assert 4 < r["score"] < 15  # a random model: about ln 400 = 6 or worse
+        else:
+            assert r["score"] == score(r["expected"], r["output"])
+            assert r["answer_logprob"] < 0 < r["answer_tokens_scored"]
+    out, said = tmp_path / "out", capsys.readouterr()
+    found = Counter({e["task"]: e["n"] for e in report_of(out)["table"] if e["length"] == 900})
+    answers = {"multikey": 2, "multivalue": 8, "multiquery": 8, "NIAH(M)": 18, "needles_8": 8}
+    assert found == answers | {"loss": 1}
+    for name in (f"{kind}_{task}.png" for task in tasks for kind in ("needle", "nats", "curves")):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    for line in (
+        "\nmultiquery (found, 95 % interval; n answers)\n",
+        "\nneedles_8, each in turn (log-probability of an answer, nats)\n",
+        "NIAH(M): the mean of multikey, multivalue and multiquery\n",
+        "\nloss (nats per token)\n",
+        "theta   window  ",
+    ):
+        assert line in said.out
+    for line in (
+        # 2 x 2 layers x 2 heads x 12 x 900 tokens x 4 bytes
+        "key-value cache at 900 tokens: 0.00 GiB (float32)",
+        "to do: 30 prompts of 25,500 tokens together",
+        "--depths is not for needles_8: the needles divide the text among them",
+        "a short prompt is read at",
+    ):
+        assert line in said.err
 
 
 def test_cells_already_there_are_not_run_again(judge, tmp_path, monkeypatch):
-    rows, path = judge(), tmp_path / "out" / "needle.jsonl"
+    rows, path = judge("--lengths 300"), tmp_path / "out" / "needle.jsonl"
     lines = path.read_text().splitlines()
     old = json.loads(lines[2])  # by a version that measured no nats: measured again
     del old["answer_logprob"]
-    kept = [*lines[:2], json.dumps(old)]
-    path.write_text("\n".join(kept) + "\n" + lines[3][:40])  # killed while writing line 4
+    path.write_text("\n".join([*lines[:2], json.dumps(old), lines[3][:40]]))  # killed at line 4
     measured, original = [], eval_needle.measure
     monkeypatch.setattr(eval_needle, "measure", lambda *a: measured.append(1) or original(*a))
-    again = judge()
-    assert len(measured) == len(rows) - 2
-    assert again.pop(2) == old
-
-    def without_time(rows):
-        return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
-
-    assert without_time(again) == without_time(rows)
-    judge("--n 3")
-    assert len(measured) == len(rows) - 2 + 4  # only the new repeats
+    again = judge("--lengths 300 --n 3")
+    assert again.pop(2) == old and len(measured) == 2 + 2  # lines 3 and 4, and the new repeats
+    assert [r | {"seconds": 0} for r in again[:4]] == [r | {"seconds": 0} for r in rows]
 
 
-@pytest.mark.parametrize(
-    ("theta", "scaling"), [(1e7, None), (1e4, yarn_scaling(64, 512)), (1e4, None)]
-)
+@pytest.mark.parametrize("rope", [(1e7, 512), (1e4, 512, yarn_scaling(64, 512)), (1e4, 512)])
 def test_the_untrained_row_comes_by_itself_where_the_run_changed_the_rope(
-    theta, scaling, judge, toy_dir, tmp_path, capsys
+    rope, judge, toy_dir, tmp_path, capsys
 ):
     """It has the original's weights under the result's theta and scaling: a model of its own."""
-    changed = theta == 1e7 or scaling is not None
-    other, result = load_pretrained(toy_dir), tmp_path / "result"
-    other.config = other.config.with_rope(theta, 512, scaling)
+    other, result, changed = load_pretrained(toy_dir), tmp_path / "result", rope != (1e4, 512)
+    other.config = other.config.with_rope(*rope)
     save_pretrained(other, result, tokenizer_from=toy_dir)
     (result / "run.json").write_text(json.dumps({"settings": {"model": str(toy_dir)}}))
-    judge("--loss --lengths 300 --depths 0 --n 1", model=result)
-    found = results_of(tmp_path / "out")
+    judge("--tasks --loss --lengths 300 --n 1", model=result)
+    found = report_of(tmp_path / "out")
     labels = ["original", *["untrained"] * changed, "result"]
     assert list(found["models"]) == labels
-    losses = {e["model"]: e["mean"] for e in found["table"] if e["task"] == "loss"}
+    losses = {e["model"]: e["mean"] for e in found["table"]}
     assert (losses["result"] == losses["original"]) == (not changed)
     assert losses[labels[-2]] == losses["result"]  # the same weights, the same RoPE
-    own = {"folder": str(toy_dir), "rope_theta": theta, "window": 512}
-    own |= {"rope_scaling": scaling} if scaling else {}
+    own = {"folder": str(toy_dir), "rope_theta": rope[0], "window": 512}
+    own |= {"rope_scaling": rope[2]} if rope[2:] else {}
     assert not changed or found["models"]["untrained"] == own
-    assert re.search(rf"\nresult +{theta:,.0f} +512 ", capsys.readouterr().out)
+    assert re.search(rf"\nresult +{rope[0]:,.0f} +512 ", capsys.readouterr().out)
 
 
 def test_any_of_several_end_tokens_stops_an_answer(judge, haystack, toy_dir, tmp_path):
@@ -477,24 +495,234 @@ def test_any_of_several_end_tokens_stops_an_answer(judge, haystack, toy_dir, tmp
     assert after["answer_logprob"] == before["answer_logprob"]
 
 
-def test_several_tasks_and_repeated_flags(judge, tmp_path, capsys):
-    tasks = ["multikey", "multivalue", "multiquery", "needles_8"]
-    rows = judge(f"--tasks {' '.join(tasks)} multikey --n 1 --lengths 900 800 800 --depths 1 0 0")
-    assert len(rows) == 2 * (3 * 2 + 8) and {r["task"] for r in rows} == set(tasks)
-    parts = {(i + 0.5) / 8 for i in range(8)}
-    assert {r["depth"] for r in rows if r["task"] == "needles_8"} == parts
-    table = results_of(tmp_path / "out")["table"]
-    assert [e["length"] for e in table if e["task"] != "NIAH(M)"] == [800, 900] * 4
-    for task in tasks:
-        assert (tmp_path / "out" / f"needle_{task}.png").read_bytes()[:4] == b"\x89PNG"
-    said = capsys.readouterr()
-    assert "\nmultiquery (found" in said.out and "\nneedles_8, each in turn (found" in said.out
-    assert "NIAH(M) (found" in said.out and "the mean of multikey, multivalue" in said.out
-    # 2 x 2 layers x 2 heads x 12 x 900 tokens x 4 bytes
-    assert "key-value cache at 900 tokens: 0.00 GiB (float32)" in said.err
-    assert "to do: 28 prompts of 23,800 tokens together" in said.err
-    assert "--depths is not for needles_8: the needles divide the text among them" in said.err
-    assert "a short prompt is read at" in said.err
+def test_the_grid_and_who_is_compared_come_from_the_template_and_the_run(
+    toy_dir, prose_file, tmp_path
+):
+    """All defaults: the original beside the result, from the old window to the new one, with the
+    template's n; the original gets --n_beyond texts past its window."""
+    model, window, base = load_pretrained(toy_dir), 256, str(tmp_path / "base")
+    for folder, length in ((base, window), (tmp_path / "result", 4 * window)):
+        model.config = model.config.with_rope(1e4, length)
+        save_pretrained(model, folder, tokenizer_from=toy_dir)
+    (tmp_path / "result" / "run.json").write_text(json.dumps({"settings": {"model": base}}))
+    template(tmp_path / "result", n=2, n_beyond=9)
+    eval_needle.main(
+        f"--model {tmp_path / 'result'} --haystack {prose_file} --depths 0.5 --n_beyond 1".split()
+    )
+    lines = (tmp_path / "result" / "needle.jsonl").read_text().splitlines()
+    counts = Counter((r["model"], r["length"] // window) for r in map(json.loads, lines))
+    ours = {("result", times): 2 for times in (1, 2, 4)}
+    assert counts == ours | {("original", 1): 2, ("original", 2): 1, ("original", 4): 1}
+
+
+def test_ctrl_c_keeps_the_rows_and_says_so(judge, tmp_path, monkeypatch, capsys):
+    measure, answers = eval_needle.measure, iter([1, 1, 1])
+    monkeypatch.setattr(
+        eval_needle,
+        "measure",
+        lambda *args: measure(*args) if next(answers, 0) else signal.raise_signal(signal.SIGINT),
+    )
+    with pytest.raises(SystemExit) as stop:
+        judge()
+    assert stop.value.code == 130
+    kept = tmp_path / "out" / "needle.jsonl"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"interrupted; the results written are kept in {kept}; the same command goes on from there"
+    )
+    assert len(kept.read_text().splitlines()) == 3
+
+
+def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path, capsys):
+    """One folder, three runs: the rows of the same setup stay in table and figure; another seed is
+    another setup, and said to be there."""
+    out = tmp_path / "out"
+    judge()
+    table = report_of(out)["table"]
+    judge("--lengths 350 --n 1 --depths 0.333")
+    later = report_of(out)
+    assert [e for e in later["table"] if e["length"] != 350] == table
+    cells = {(n, d) for n in (300, 400) for d in (0.0, 1.0)} | {(350, 0.333)}
+    assert {(e["length"], e["depth"]) for e in later["cells"]} == cells
+    assert later["overall"][0]["n"] == 9 and len(later["overall"]) == 1
+    judge("--tasks passkey")
+    assert {e["task"] for e in report_of(out)["table"]} == {"passkey", "niah_single"}
+    assert (out / "needle_passkey.png").is_file()
+    capsys.readouterr()
+    judge("--seed 5 --lengths 300")
+    assert [e["n"] for e in report_of(out)["table"]] == [4]
+    assert "17 results there are of other models or settings" in capsys.readouterr().err
+
+
+def test_controls_measure_the_gain_on_the_same_texts(judge, toy_dir, tmp_path, capsys):
+    results = judge("--needle_alone --tasks niah_single common_words --lengths 6000")
+    without, out = [r for r in results if r["model"] == "no needles"], tmp_path / "out"
+    assert [r["score"] for r in without] == [0.0, 0.0]  # one a text, none for common words
+    found = report_of(out)
+    assert list(found["models"]) == [toy_dir.name]  # a control is not a model
+    whole, alone = found["gains"]
+    assert (whole["model"], alone["model"]) == (toy_dir.name, "needle alone")
+    own = [e for e in found["overall"] if e["task"] == "niah_single"]
+    nats = {e["model"]: e["nats"] for e in own}
+    for entry in (whole, alone):
+        expected = nats[entry["model"]] - nats["no needles"]
+        assert entry["mean"] == pytest.approx(expected, abs=2e-4)
+    assert whole["share_of_short_text"] == whole["mean"] / alone["mean"]
+    assert "with its needles" in capsys.readouterr().out
+    assert (out / "nats.png").is_file() and not list(out.glob("*common_words.png"))
+    judge("--controls --lengths 300")
+    assert "without --compare DIR only the one without needles" in capsys.readouterr().err
+
+
+def test_a_result_of_a_model_changed_anywhere_is_measured_again(judge, toy_dir, tmp_path):
+    """One element of one small norm; the same bytes at another time are the same model."""
+    folder, flags = tmp_path / "m", "--lengths 300 --depths 0 --n 1"
+    shutil.copytree(toy_dir, folder)
+    assert len(judge(flags, model=folder)) == 1
+    model = load_pretrained(folder)
+    model.model.norm.weight.data[7] += 1e-3
+    save_pretrained(model, tmp_path / "changed")
+    for source in (tmp_path / "changed", toy_dir):
+        shutil.copy(source / "model.safetensors", folder)
+        assert len(judge(flags, model=folder)) == 2
+    assert not list(folder.glob("needle*"))  # nothing is kept in the folder of another's model
+
+
+def test_a_haystack_that_repeats_is_announced(judge, toy_dir, tmp_path, capsys):
+    tokens = len(load_tokenizer(toy_dir).encode(PROSE))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "needle.jsonl").touch()  # an empty file of results is fine
+    for longest in (tokens, tokens + 1):
+        judge(f"--tasks --loss --n 1 --lengths 300 {longest}")
+        warned = f"shorter than --lengths {longest}, so it repeats" in capsys.readouterr().err
+        assert warned == (longest > tokens)
+
+
+def test_the_default_haystack_is_found_from_any_folder(essays_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, source = load_haystack(None)
+    assert source == "data/essays" and sorted(essays_dir.glob("*.txt"))[0].read_text() in text
+
+
+def test_any_answer_is_read_again_and_a_line_without_its_end_is_kept(tmp_path):
+    rows = [dict.fromkeys(KEY, i) | {"output": "a\u2028b\x85c\n"} for i in range(4)]
+    rows = [row | {"answer_logprob": -1.0} for row in rows]
+    path = tmp_path / "needle.jsonl"
+    for half in (rows[:2], rows[2:]):
+        results = Results(tmp_path)
+        for row in half:
+            results.add(row)
+        path.write_text(path.read_text().removesuffix("\n"))
+    assert list(Results(tmp_path).known.values()) == rows
+
+
+def test_the_cache_of_an_8b_at_128k_is_16_gib():
+    config = LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128, 131_072)
+    assert kv_cache_bytes(config, 131_072, torch.bfloat16) == 16 * 2**30
+    whole, head = forward_flops(config, 0, 4096), 2 * 4096 * config.vocab_size * config.hidden_size
+    assert training_flops(config, 4096) == 3 * (whole + head)
+    assert forward_flops(config, 0, 1000) + forward_flops(config, 1000, 4096) == whole
+
+
+def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, real_haystack):
+    """All parts at once on a real model: three needles at 1,024 tokens, all found."""
+    shared = SharedPrefix(load_pretrained(smollm2_dir))
+    for repeat in range(3):
+        sample = make_sample(TASKS["niah_single"], real_haystack, 1024, 0.5, f"0/{repeat}")
+        answer = shared.answer(sample.ids, sample.answer_tokens, (2,))
+        assert score(sample.expected, real_haystack.tokenizer.decode(answer)) == 1
+
+
+# ---- templates, and what is refused ------------------------------------------------------------
+
+
+def test_a_template_can_be_a_whole_ruler_task(judge, haystack, tmp_path):
+    """Task text, several needles in words of its own, one question for all, the answer's beginning
+    and RULER's fixed budget of 128 tokens: the prompt around the haystack is theirs, literally."""
+    own = {
+        "intro": "Some codes are hidden within the following text. Memorize them.\n",
+        "needle": "A code for {key} is: {value}.",
+        "question": "\nWhat are all the codes for {key}?",
+        "answer": " The codes for {key} are",
+        "keys": ["red fox", "blue owl", "old elk"],
+        "needles": 3,
+        "values": "uuids",
+        "answer_tokens": 128,
+        "haystack": "noise",
+    }
+    flags = template(tmp_path, task="multiquery", **own)
+    (row,) = judge(f"{flags} --lengths 900 --depths 0.333 --n 1")
+    assert row["depth"] == 0.333 and len(row["true_depths"]) == 3
+    task = dataclasses.replace(TASKS["multiquery"], **own | {"keys": tuple(own["keys"])})
+    sample = make_sample(task, haystack, 900, 0.333, "0/multiquery/900/0")
+    assert hashlib.sha256(sample.ids.numpy().tobytes()).hexdigest()[:12] == row["prompt"]
+    text = text_of(haystack, sample)
+    assert len(sample.ids) == 900 - 128 and text.startswith(own["intro"])
+    assert text.count("The lamp is lit.") > 4 and "says that" not in text  # noise, not the prose
+    uuid = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    keys = {value: key for key, value in re.findall(rf"A code for (\w+ \w+) is: ({uuid})\.", text)}
+    asked = listed([keys[value] for value in row["expected"]])
+    assert len(keys) == 3 and set(keys.values()) == set(own["keys"])
+    assert text.endswith(f"\nWhat are all the codes for {asked}? The codes for {asked} are")
+
+
+def test_a_template_replaces_wording_words_and_defaults(judge, tmp_path, capsys):
+    fields = {"needle": "The code of {key} is {value}!", "intro": "", "task": "multiquery"}
+    fields |= {"keys": ["Anna", "Bert"], "values": ["zyx", "wvu"], "ask": "each", "needles": 2}
+    rows = judge(f"{template(tmp_path, **fields)} --lengths 300 --n 1")
+    assert [r["depth"] for r in rows] == [0.75, 0.25]
+    assert {r["task"] for r in rows} == {"multiquery"}
+    assert {r["expected"][0] for r in rows} == {"zyx", "wvu"}
+    said = capsys.readouterr().out
+    assert "\nmultiquery, each in turn (found" in said and "a question and an answer for" in said
+
+
+def test_what_a_template_says_for_its_own_task_is_not_lost_in_silence(judge, tmp_path, capsys):
+    flags = template(tmp_path, task="multiquery", needles=2, intro="Codes.")
+    flags += " --tasks multikey --lengths 500 --n 1"
+    judge(flags)
+    told = "needle.json is for its task multiquery, and not for --tasks multikey"
+    assert told in capsys.readouterr().err
+    template(tmp_path, needles=2)  # without a task: for all
+    assert {len(r["true_depths"]) for r in judge(flags)} == {2, 4}
+    assert "and not for --tasks" not in capsys.readouterr().err
+
+
+BAD_FLAGS = [
+    ("--model nowhere", "model folder nowhere does not exist"),
+    ("--lengths 300 50", "--lengths 50 is too short: with its keys this prompt takes at least"),
+    ("--lengths 1", "--lengths 1 must be at least 2 tokens"),
+    ("--tasks", "--tasks without a name takes --loss"),
+    ("--haystack nowhere.txt", "nowhere.txt does not exist"),
+    ("--depths 0.5 1.5", "--depths 1.5 must be within 0..1"),
+    ("--depths nan", "--depths nan must be within 0..1"),
+    ("--out README.md", "--out README.md is a file; a folder for the results is needed"),
+    ("--n 0", "--n 0 must be at least 1"),
+]
+BAD_TEMPLATES = [
+    ({"nedle": "x"}, "unknown field 'nedle'"),
+    ({"needle": "no braces"}, "needle must hold {key} and {value}"),
+    ({"needle": "{key} {value} {more}"}, "only {key} and {value} may be in braces"),
+    ({"needle": "{key} {value} {"}, "only {key} and {value} may be in braces"),
+    ({"question": "What?", "answer": ""}, "neither question nor answer holds {key}"),
+    ({"keys": "Anna"}, "keys is 'Anna', expected: list"),
+    ({"keys": []}, "keys must be a list of words"),
+    ({"keys": ["Anna", "Anna"]}, "keys holds a word twice"),
+    ({"values": ["a", " "]}, "values must be a list of words, none of them empty"),
+    ({"values": ["\u00e9b", "e\u0301b"]}, "values holds a word twice"),
+    ({"values": ["ab", "tea", "cab"]}, "values: 'ab' is part of 'cab'"),
+    ({"n": True}, "n is True, expected: int"),
+    ({"needles": 0}, "needles is 0, expected: int"),
+    ({"values": ["zyx"], "needles": 2, "task": "multiquery"}, "holds all but 1 of the needles'"),
+    ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "has 2 needles, but only 1 keys"),
+    ({"task": "sing"}, "task 'sing' is none of"),
+    ({"ask": "none"}, "ask 'none' is none of first, each, all"),
+]
+
+
+@pytest.mark.parametrize(("flags", "match"), [*BAD_FLAGS, *BAD_TEMPLATES])
+def test_bad_input_is_one_line(flags, match, refused, tmp_path):
+    flags = template(tmp_path, **flags) if isinstance(flags, dict) else flags
+    assert match in refused(flags)
 
 
 def test_a_prompt_that_cannot_be_made_is_refused_before_the_first_is_run(refused, haystack):
@@ -526,81 +754,6 @@ def test_a_model_that_cannot_be_compared_is_refused(refused, toy_dir, tmp_path):
     assert "sliding_window 350 is shorter than --lengths 400" in error
 
 
-def test_ctrl_c_keeps_the_rows_and_says_so(judge, tmp_path, monkeypatch, capsys):
-    measured, original = [], eval_needle.measure
-
-    def stopping(*args):
-        measured.append(1)
-        if len(measured) > 3:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(eval_needle, "measure", stopping)
-    with pytest.raises(SystemExit) as stop:
-        judge()
-    assert stop.value.code == 130
-    kept = tmp_path / "out" / "needle.jsonl"
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"interrupted; the results written are kept in {kept}; the same command goes on from there"
-    )
-    assert len(kept.read_text().splitlines()) == 3
-
-
-def test_a_haystack_that_repeats_is_announced(judge, toy_dir, tmp_path, capsys):
-    tokens = len(load_tokenizer(toy_dir).encode(PROSE))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "needle.jsonl").touch()  # an empty file of results is fine
-    for longest in (tokens, tokens + 1):
-        judge(f"--tasks --loss --n 1 --lengths 300 {longest}")
-        warned = f"shorter than --lengths {longest}, so it repeats" in capsys.readouterr().err
-        assert warned == (longest > tokens)
-
-
-def test_the_default_haystack_is_found_from_any_folder(essays_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text, source = load_haystack(None)
-    assert source == "data/essays" and sorted(essays_dir.glob("*.txt"))[0].read_text() in text
-
-
-BAD_TEMPLATES = [
-    ({"nedle": "x"}, "unknown field 'nedle'"),
-    ({"needle": "no braces"}, "needle must hold {key} and {value}"),
-    ({"needle": "{key} {value} {more}"}, "only {key} and {value} may be in braces"),
-    ({"needle": "{key} {value} {"}, "only {key} and {value} may be in braces"),
-    ({"question": "What?", "answer": ""}, "neither question nor answer holds {key}"),
-    ({"keys": "Anna"}, "keys is 'Anna', expected: list"),
-    ({"keys": []}, "keys must be a list of words"),
-    ({"keys": ["Anna", "Anna"]}, "keys holds a word twice"),
-    ({"values": ["a", " "]}, "values must be a list of words, none of them empty"),
-    ({"values": ["\u00e9b", "e\u0301b"]}, "values holds a word twice"),
-    ({"n": True}, "n is True, expected: int"),
-    ({"needles": 0}, "needles is 0, expected: int"),
-    ({"values": ["zyx"], "needles": 2, "task": "multiquery"}, "holds all but 1 of the needles'"),
-    ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "has 2 needles, but only 1 keys"),
-    ({"task": "sing"}, "task 'sing' is none of"),
-]
-
-
-@pytest.mark.parametrize(
-    ("flags", "match"),
-    [
-        ("--model nowhere", "model folder nowhere does not exist"),
-        ("--lengths 300 50", "--lengths 50 is too short: with its keys this prompt takes at least"),
-        ("--lengths 1", "--lengths 1 must be at least 2 tokens"),
-        ("--tasks", "--tasks without a name takes --loss"),
-        ("--haystack nowhere.txt", "nowhere.txt does not exist"),
-        ("--depths 0.5 1.5", "--depths 1.5 must be within 0..1"),
-        ("--depths nan", "--depths nan must be within 0..1"),
-        ("--out README.md", "--out README.md is a file; a folder for the results is needed"),
-        ("--n 0", "--n 0 must be at least 1"),
-        *BAD_TEMPLATES,
-    ],
-)
-def test_bad_input_is_one_line(flags, match, refused, tmp_path):
-    flags = template(tmp_path, **flags) if isinstance(flags, dict) else flags
-    assert match in refused(flags)
-
-
 def test_without_a_result_the_error_says_who_makes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
@@ -608,85 +761,46 @@ def test_without_a_result_the_error_says_who_makes_it(tmp_path, monkeypatch, cap
     assert "error: folder out, which train.py makes, does not exist" in capsys.readouterr().err
 
 
-def template(folder, **fields) -> str:
-    """The flag for a template with these fields."""
-    path = folder / "needle.json"
-    path.write_text(json.dumps(fields))
-    return f"--template {path}"
+# ---- the figures -------------------------------------------------------------------------------
 
 
-def test_a_template_replaces_wording_words_and_defaults(judge, tmp_path, capsys):
-    fields = {
-        "needle": "The code of {key} is {value}!",
-        "question": "\nWhich code has {key}?",
-        "answer": " It is",
-        "intro": "",
-        "keys": ["Anna", "Bert"],
-        "values": ["zyx", "wvu"],
-        "task": "multiquery",
-        "ask": "each",
-        "needles": 2,
-    }
-    rows = judge(f"{template(tmp_path, **fields)} --lengths 300 --n 1")
-    assert [r["depth"] for r in rows] == [0.75, 0.25]
-    assert {r["task"] for r in rows} == {"multiquery"}
-    assert {r["expected"][0] for r in rows} == {"zyx", "wvu"}
-    said = capsys.readouterr().out
-    assert "\nmultiquery, each in turn (found" in said and "a question and an answer for" in said
-
-
-def test_the_grid_and_who_is_compared_come_from_the_template_and_the_run(
-    toy_dir, prose_file, tmp_path
-):
-    """All defaults: the original beside the result, from the old window to the new one, with the
-    template's n; the original gets --n_beyond texts past its window."""
-    model, window, base = load_pretrained(toy_dir), 256, str(tmp_path / "base")
-    for folder, length in ((base, window), (tmp_path / "result", 4 * window)):
-        model.config = model.config.with_rope(1e4, length)
-        save_pretrained(model, folder, tokenizer_from=toy_dir)
-    (tmp_path / "result" / "run.json").write_text(json.dumps({"settings": {"model": base}}))
-    template(tmp_path / "result", n=2, n_beyond=9)
-    eval_needle.main(
-        f"--model {tmp_path / 'result'} --haystack {prose_file} --depths 0.5 --n_beyond 1".split()
-    )
-    lines = (tmp_path / "result" / "needle.jsonl").read_text().splitlines()
-    counts = Counter((r["model"], r["length"] // window) for r in map(json.loads, lines))
-    ours = {("result", times): 2 for times in (1, 2, 4)}
-    assert counts == ours | {("original", 1): 2, ("original", 2): 1, ("original", 4): 1}
-
-
-# ---- the figure --------------------------------------------------------------------------------
-
-
-def draw(monkeypatch, tmp_path, lengths, **options):
-    """The heat-map of three models: nothing, half, all found -> the matplotlib figure."""
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures that are saved."""
     from matplotlib.figure import Figure
 
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: figures.append(f) or save(f, *a, **k))
-    windows = {
-        "base": 512,
-        "a/very/long/folder/name/of/a/model": 9999,
-        "in quite a few words": 9999,
-    }
-    rows = [
-        {"model": m, "task": "t", "length": n, "depth": d, "score": float((i, j % 2) > (1, 0))}
-        for m in windows
-        for n in lengths
-        for i, d in enumerate((0.0, 0.5, 1.0))
-        for j in range(4)
-    ]
-    for i, row in enumerate(rows):
-        row |= {"answer_logprob": -float(i % 4), "expected": ["7"]}
-    draw_heatmap(tmp_path / "h.png", rows, "t", windows, **options)
-    assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
-    figures[0].draw_without_rendering()  # saved at another resolution: lay it out again
-    return figures[0]
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: saved.append(f) or save(f, *a, **k))
+    return saved
+
+
+@pytest.fixture
+def heatmap(figures, tmp_path):
+    """heatmap(lengths) -> the figure of three models: nothing, half, all found."""
+
+    def draw(lengths, **options):
+        windows = {
+            "base": 512,
+            "a/very/long/folder/name/of/a/model": 9999,
+            "in quite a few words": 9999,
+        }
+        rows = [
+            result_of(m, j, float((i, j % 2) > (1, 0)), -float(j), length=n, depth=d)
+            for m in windows
+            for n in lengths
+            for i, d in enumerate((0.0, 0.5, 1.0))
+            for j in range(4)
+        ]
+        draw_heatmap(tmp_path / "h.png", rows, "t", windows, **options)
+        figures[-1].draw_without_rendering()  # saved at another resolution: lay it out again
+        return figures[-1]
+
+    return draw
 
 
 @pytest.mark.parametrize("lengths", [(300,), (300, 600), (300, 500, 600, 700, 800, 900, 131072)])
-def test_labels_of_the_heatmap_do_not_overlap(lengths, tmp_path, monkeypatch):
-    figure = draw(monkeypatch, tmp_path, lengths)
+def test_labels_of_the_heatmap_do_not_overlap(lengths, heatmap):
+    figure = heatmap(lengths)
     axes = figure.axes[:-1]  # the last is the colour bar
     titles = [a.title.get_window_extent() for a in axes]
     ticks = [t.get_window_extent() for a in axes for t in a.get_xticklabels()]
@@ -695,248 +809,30 @@ def test_labels_of_the_heatmap_do_not_overlap(lengths, tmp_path, monkeypatch):
     assert titles[0].x0 > 0 and max(t.y1 for t in titles) <= figure.bbox.y1
 
 
-def test_no_needle_is_drawn_farther_than_the_text_is_long(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: figures.append(f))
-    needle = {"model": "m", "task": "t", "length": 1024, "expected": ["7"], "output": "7"}
-    draw_curves(tmp_path / "c.png", [needle | {"true_depth": d} for d in (0.0, 1.0)], "t")
-    assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0.5 / 8, 7.5 / 8]
-
-
-def test_the_heatmap_can_be_read(tmp_path, monkeypatch):
-    """Panels in the given order; contrast of at least 4.5 in every cell; the line at the end of the
-    trained window only where it is, and explained; nats on a scale of their own."""
-    figure = draw(monkeypatch, tmp_path, (300, 600))
+def test_the_heatmap_can_be_read(heatmap):
+    """Panels in the given order; black on each cell's colour has a contrast of at least 4.5 (WCAG);
+    the line at the end of the trained window only where it is, and explained; nats on their own
+    scale."""
+    figure = heatmap((300, 600))
     axes = figure.axes[:-1]
     first_lines = [a.get_title().split("\n")[0] for a in axes]
     assert first_lines == ["base", "a/very/long/folder", "in quite a few"]
-    assert [len(a.lines) for a in axes] == [2, 0, 0]
+    assert [len(a.lines) for a in axes] == [1, 0, 0]
     assert "dashed line: end of the trained window" in figure.get_supxlabel()
     assert "n = 4 per cell" in axes[0].get_title()
-    for text in (t for a in axes for t in a.texts):
-        column, row = text.get_position()
-        image = text.axes.images[0]
-        levels = [luminance(image.cmap(image.norm(image.get_array()[row, column])))]
-        levels.append({"black": 0.0, "white": 1.0}[text.get_color()])
-        assert (max(levels) + 0.05) / (min(levels) + 0.05) > 4.5
-    assert {t.get_color() for a in axes for t in a.texts} == {"black", "white"}
-    assert "dashed" not in draw(monkeypatch, tmp_path, (300, 400)).get_supxlabel()
-    *axes, bar = draw(monkeypatch, tmp_path, (300, 600), in_nats=True).axes
+    assert [t.get_text() for t in axes[0].texts] == ["0%", "0%", "50%", "50%", "100%", "100%"]
+    for step in range(11):
+        rgb = axes[0].images[0].cmap(step / 10)[:3]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert (luminance + 0.05) / 0.05 > 4.5
+    assert "dashed" not in heatmap((300, 400)).get_supxlabel()
+    *axes, bar = heatmap((300, 600), in_nats=True).axes
     assert {text.get_text() for a in axes for text in a.texts} == {"-1.50"}  # mean of 0 to -3
     assert axes[0].images[0].get_clim() == (-3.0, 0.0) and "nats" in bar.get_ylabel()
 
 
-def luminance(color) -> float:
-    """Relative luminance of sRGB, by its definition (WCAG 2)."""
-    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3])
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-
-# ---- the real checkpoint -----------------------------------------------------------------------
-
-
-def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, real_haystack):
-    """All parts at once on a real model: three needles at 1,024 tokens, all found."""
-    model = load_pretrained(smollm2_dir)
-    found = 0
-    for repeat in range(3):
-        sample = make_sample(TASKS["niah_single"], real_haystack, 1024, 0.5, f"0/{repeat}")
-        output = real_haystack.tokenizer.decode(
-            SharedPrefix(model).answer(sample.ids, sample.answer_tokens, (2,))
-        )
-        found += score(sample.expected, output)
-    assert found == 3
-
-
-# ---- what a run says, keeps and refuses --------------------------------------------------------
-
-
-def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path, capsys):
-    """One folder, three runs: the rows of the same setup stay in table and figure; another seed is
-    another setup, and said to be there."""
-    out = tmp_path / "out"
-    judge()
-    table = results_of(out)["table"]
-    judge("--lengths 350 --n 1 --depths 0.333")
-    later = results_of(out)
-    assert [e for e in later["table"] if e["length"] != 350] == table
-    cells = {(n, d) for n in (300, 400) for d in (0.0, 1.0)} | {(350, 0.333)}
-    assert {(e["length"], e["depth"]) for e in later["cells"]} == cells
-    assert later["overall"][0]["n"] == 9 and len(later["overall"]) == 1
-    judge("--tasks passkey")
-    assert {e["task"] for e in results_of(out)["table"]} == {"passkey", "niah_single"}
-    assert (out / "needle_passkey.png").is_file()
-    capsys.readouterr()
-    judge("--seed 5 --lengths 300")
-    assert [e["n"] for e in results_of(out)["table"]] == [4]
-    assert "17 results there are of other models or settings" in capsys.readouterr().err
-
-
-def test_controls_measure_the_gain_on_the_same_texts(judge, toy_dir, tmp_path, capsys):
-    results = judge("--needle_alone --tasks niah_single common_words --lengths 6000")
-    without, out = [r for r in results if r["model"] == "no needles"], tmp_path / "out"
-    assert [r["score"] for r in without] == [0.0, 0.0]  # one a text, none for common words
-    found = results_of(out)
-    assert list(found["models"]) == [toy_dir.name]  # a control is not a model
-    whole, alone = found["gains"]
-    assert (whole["model"], alone["model"]) == (toy_dir.name, "needle alone")
-
-    def mean(label):
-        own = [r for r in results if r["model"] == label and r["task"] == "niah_single"]
-        return sum(r["answer_logprob"] for r in own) / len(own)
-
-    assert whole["mean"] == pytest.approx(mean(toy_dir.name) - mean("no needles"), abs=1e-6)
-    assert alone["mean"] == pytest.approx(mean("needle alone") - mean("no needles"), abs=1e-6)
-    assert whole["share_of_short_text"] == whole["mean"] / alone["mean"]
-    assert "with its needles" in capsys.readouterr().out
-    assert (out / "nats.png").is_file() and not list(out.glob("*common_words.png"))
-    judge("--controls --lengths 300")
-    assert "without --compare DIR only the one without needles" in capsys.readouterr().err
-
-
-def needle_result(model, repeat, score, nats, answers=1, **more):
-    row = {"model": model, "repeat": repeat, "score": score, "answer_logprob": nats}
-    expected = [f"{repeat}{i}" for i in range(answers)]
-    return {"task": "t", "length": 9, "depth": 0, "prompt": "p", "expected": expected} | row | more
-
-
-def test_gain_by_hand():
-    """[E24] Two answers in a prompt: -3 nats with their needles and -9 without are 3 an answer;
-    alone in a short text 4, so three quarters of the gain survive the distance."""
-    rows = [
-        needle_result(label, repeat, 0.0, nats - 2 * repeat, answers=2)
-        for label, nats in (("m", -3.0), ("none", -9.0), ("alone", -1.0))
-        for repeat in (0, 1)
-    ]
-    assert gain(rows[0], rows[2]) == 3.0
-    whole, alone = gains(rows, "m", "none", "alone")
-    assert whole["mean"] == 3.0 and alone["mean"] == 4.0 and whole["share_of_short_text"] == 0.75
-    assert whole["interval_95"] == [3.0, 3.0] and whole["texts"] == 2
-
-
-def test_models_are_compared_text_by_text_on_the_same_prompts():
-    """Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for 3 texts);
-    the prompt that only one was asked counts for neither."""
-    rows = [needle_result("a", i, 1.0, -1.0) for i in range(4)]
-    rows += [needle_result("b", i, float(i > 0), -2.0 - i) for i in range(3)]
-    rows += [needle_result("b", 3, 1.0, -99.0, prompt="another")]
-    (pair,) = versus(rows, "a")
-    assert (pair["model"], pair["against"], pair["nats"]["texts"]) == ("a", "b", 3)
-    assert pair["nats"]["mean"] == 2.0 and pair["nats"]["verdict"] == "not told apart"
-    low, high = pair["nats"]["interval_95"]
-    assert low == pytest.approx(2 - 4.303 / 3**0.5) and high == pytest.approx(2 + 4.303 / 3**0.5)
-    assert pair["nats"]["texts_needed"] == 4  # 3.182 / 2 < 2
-    assert pair["found"]["mean"] == pytest.approx(1 / 3)
-    assert paired([-1.0, -2.0, -3.0, -2.0])["verdict"] == "below"
-    assert paired([1.0])["interval_95"] is None and paired([1.0])["verdict"] == "not told apart"
-    assert paired([0.0, 0.0])["texts_needed"] is None
-    assert [student(n) for n in (5, 30)] == pytest.approx([2.571, 2.042], abs=4e-3)
-
-
-def test_a_result_of_a_model_changed_anywhere_is_measured_again(judge, toy_dir, tmp_path, capsys):
-    """One element of one small norm; the same bytes at another time are the same model."""
-    folder = tmp_path / "m"
-    shutil.copytree(toy_dir, folder)
-    before = len(judge(model=folder))
-    model = load_pretrained(folder)
-    model.model.norm.weight.data[7] += 1e-3
-    save_pretrained(model, tmp_path / "changed")
-    shutil.copy(tmp_path / "changed" / "model.safetensors", folder)
-    assert len(judge(model=folder)) == 2 * before
-    shutil.copy(toy_dir / "model.safetensors", folder)
-    assert len(judge(model=folder)) == 2 * before
-    assert "every result was measured before" in capsys.readouterr().err
-    assert not list(folder.glob("needle*"))  # nothing is kept in the folder of another's model
-
-
-def test_niah_m_is_the_mean_of_its_three_tasks():
-    """[E21]"""
-    row = {"model": "m", "length": 9}
-    scores = {"multikey": (1.0, 1.0), "multivalue": (0.5, 0.0), "multiquery": (0.25, 0.25)}
-    rows = [
-        row | {"task": task, "repeat": i, "score": s}
-        for task, pair in scores.items()
-        for i, s in enumerate(pair)
-    ]
-    entry = summarise(rows)[-1]
-    assert entry["task"] == "NIAH(M)" and entry["mean"] == 0.5 and entry["n"] == 6
-    assert not any(e["task"] == "NIAH(M)" for e in summarise(rows[:4]))
-
-
-def test_the_cache_of_an_8b_at_128k_is_16_gib():
-    config = LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128, 131_072)
-    assert kv_cache_bytes(config, 131_072, torch.bfloat16) == 16 * 2**30
-    # 4,096 tokens, each with all those before it: twice 4,096 x weights, attention by hand
-    weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
-    pairs = 4096 * 4096 / 2
-    assert forward_flops(config, 0, 4096) == 2 * 4096 * weights + 32 * 4 * 4096 * pairs
-    head = 2 * 4096 * config.vocab_size * config.hidden_size
-    assert training_flops(config, 4096) == 3 * (forward_flops(config, 0, 4096) + head)
-    halves = forward_flops(config, 0, 1000) + forward_flops(config, 1000, 4096)
-    assert halves == forward_flops(config, 0, 4096)
-
-
-def test_a_template_can_be_a_whole_ruler_task(judge, haystack, tmp_path):
-    """Task text, several needles in words of its own, one question for all, the answer's beginning
-    and RULER's fixed budget of 128 tokens: the prompt around the haystack is theirs, literally."""
-    own = {
-        "intro": "Some codes are hidden within the following text. Memorize them.\n",
-        "needle": "A code for {key} is: {value}.",
-        "question": "\nWhat are all the codes for {key}?",
-        "answer": " The codes for {key} are",
-        "keys": ["red fox", "blue owl", "old elk"],
-        "needles": 3,
-        "values": "uuids",
-        "answer_tokens": 128,
-        "haystack": "noise",
-    }
-    flags = template(tmp_path, task="multiquery", **own)
-    (row,) = judge(f"{flags} --lengths 900 --depths 0.333 --n 1")
-    uuid = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-    assert len(set(row["expected"])) == 3 and all(re.fullmatch(uuid, v) for v in row["expected"])
-    assert row["depth"] == 0.333 and len(row["true_depths"]) == 3
-    task = dataclasses.replace(TASKS["multiquery"], **own | {"keys": tuple(own["keys"])})
-    ids = make_sample(task, haystack, 900, 0.333, "0/multiquery/900/0").ids
-    assert hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12] == row["prompt"]
-    text = haystack.tokenizer.decode(ids.tolist())
-    assert len(ids) == 900 - 128 and text.startswith(own["intro"])
-    assert text.count("The lamp is lit.") > 4 and "says that" not in text  # noise, not the prose
-    keys = re.search(r"\nWhat are all the codes for (.+)\? The codes for (.+) are$", text)
-    first, second, last = keys[1].replace("and ", "").split(", ")
-    assert keys[1] == keys[2] == f"{first}, {second}, and {last}"
-    for key, value in zip((first, second, last), row["expected"], strict=True):
-        assert text.count(f"A code for {key} is: {value}.") == 1
-
-
-def test_what_a_template_says_for_its_own_task_is_not_lost_in_silence(judge, tmp_path, capsys):
-    flags = template(tmp_path, task="multiquery", needles=2, intro="Codes.")
-    flags += " --tasks multikey --lengths 500 --n 1"
-    judge(flags)
-    told = "needle.json is for its task multiquery, and not for --tasks multikey"
-    assert told in capsys.readouterr().err
-    template(tmp_path, needles=2)  # without a task: for all
-    assert {len(r["true_depths"]) for r in judge(flags)} == {2, 4}
-    assert "and not for --tasks" not in capsys.readouterr().err
-
-
-def test_one_essay_one_haystack_one_depth(judge, tmp_path):
-    """A folder with one short essay, --n 1, a depth and a length that are multiples of nothing."""
-    (tmp_path / "essays").mkdir()
-    (tmp_path / "essays" / "only.txt").write_text("Ein Aufsatz über Öl. Er ist kurz! Schluß.\n")
-    flags = "--n 1 --lengths 613 --depths 0.333 --tasks niah_single multikey_hard passkey"
-    rows = judge(f"{flags} --haystack {tmp_path / 'essays'}")
-    assert [(r["length"], r["depth"]) for r in rows] == [(613, 0.333)] * 3
-    assert all(0.2 < r["true_depth"] <= 0.333 for r in rows)
-
-
-def test_any_answer_is_read_again_and_a_line_without_its_end_is_kept(tmp_path):
-    rows = [dict.fromkeys(KEY, i) | {"output": "a\u2028b\x85c\n"} for i in range(4)]
-    path = tmp_path / "needle.jsonl"
-    for half in (rows[:2], rows[2:]):
-        results = Results(tmp_path)
-        for row in half:
-            results.add(row)
-        path.write_text(path.read_text().removesuffix("\n"))
-    assert list(Results(tmp_path).known.values()) == rows
+def test_no_needle_is_drawn_farther_than_the_text_is_long(tmp_path, figures):
+    needle = result_of(length=1024) | {"expected": ["7"], "output": "7"}
+    draw_curves(tmp_path / "c.png", [needle | {"true_depth": d} for d in (0.0, 1.0)], "t")
+    assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0.5 / 8, 7.5 / 8]

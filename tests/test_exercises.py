@@ -14,8 +14,9 @@ sys.path.insert(0, str(EXERCISES))
 import new_theta  # noqa: E402
 import pose_defect  # noqa: E402
 
-from model import LlamaConfig  # noqa: E402
+from model import LlamaConfig, inverse_frequencies  # noqa: E402
 from recipe import METHODS, ntk_rope_base  # noqa: E402
+from support.explain.distances import meets_new_angles  # noqa: E402
 
 
 def test_the_derived_theta_is_the_papers(capsys):
@@ -31,13 +32,15 @@ def test_the_derived_theta_is_the_papers(capsys):
 
 def test_under_the_papers_theta_no_pair_meets_a_new_angle():
     """docs/method.md says so of the toy at 131,072 tokens and of the paper's models. Under the old
-    theta, and under one raised by T / L0 only, some do."""
+    theta, and under one raised by T / L0 only, some do. `python recipe.py` counts them as well."""
     tiny = LlamaConfig.from_dir(ROOT / "assets" / "tiny")
     toy = (tiny.rope_theta, tiny.head_dim, tiny.max_position_embeddings, 131_072, None)
     for theta, d, L0, T, f in [toy, *(numbers for numbers, _ in new_theta.PAPER.values())]:
         thetas = theta, theta * T / L0, ntk_rope_base(theta, d, L0, T, f)
         counts = [new_theta.pairs_with_new_angles(theta, new, d, L0, T) for new in thetas]
         assert counts[0] > 0 and counts[1] > 0 and counts[2] == 0
+        old, *changed = (inverse_frequencies(d, x) for x in (theta, *thetas))
+        assert counts == [int(meets_new_angles(old, now, L0, T).sum()) for now in changed]
 
 
 def test_the_defect_shows_in_the_samples_alone():

@@ -1,5 +1,6 @@
 """model.py against transformers, tokenizers, float64 and slow loops."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -7,16 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
-import weakref
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_hf_llama
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from smollm2 import ROOT
+from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as LlamaConfigOfTransformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -36,6 +38,7 @@ from model import (
     rotate,
     save_pretrained,
 )
+from support.data.sources import standard_library_topics
 from support.huggingface import yarn
 from support.memory.activations import LayerInputsOnHost
 
@@ -80,25 +83,11 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 256,
 }
-YARNS = {
-    "yarn": {},
-    "yarn_for_the_whole_window": {"original_max_position_embeddings": None},
-    "yarn_factor_null": {"factor": None},
-    "yarn_attention_factor": {"attention_factor": 1.4},
-    "yarn_mscale": {"mscale": 0.7, "mscale_all_dim": 1.2},
-    "yarn_mscale_alone": {"mscale": 0.7},
-    "yarn_betas": {"beta_fast": 8, "beta_slow": 1.5},
-    "yarn_betas_null": {"beta_fast": None, "beta_slow": None, "attention_factor": None},
-    "yarn_truncate": {"truncate": True},
-    "yarn_truncate_false": {"truncate": False},
-}
 
 
-def yarn_shape(name: str) -> dict:
+def with_yarn(**fields) -> dict:
     """Changes of the small model: a head wide enough for pairs of all three kinds."""
-    rope = YARN | YARNS[name]
-    if rope["original_max_position_embeddings"] is None:
-        del rope["original_max_position_embeddings"]
+    rope = {k: v for k, v in (YARN | fields).items() if v != "not given"}
     return {"head_dim": 32, "max_position_embeddings": 1024, "rope_parameters": rope}
 
 
@@ -115,8 +104,17 @@ FAMILIES = {  # model_type and a name: changes of the small model
     "qwen3": {"head_dim": 20},
     "llama_linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "llama_llama3": {"rope_parameters": LLAMA3},
-    **{f"llama_{name}": yarn_shape(name) for name in YARNS},
-    "qwen2_yarn": yarn_shape("yarn"),
+    "llama_yarn": with_yarn(),
+    "qwen2_yarn": with_yarn(),
+    "llama_yarn_for_the_whole_window": with_yarn(original_max_position_embeddings="not given"),
+    "llama_yarn_factor_null": with_yarn(factor=None),
+    "llama_yarn_attention_factor": with_yarn(attention_factor=1.4),
+    "llama_yarn_mscale": with_yarn(mscale=0.7, mscale_all_dim=1.2),
+    "llama_yarn_mscale_alone": with_yarn(mscale=0.7),
+    "llama_yarn_betas": with_yarn(beta_fast=8, beta_slow=1.5),
+    "llama_yarn_betas_null": with_yarn(beta_fast=None, beta_slow=None, attention_factor=None),
+    "llama_yarn_truncate": with_yarn(truncate=True),
+    "llama_yarn_truncate_false": with_yarn(truncate=False),
 }
 
 
@@ -138,54 +136,27 @@ def test_families_and_rope_types_equal_transformers(family, kind, spelling, tmp_
     compare_with_transformers(hf, load_pretrained(tmp_path), kind)
 
 
-def test_a_sliding_window_shorter_than_the_input_is_refused(tmp_path):
-    make_hf_llama("mistral", sliding_window=50).save_pretrained(tmp_path)
-    model = load_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="51 tokens exceed sliding_window 50"):
-        model(torch.zeros(1, 51, dtype=torch.int64))
-    _, cache = prefill(model, torch.arange(50))
-    with pytest.raises(ValueError, match="51 tokens exceed sliding_window 50"):
-        prefill(model, torch.arange(1), cache)
-
-
-PUBLISHED = {
-    # the shape fields of the hub's config.json files, and the parameter counts of their weights
-    "Meta-Llama-3-8B": (
-        8_030_261_248,
-        {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336},
-        {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-        {"model_type": "llama", "max_position_embeddings": 8192, "rope_theta": 500000.0},
+# the hub's config.json files: model_type, the fields of SHAPE, others; and the published counts
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SHAPE += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rope_theta")
+WINDOW = {"sliding_window": 131072, "use_sliding_window": False}
+PUBLISHED = {  # Llama-3-8B, Llama-3.2-1B, Mistral-7B-v0.3, Qwen2-7B
+    8_030_261_248: ("llama", (128256, 4096, 14336, 32, 32, 8, 8192, 5e5), {}),
+    1_235_814_400: (
+        "llama",
+        (128256, 2048, 8192, 16, 32, 8, 131072, 5e5),
+        {"tie_word_embeddings": True, "rope_scaling": LLAMA3 | {"factor": 32.0}},
     ),
-    "Llama-3.2-1B": (
-        1_235_814_400,
-        {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64},
-        {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
-        {"model_type": "llama", "max_position_embeddings": 131072, "tie_word_embeddings": True},
-        {"rope_theta": 500000.0, "rope_scaling": LLAMA3 | {"factor": 32.0}},
-    ),
-    "Mistral-7B-v0.3": (
-        7_248_023_552,
-        {"vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336},
-        {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
-        {"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": None},
-        {"rope_theta": 1000000.0},
-    ),
-    "Qwen2-7B": (
-        7_615_616_512,
-        {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944},
-        {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
-        {"model_type": "qwen2", "max_position_embeddings": 131072, "sliding_window": 131072},
-        {"rope_theta": 1000000.0, "use_sliding_window": False},
-    ),
+    7_248_023_552: ("mistral", (32768, 4096, 14336, 32, 32, 8, 32768, 1e6), {}),
+    7_615_616_512: ("qwen2", (152064, 3584, 18944, 28, 28, 4, 131072, 1e6), WINDOW),
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configs_give_the_published_counts(name, tmp_path):
-    count, *parts = PUBLISHED[name]
-    config = {"rms_norm_eps": 1e-5, "hidden_act": "silu"} | {
-        k: v for p in parts for k, v in p.items()
-    }
+@pytest.mark.parametrize("count", PUBLISHED)
+def test_published_configs_give_the_published_counts(count, tmp_path):
+    family, shape, more = PUBLISHED[count]
+    config = {"model_type": family, "rms_norm_eps": 1e-5, "sliding_window": None}
+    config |= dict(zip(SHAPE, shape, strict=True)) | more
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = Llama(LlamaConfig.from_dir(tmp_path))
@@ -197,30 +168,15 @@ def test_transformers_cuts_attention_at_gaps_and_we_do_not(tmp_path):
     borders."""
     hf = make_hf_llama()
     hf.save_pretrained(tmp_path)
-    ours = load_pretrained(tmp_path)
     ids = torch.randint(331, (1, 40), generator=torch.Generator().manual_seed(2))
     pos = torch.cat((torch.arange(20), torch.arange(120, 140)))[None]
     with torch.no_grad():
         cut = hf(ids, position_ids=pos, use_cache=False).logits  # as its Trainer calls it
         whole = hf(ids, position_ids=pos, attention_mask=torch.ones_like(ids)).logits
-        # what "cut" means: the second half alone gives the same logits
-        alone = hf(ids[:, 20:], position_ids=pos[:, 20:]).logits
-        assert (cut[:, 20:] - alone).abs().max() < 1e-4
+        second_half_alone = hf(ids[:, 20:], position_ids=pos[:, 20:]).logits
+        assert (cut[:, 20:] - second_half_alone).abs().max() < 1e-4
         assert (cut[:, 20:] - whole[:, 20:]).abs().max() > 0.1
-        assert (ours(ids, pos) - whole).abs().max() < 1e-4
-
-
-def test_only_differences_of_positions_matter(tmp_path):
-    """RoPE is relative: shifting all ids leaves the logits, stretching them does not."""
-    make_hf_llama().save_pretrained(tmp_path)
-    model = load_pretrained(tmp_path, dtype=torch.float64)
-    ids = torch.randint(331, (1, 30), generator=torch.Generator().manual_seed(2))
-    pos = torch.arange(30)[None]
-    with torch.no_grad():
-        base = model(ids, pos)
-        # angles are fp32: at position 1,000 they are right to about 6e-5 radians
-        assert (model(ids, pos + 1000) - base).abs().max() < 5e-3
-        assert (model(ids, pos * 3) - base).abs().max() > 0.1
+        assert (load_pretrained(tmp_path)(ids, pos) - whole).abs().max() < 1e-4
 
 
 def test_rotation_equals_a_slow_loop():
@@ -305,18 +261,22 @@ def test_the_norm_is_computed_in_fp32_and_rounded_once():
     assert torch.equal(norm.bfloat16()(x), rounded)
 
 
-class CountAttention(TorchDispatchMode):
-    """Counts attention kernels in a forward and backward pass."""
+class Watch(TorchDispatchMode):
+    """Counts operations by name, and records the element count of the largest tensor returned."""
 
     def __init__(self):
         super().__init__()
-        self.forward = self.backward = 0
+        self.calls, self.largest = Counter(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "scaled_dot_product" in str(func):
-            self.backward += "backward" in str(func)
-            self.forward += "backward" not in str(func)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.calls[func.overloadpacket.__name__] += 1
+        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *(x.numel() for x in tensors)])
+        return out
+
+
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def test_activation_checkpointing_changes_no_bit_and_computes_attention_once():
@@ -329,11 +289,12 @@ def test_activation_checkpointing_changes_no_bit_and_computes_attention_once():
         model.activation_checkpointing, model.keep_attention = bool(on), bool(keep)
         model.layer_inputs = LayerInputsOnHost() if offload else None
         for _ in range(2):  # the second sequence finds the host's buffers used
-            with CountAttention() as count:
+            with Watch() as watch:
                 h = model.hidden(torch.arange(40)[None])
                 loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
                 (loss / n).backward()
-        assert (count.forward, count.backward) == (3 if keep else 6, 3)  # one a layer, not two
+        assert watch.calls[ATTENTION] == (3 if keep else 6)  # one a layer, or two
+        assert watch.calls[f"{ATTENTION}_backward"] == 3
         assert not offload or len(model.layer_inputs.buffers) == 3  # the layer inputs, no angles
         grads.append([p.grad for p in model.parameters()])
     for other in grads[1:]:
@@ -348,27 +309,6 @@ def test_a_second_forward_pass_before_the_backward_pass_is_noticed():
     second.backward()
     with pytest.raises(RuntimeError, match="overwritten"):
         first.backward()
-
-
-def test_activation_checkpointing_keeps_less():
-    """Bytes that autograd holds after the forward pass, without parameters."""
-    config = LlamaConfig(97, 32, 96, 6, 4, 2, 8, 64)
-    held = []
-    for on in (False, True):
-        model = Llama(config)
-        model.activation_checkpointing = on
-        own = {p.data_ptr() for p in model.parameters()}
-        sizes = {}
-
-        def pack(x, own=own, sizes=sizes):
-            if x.data_ptr() not in own:
-                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model.hidden(torch.arange(64)[None])
-        held.append(sum(sizes.values()))
-    assert held[1] < 0.3 * held[0], held
 
 
 # ---- attention, cache, generation --------------------------------------------------------------
@@ -423,105 +363,72 @@ def test_chunked_prefill_and_generation_equal_the_uncached_forward(tmp_path):
     assert generate(model, ids, 8, stop_ids={slow[104]}) == slow[101:104]
 
 
-def test_nonsense_is_one_value_error():
-    model = Llama(LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64))
-    nothing, head = torch.empty(0, dtype=torch.int64), model.lm_head.weight
-    ids = torch.zeros(1, 4, dtype=torch.int64)
-    empty, heads = torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 5, 8)
-    for match, call in {
-        "at least one token": lambda: prefill(model, nothing),
-        r"ids must be .* got \(1, 4\)": lambda: generate(model, ids, 3),
-        r"got \(0,\)": lambda: generate(model, nothing, 3),
-        r"input_ids \(1, 0\)": lambda: model(ids[:, :0]),
-        r"input_ids \(0, 4\)": lambda: model.hidden(ids[:0]),
-        r"input_ids \(4,\)": lambda: model(ids[0]),
-        "cannot truncate a cache of 0 tokens to 5": lambda: KVCache().truncate(5),
-        "position_ids": lambda: model(ids, ids[:, :3]),
-        "a cache has no gradients": lambda: model.hidden(ids, cache=KVCache()),
-        "attention of 0 queries": lambda: attention(empty, heads, heads),
-        "attention of 5 queries to 0": lambda: attention(heads, empty, empty),
-        "empty": lambda: linear_cross_entropy(torch.zeros(0, 16), head, nothing),
-    }.items():
-        with pytest.raises(ValueError, match=match):
-            call()
+SMALL = LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64)
+MODEL, WINDOWED = Llama(SMALL), Llama(dataclasses.replace(SMALL, sliding_window=50))
+NONE, IDS = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
+HEADS, HEAD = torch.zeros(1, 2, 5, 8), MODEL.lm_head.weight
+REFUSED = [  # the message, the function, its arguments
+    ("at least one token", prefill, MODEL, NONE),
+    (r"ids must be .* got \(1, 4\)", generate, MODEL, IDS, 3),
+    (r"got \(0,\)", generate, MODEL, NONE, 3),
+    (r"input_ids \(1, 0\)", MODEL, IDS[:, :0]),
+    (r"input_ids \(0, 4\)", MODEL.hidden, IDS[:0]),
+    (r"input_ids \(4,\)", MODEL, IDS[0]),
+    ("position_ids", MODEL, IDS, IDS[:, :3]),
+    ("51 tokens exceed sliding_window 50", WINDOWED, IDS[:, :1].expand(1, 51)),
+    ("cannot truncate a cache of 0 tokens to 5", KVCache().truncate, 5),
+    ("a cache has no gradients", MODEL.hidden, IDS, None, KVCache()),
+    ("attention of 0 queries", attention, HEADS[:, :, :0], HEADS, HEADS),
+    ("attention of 5 queries to 0", attention, HEADS, HEADS[:, :, :0], HEADS[:, :, :0]),
+    ("empty", linear_cross_entropy, torch.zeros(0, 16), HEAD, NONE),
+    ("do not fit", linear_cross_entropy, torch.zeros(3, 16), HEAD, IDS),
+    ("2\\^31", linear_cross_entropy, torch.zeros(1, 4, 16), HEAD, IDS, -100, 2**30),
+]
+
+
+@pytest.mark.parametrize(("match", "function", "arguments"), [(m, f, a) for m, f, *a in REFUSED])
+def test_nonsense_is_one_value_error(match, function, arguments):
+    with pytest.raises(ValueError, match=match):
+        function(*arguments)
+
+
+def test_a_sliding_window_counts_what_the_cache_holds():
+    _, cache = prefill(WINDOWED, torch.arange(50))
+    with pytest.raises(ValueError, match="51 tokens exceed sliding_window 50"):
+        prefill(WINDOWED, torch.arange(1), cache)
 
 
 # ---- loss --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("needed", ["", "hidden", "weight", "hidden weight"])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_linear_cross_entropy_equals_f_cross_entropy(chunk):
-    """[E9] loss and both gradients in float64, with ignored targets and a ragged last chunk."""
+def test_linear_cross_entropy_equals_f_cross_entropy(chunk, needed):
+    """[E9] loss and gradients in float64, with ignored targets and a ragged last chunk. Only the
+    gradients that are needed are computed, and all logits never exist at once."""
     torch.manual_seed(0)
-    hidden = torch.randn(2, 30, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(83, 16, dtype=torch.float64, requires_grad=True)
+    hidden, weight = torch.randn(2, 30, 4).double(), torch.randn(83, 4).double()
     targets = torch.randint(83, (2, 30))
     targets[0, 3:9] = -100
-    loss, n = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
-    torch.autograd.grad(loss * 0.7, (hidden, weight), retain_graph=True)  # twice: the same
-    grads = torch.autograd.grad(loss * 0.7, (hidden, weight))
-    oracle = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum")
-    expected = torch.autograd.grad(oracle * 0.7, (hidden, weight))
+    inputs = {"hidden": hidden, "weight": weight}
+    asked = [inputs[name].requires_grad_() for name in needed.split()]
+    with Watch() as naive:
+        logits = (hidden @ weight.T).flatten(0, 1)
+        oracle = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    with Watch() as ours:
+        loss, n = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
+    with Watch() as judging, torch.no_grad():  # a parameter asks for its gradient even here
+        judged, _ = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk)
     assert n == 54 and loss.dtype == torch.float64 and abs((loss - oracle).item()) < 1e-6
-    for a, b in zip(grads, expected, strict=True):
-        assert (a - b).abs().max() < 1e-6
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the element count of the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return out
-
-
-def test_no_tensor_of_all_logits_is_ever_allocated():
-    T, V, D = 600, 500, 8
-    hidden = torch.randn(1, T, D, requires_grad=True)
-    weight = torch.randn(V, D, requires_grad=True)
-    targets = torch.randint(V, (1, T))
-    with LargestTensor() as naive:  # the measurement itself must be able to see one
-        F.cross_entropy((hidden @ weight.T)[0], targets[0]).backward()
-    assert naive.largest >= T * V
-    with LargestTensor() as ours:
-        linear_cross_entropy(hidden, weight, targets, chunk_tokens=64)[0].backward()
-    assert ours.largest <= 64 * V
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten.mm.default
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("of_hidden", [False, True])
-@pytest.mark.parametrize("of_weight", [False, True])
-def test_the_loss_makes_only_the_gradients_that_are_needed(of_hidden, of_weight):
-    """A frozen head needs none. A parameter asks for its gradient even under no_grad."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(1, 6, 8), torch.randn(50, 8)
-    targets = torch.randint(50, (1, 6))
-    expected = F.cross_entropy(hidden[0] @ weight.T, targets[0], reduction="sum")
-    inputs = (hidden.requires_grad_(of_hidden), weight.requires_grad_(of_weight))
-    with Products() as training:
-        loss, _ = linear_cross_entropy(*inputs, targets, chunk_tokens=2)
-    assert training.count == 3 * (1 + of_hidden + of_weight)
-    with torch.no_grad(), Products() as judging:
-        judged, _ = linear_cross_entropy(*inputs, targets, chunk_tokens=2)
-    assert judging.count == 3
-    assert abs(loss - expected) < 1e-4 and torch.equal(judged, loss.detach())
-    if of_hidden or of_weight:
-        loss.backward()
-    assert [x.grad is not None for x in inputs] == [of_hidden, of_weight]
+    assert torch.equal(judged, loss.detach())
+    assert ours.largest <= max(min(chunk, 60) * 83, 83 * 4) <= naive.largest == 60 * 83
+    chunks = math.ceil(60 / chunk)
+    assert (judging.calls["mm"], ours.calls["mm"]) == (chunks, chunks * (1 + len(asked)))
+    if asked:
+        expected = torch.autograd.grad(oracle * 0.7, asked)
+        for _ in range(2):  # twice: the same
+            grads = torch.autograd.grad(loss * 0.7, asked, retain_graph=True)
+            assert all((a - b).abs().max() < 1e-6 for a, b in zip(grads, expected, strict=True))
 
 
 def test_any_ignore_index_is_ignored_and_nonsense_targets_are_not():
@@ -544,72 +451,38 @@ def test_loss_of_bf16_is_summed_in_fp32():
     assert abs(float(loss) / float(exact) - 1) < 1e-3  # bf16 logits: 2^-9 a row, averaged out
 
 
-def test_loss_refuses_what_would_overflow_or_not_fit():
-    hidden, weight = torch.zeros(3, 4), torch.zeros(5, 4)
-    with pytest.raises(ValueError, match="2\\^31"):
-        linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64), chunk_tokens=2**30)
-    with pytest.raises(ValueError, match="do not fit"):
-        linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64))
-
-
 # ---- folders -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformers_opens_what_we_save(tied, tmp_path):
-    from transformers import AutoModelForCausalLM
-
+def test_transformers_opens_what_we_save(tied, tmp_path, monkeypatch):
+    """With another theta and window; read and written in shards."""
     hf = make_hf_llama(tie_word_embeddings=tied)
-    hf.save_pretrained(tmp_path / "hf")
+    hf.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     ours = load_pretrained(tmp_path / "hf")
     ours.config = ours.config.with_rope(250_000.0, 1024)
+    monkeypatch.setattr("support.huggingface.checkpoint.SHARD_BYTES", 50_000)
     save_pretrained(ours, tmp_path / "ours")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
-    assert again.config.max_position_embeddings == 1024
-    ids = torch.arange(60)[None]
+    for folder in (tmp_path / "hf", tmp_path / "ours"):
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    again, ids = load_pretrained(tmp_path / "ours"), torch.arange(60)[None]
     with torch.no_grad():
-        assert (again(ids).logits - ours(ids)).abs().max() < 1e-4
+        assert torch.equal(again(ids), ours(ids)) and again.config == ours.config
+        assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
         assert (hf(ids).logits - ours(ids)).abs().max() > 1e-2  # the new theta was not ignored
+    assert theirs.config.max_position_embeddings == 1024
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 250_000.0
 
 
-def test_sharded_folders_are_read_and_written(tmp_path, monkeypatch):
-    hf = make_hf_llama()
-    hf.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    ours = load_pretrained(tmp_path / "shards")
-    monkeypatch.setattr("support.huggingface.checkpoint.SHARD_BYTES", 50_000)
-    save_pretrained(ours, tmp_path / "again")
-    again = load_pretrained(tmp_path / "again")
-    names = dict(again.named_parameters())
-    assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
-    assert all(torch.equal(p, names[n]) for n, p in ours.named_parameters())
-
-
-def test_a_save_replaces_model_folders_only(tmp_path):
-    model = Llama(LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64))
-    save_pretrained(model, tmp_path / "m")
-    save_pretrained(model, tmp_path / "m")
-    (tmp_path / "m" / "run.json").write_text("{}")
-    (tmp_path / "diary").mkdir()
-    (tmp_path / "diary" / "2026.txt").write_text("dear diary")
-    for folder in ("m", "diary"):
-        with pytest.raises(ValueError, match="not replacing it"):
-            save_pretrained(model, tmp_path / folder)
-    assert (tmp_path / "diary" / "2026.txt").is_file()
-    # killed between moving the old folder away and the new one in: the old one is still found
-    save_pretrained(model, tmp_path / "k")
-    (tmp_path / "k").rename(tmp_path / ".k.old")
-    (tmp_path / "k.old").mkdir()  # somebody's own
-    save_pretrained(model, tmp_path / "k")
-    assert load_pretrained(tmp_path / "k") and not (tmp_path / ".k.old").exists()
-    assert (tmp_path / "k.old").is_dir()
-
-
-def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
-    model = Llama(LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64))
-    save_pretrained(model, tmp_path / "m")
+def test_a_save_that_is_cut_off_leaves_the_old_folder(tmp_path, monkeypatch):
+    """By an error; and by a kill between moving the old folder away and the new one in."""
+    save_pretrained(MODEL, tmp_path / "m")
+    (tmp_path / "m").rename(tmp_path / ".m.old")
+    (tmp_path / "m.old").mkdir()  # somebody's own
+    save_pretrained(MODEL, tmp_path / "m")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.old"]
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
 
     def fail(*args, **kwargs):
@@ -617,79 +490,35 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr("support.huggingface.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_pretrained(model, tmp_path / "m")
+        save_pretrained(MODEL, tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.old"]
 
 
-def test_loading_holds_one_source_tensor_at_a_time(tmp_path, monkeypatch):
-    make_hf_llama().save_pretrained(tmp_path)
-    import support.huggingface.checkpoint as files
-
-    alive = []
-    original = files.iter_tensors
-
-    def watched(path):
-        for name, tensor in original(path):
-            assert sum(ref() is not None for ref in alive) <= 1
-            alive.append(weakref.ref(tensor))
-            yield name, tensor
-            del tensor
-
-    monkeypatch.setattr(files, "iter_tensors", watched)
-    load_pretrained(tmp_path, dtype=torch.bfloat16)
+# ---- a real model ------------------------------------------------------------------------------
 
 
-# ---- tokenizer ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2_pair(smollm2_dir):
-    from tokenizers import Tokenizer
-
-    return load_tokenizer(smollm2_dir), Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
-
-
-def equal_ids(pair, text: str) -> None:
-    ours, theirs = pair
-    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
-
-
-@given(st.text(max_size=60))
-@settings(max_examples=300, deadline=None)
-def test_ids_equal_those_of_tokenizers_on_any_text(smollm2_pair, text):
-    if "<|" not in text:  # `tokenizers` parses special tokens in text, ours takes text as data
-        equal_ids(smollm2_pair, text)
-
-
-def test_ids_equal_those_of_tokenizers_on_hard_text(smollm2_pair):
+def test_the_tokenizer_of_a_real_model(smollm2_dir):
+    """Ids are those of `tokenizers`. Special tokens in a text are data."""
+    ours = load_tokenizer(smollm2_dir)
+    theirs = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
     for text in (
         "1234 5 6\n\n  7\t8 it's  they'LL\r\n",
         "a  1  b \x04\x06 c\u00f1\U000f0000 tail",
         "你好。 Привет!  \u00a0 x\u2028y ①²",
         "   \n 3.14 os.path\n\n\n",
         "'s't're 've'm",
+        standard_library_topics()[:300_000],
     ):
-        equal_ids(smollm2_pair, text)
-
-
-def test_ids_equal_those_of_tokenizers_on_real_text(smollm2_pair):
-    from support.data.sources import standard_library_topics
-
-    text = standard_library_topics()[:300_000]
-    equal_ids(smollm2_pair, text)
-    ours = smollm2_pair[0]
-    assert ours.decode(ours.encode(text)) == text
-
-
-def test_special_token_strings_in_text_are_data(smollm2_pair):
-    ours = smollm2_pair[0]
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, repr(text)[:100]
+        assert ours.decode(ids) == text or "\x04" in text  # that byte is not in its vocabulary
     ids = ours.encode("<|im_start|>user")
     assert ours.bos_id not in ids and ours.decode(ids) == "<|im_start|>user"
     assert (ours.bos_id, ours.eos_id, ours.adds_bos, ours.vocab_size) == (1, 2, False, 49152)
 
 
-def test_the_real_checkpoint_speaks(smollm2_dir):
+def test_a_real_model_speaks(smollm2_dir):
     """The conversion from GGUF is right only if all of it is: permuted q and k, Digits, tied
     head."""
     model, tokenizer = load_pretrained(smollm2_dir), load_tokenizer(smollm2_dir)
@@ -697,10 +526,10 @@ def test_the_real_checkpoint_speaks(smollm2_dir):
     assert tokenizer.decode(generate(model, ids, 2)) == " Paris."
 
 
-# ---- model.py copied into another project -----------------------------------------------------
+# ---- copied into another project ---------------------------------------------------------------
 
 ALONE = """
-import sys, torch
+import torch
 from model import *
 
 def answers(scaling):
@@ -719,17 +548,44 @@ def answers(scaling):
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32
-results = [answers(scaling) for scaling in (None, LLAMA3)]
+plain, scaled = answers(None), answers(LLAMA3)
+assert (plain[0] - scaled[0]).abs().max() > 5e-5  # the scaling does act
+
+import recipe
+
+original, tuned = (Llama(LlamaConfig(256, 32, 48, 2, 4)) for _ in range(2))
+theta = recipe.ntk_rope_base(1e4, 8, 64, 512)
+tuned.config = tuned.config.with_rope(theta, 512)
+text = torch.tensor(list(b"Ada had 7 apples. Nobody knew! Was it Bob? " * 12))
+starts = torch.arange(0, len(text), 18)  # segments of one's own
+g = torch.Generator().manual_seed(0)
+
+def sample(select, impactful=None):
+    kept, begins = recipe.select_segments(text, starts, 160, select, g, impactful)
+    return text[kept], recipe.sample_position_ids("longrecipe", 160, 512, begins, g)
+
+shift, total, count = recipe.logit_shift(original, tuned, *sample("random"), first_position=64)
+types = recipe.impactful_types(total, count)
+x, pos = (t[None] for t in sample("impact", types))
+targets = recipe.next_token_targets(x)
+loss, n = linear_cross_entropy(tuned.hidden(x, pos), tuned.lm_head.weight, targets)
+merged = recipe.merge_weights(original.state_dict(), tuned.state_dict())
+results = [*plain, *scaled, torch.tensor(theta), shift, types, x, pos, loss.detach() / n]
+results += merged.values()
 """
 ASKS = """
-import model as m
+import sys
 errors = []
 for ask in (
-    lambda: m.load_pretrained("x"),
-    lambda: m.load_tokenizer("x"),
+    lambda: load_pretrained("x"),
+    lambda: load_tokenizer("x"),
     lambda: LlamaConfig.from_dir("x"),
-    lambda: m.save_pretrained(Llama(LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)), "x"),
+    lambda: save_pretrained(original, "x"),
     lambda: inverse_frequencies(8, 1e4, {"rope_type": "yarn", "factor": 8.0}),
+    lambda: recipe.split_segments(text, None),
+    lambda: recipe.make_example(text, None, 9, 999, method="none", select="first", generator=g),
+    lambda: recipe.merge("a", "b", "c"),
+    lambda: recipe.main([]),
 ):
     try:
         ask()
@@ -740,33 +596,16 @@ torch.save((results, errors), "results.pt")
 """
 
 
-def test_only_support_itself_is_said_to_be_missing(monkeypatch):
-    def missing(name: str) -> str:
-        def importing(_):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-        monkeypatch.setattr(model_py, "import_module", importing)
-        with pytest.raises(ModuleNotFoundError) as error:
-            load_tokenizer("x")
-        return str(error.value)
-
-    for name in ("support", "support.huggingface.folders"):
-        assert missing(name) == f"this takes support/ beside model.py: No module named {name!r}"
-    assert missing("regex") == "No module named 'regex'"
-
-
-def test_model_py_works_alone(tmp_path):
-    """Copied into an empty folder: forward, loss, gradients, cache and generation give what they
-    give here; what reads or writes model folders says in one line what it lacks."""
-    shutil.copy(ROOT / "model.py", tmp_path)
+def test_model_py_and_recipe_py_work_alone(tmp_path):
+    """Copied into an empty folder they give what they give here; what splits texts, or reads or
+    writes model folders, says in one line what it lacks."""
+    for name in ("model.py", "recipe.py"):
+        shutil.copy(ROOT / name, tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-c", ALONE + ASKS]
-    subprocess.run(command, check=True, cwd=tmp_path, env=env)
+    subprocess.run([sys.executable, "-c", ALONE + ASKS], check=True, cwd=tmp_path, env=env)
     theirs, errors = torch.load(tmp_path / "results.pt", weights_only=True)
     here: dict = {}
     exec(ALONE, here)
-    for a, b in zip(sum(theirs, []), sum(here["results"], []), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
-    assert (theirs[0][0] - theirs[1][0]).abs().max() > 5e-5  # the scaling does act
-    line = "this takes support/ beside model.py: No module named 'support'"
-    assert errors == [line] * 5
+    for a, b in zip(theirs, here["results"], strict=True):
+        assert a.dtype == b.dtype and torch.allclose(a.double(), b.double(), atol=1e-5)
+    assert errors == ["No module named 'support'"] * 9

@@ -1,16 +1,19 @@
 """`python recipe.py`: what chapters 2 to 6 of recipe.py do to one text, in words and as a figure.
 recipe.py passes itself and model.py, because support/ imports none of the four files."""
 
+from pathlib import Path
 from types import ModuleType
 
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from torch import Tensor
 
 from support.data.segments import digit_types
 from support.data.sources import load_reference, load_tokens
 from support.data.text import Corpus
 from support.data.toy import TINY
-from support.explain import distances, figure, positions, words
+from support.explain import figure, words
+from support.explain.distances import DRAWS, Distances, Samples, angles_of
 from support.huggingface.config import read_window
 from support.huggingface.hub import SMALL, local_folder
 from support.huggingface.tokenizer import load_tokenizer
@@ -31,9 +34,8 @@ def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
     impactful = "impactful.json (default: the model's own; without one, digits are taken)"
     add("--impactful", metavar="FILE", help=impactful)
     add("--figure", default="recipe.png", metavar="PNG", help="file for the figure")
-    add(
-        "--positions", metavar="PNG", help="draw only where each method puts the tokens of a sample"
-    )
+    only = "draw only where each method puts the tokens of a sample"
+    add("--positions", metavar="PNG", help=only)
     add("--seed", type=int, default=0, metavar="N", help="seed of the sample")
     with report_errors():
         args = p.parse_args(argv)
@@ -44,7 +46,7 @@ def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
             raise BadInput(
                 f"--train_len {args.train_len} must be between 2 and --target_len {args.target_len}"
             )
-        figure.check_path(args.positions or args.figure)
+        check_path(args.positions or args.figure)
         folder = local_folder(args.model, SMALL)
         if args.positions:
             draw_positions(args, folder, recipe)
@@ -52,20 +54,49 @@ def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
             explain(args, folder, model, recipe)
 
 
-def window_of(args, tokenizer, generator: torch.Generator) -> Tensor:
-    """Ids of --text or of the default text: (target_len,), or fewer if the text is shorter."""
+def check_path(path: str) -> None:
+    """BadInput, before any work, if no figure can be written to `path`."""
+    formats, folder = FigureCanvasBase.get_supported_filetypes(), Path(path).parent
+    if not folder.is_dir():
+        raise BadInput(f"--figure {path}: folder {folder} does not exist")
+    if Path(path).suffix[1:].lower() not in formats:
+        raise BadInput(f"--figure {path} must end in one of .{', .'.join(sorted(formats))}")
+
+
+def text_of(args, folder: str, recipe: ModuleType):
+    """The tokenizer, the generator of everything random, ids (T,) of --text or of the default text,
+    at most --target_len, and the starts (N,) of their segments."""
+    tokenizer = load_tokenizer(folder)
+    generator = torch.Generator().manual_seed(args.seed)
     tokens = load_tokens([args.text], tokenizer) if args.text else load_reference(tokenizer)
     remedy = "give a longer --text, or lower --train_len or --target_len"
-    return Corpus(tokens, args.train_len, remedy).window(args.target_len, generator)
+    ids = Corpus(tokens, args.train_len, remedy).window(args.target_len, generator)
+    return tokenizer, generator, ids, recipe.split_segments(ids, tokenizer)
+
+
+def samples_of(args, recipe: ModuleType, starts: Tensor, generator) -> Samples:
+    """Method -> a few words, and position ids of a sample whose segments begin at `starts`."""
+    samples = {}
+    for name, (label, _) in recipe.METHODS.items():
+        length = args.target_len if name == "full" else args.train_len
+        drawn = recipe.sample_position_ids(name, length, args.target_len, starts, generator)
+        samples[name] = label, drawn
+    return samples
+
+
+def draw_positions(args, folder: str, recipe: ModuleType) -> None:
+    """Draw where each method puts a sample of randomly selected segments."""
+    _, generator, ids, starts = text_of(args, folder, recipe)
+    _, starts = recipe.select_segments(ids, starts, args.train_len, "random", generator)
+    samples = samples_of(args, recipe, starts, generator)
+    drawn = figure.draw_positions(samples, starts, args.target_len, read_window(folder))
+    drawn.savefig(args.positions, dpi=120, metadata={"Software": None})
+    print(f"figure: {args.positions}")
 
 
 def explain(args, folder: str, model: ModuleType, recipe: ModuleType) -> None:
     """Print and draw which sentences are selected, their positions, and the angles of RoPE."""
-    tokenizer = load_tokenizer(folder)
-    generator = torch.Generator().manual_seed(args.seed)
-    ids = window_of(args, tokenizer, generator)
-    starts = recipe.split_segments(ids, tokenizer)
-
+    tokenizer, generator, ids, starts = text_of(args, folder, recipe)
     file = args.impactful or words.known_analysis(folder)
     if file:
         select, impactful = "impact", read_impactful(file, tokenizer.vocab_size)
@@ -81,36 +112,16 @@ def explain(args, folder: str, model: ModuleType, recipe: ModuleType) -> None:
     held = torch.bincount(torch.searchsorted(starts, kept, right=True) - 1, minlength=len(starts))
     words.tell_selection(ids, starts, share, held > 0, len(kept), tokenizer, select)
 
-    lengths = (args.train_len, args.target_len, new_starts, generator)
-    labels = {name: label for name, (label, _) in recipe.METHODS.items() if name != "full"}
-    draws = {distances.FULL: [torch.arange(args.target_len)]} | {
-        name: [recipe.sample_position_ids(name, *lengths) for _ in range(distances.DRAWS)]
-        for name in labels
+    draws = [samples_of(args, recipe, new_starts, generator) for _ in range(DRAWS)]
+    found = {
+        name: Distances.of([draw[name][1] for draw in draws], args.target_len)
+        for name in recipe.METHODS
     }
-    found = {name: distances.Distances.of(each, args.target_len) for name, each in draws.items()}
-    words.tell_positions(found)
+    words.tell_positions(draws[0], found)
 
-    angles = distances.angles(
-        folder, args.target_len, model.inverse_frequencies, recipe.ntk_rope_base
-    )
+    angles = angles_of(folder, args.target_len, model.inverse_frequencies, recipe.ntk_rope_base)
     words.tell_angles(angles)
-    selection = (share, sizes, held, "impactful" if file else "digits")
-    figure.draw(args.figure, folder, selection, labels, found, angles)
+    selection, window = (share, sizes, held), read_window(folder)
+    drawn = figure.draw(draws[0], new_starts, window, selection, found, angles)
+    drawn.savefig(args.figure, dpi=90)
     print(f"\nfigure: {args.figure}")
-
-
-def draw_positions(args, folder: str, recipe: ModuleType) -> None:
-    """One sample of randomly selected segments, and its position ids by each method."""
-    tokenizer = load_tokenizer(folder)
-    generator = torch.Generator().manual_seed(args.seed)
-    ids = window_of(args, tokenizer, generator)
-    starts = recipe.split_segments(ids, tokenizer)
-    kept, starts = recipe.select_segments(ids, starts, args.train_len, "random", generator)
-    samples = {}
-    for name, (label, _) in recipe.METHODS.items():
-        length = args.target_len if name == "full" else args.train_len
-        drawn = recipe.sample_position_ids(name, length, args.target_len, starts, generator)
-        samples[name] = label, drawn
-    drawn = positions.draw(samples, starts, args.target_len, read_window(folder))
-    drawn.savefig(args.positions, dpi=120, metadata={"Software": None})
-    print(f"figure: {args.positions}")

@@ -11,7 +11,7 @@ from support.huggingface.config import read_config
 from support.system.bad_input import BadInput
 
 DRAWS = 16  # samples of each method whose distances are counted
-FULL = "full length"  # plain positions over the whole target, which the methods replace
+Samples = dict[str, tuple[str, Tensor]]  # method -> a few words, position ids (L,)
 
 # ---- which distances are trained ---------------------------------------------------------------
 
@@ -35,25 +35,20 @@ def distance_counts(positions: Tensor, target_len: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Distances:
-    """The pairs of `draws` samples, by distance."""
+    """The pairs of tokens of some samples, by distance."""
 
-    draws: int
-    positions: Tensor  # (L,) of the first of them
-    first: Tensor  # (T*,) int64, its pairs
-    counts: Tensor  # (T*,) of all draws together
+    pairs: Tensor  # (T*,) int64, of the first sample
     covered_by_one: float  # share of the distances 1..T*-1 that a sample holds, on average
-    covered: float  # that all draws together hold
+    covered: float  # that all samples together hold
     mean: float  # distance of two tokens
 
     @classmethod
-    def of(cls, draws: list[Tensor], target_len: int) -> "Distances":
-        each = [distance_counts(p, target_len) for p in draws]
+    def of(cls, samples: list[Tensor], target_len: int) -> "Distances":
+        each = [distance_counts(positions, target_len) for positions in samples]
         counts = torch.stack(each).sum(0)
-        shares = [float((c[1:] > 0).double().mean()) for c in (*each, counts)]
+        *shares, covered = (float((c[1:] > 0).double().mean()) for c in (*each, counts))
         mean = int((counts * torch.arange(target_len)).sum()) / int(counts.sum())
-        return cls(
-            len(draws), draws[0], each[0], counts, sum(shares[:-1]) / len(draws), shares[-1], mean
-        )
+        return cls(each[0], sum(shares) / len(samples), covered, mean)
 
 
 # ---- which angles are new ----------------------------------------------------------------------
@@ -90,7 +85,7 @@ class Angles:
         return meets_new_angles(self.old, self.new, self.old_len, self.target_len)
 
 
-def angles(
+def angles_of(
     folder: str, target_len: int, frequencies: Callable, new_theta: Callable
 ) -> Angles | str:
     """Those of a model folder, by inverse_frequencies of model.py and ntk_rope_base of recipe.py;
@@ -105,5 +100,4 @@ def angles(
     if target_len <= old_len:
         return f"nothing to say of the RoPE: the model reaches {old_len:,} tokens as it is"
     thetas = theta, new_theta(theta, head_dim, old_len, target_len)
-    old, new = (frequencies(head_dim, t) for t in thetas)
-    return Angles(old_len, target_len, thetas, old, new)
+    return Angles(old_len, target_len, thetas, *(frequencies(head_dim, t) for t in thetas))

@@ -1,196 +1,173 @@
-"""The figure of `python recipe.py`: one sample, six panels, from the numbers of distances.py."""
+"""The figures of `python recipe.py`: where each method puts a sample's tokens (--positions PNG);
+and the same above what was selected, which distances that trains, and RoPE's angles."""
 
 import math
-from pathlib import Path
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from support.explain.distances import FULL, Angles, Distances
-from support.huggingface.config import read_window
-from support.system.bad_input import BadInput
+from support.explain.distances import DRAWS, Angles, Distances, Samples
 
-ZOOM, BINS = 300, 128  # positions shown one by one; bins of the distances
+FONT = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}
+OURS, OTHERS = "#c1272d", "#30507a"
+ZOOM = 120  # tokens that the lower row shows
+BINS = 128  # of the distances
 
 
-def styles(labels: dict[str, str]) -> dict[str, dict]:
-    """Label, colour and line of FULL and of each method. The first line is the widest and the last
-    the narrowest, so that each can be seen where several cover one another."""
-    found = {FULL: {"label": "a text of the full length", "color": "black", "linestyle": "--"}}
-    widths = np.linspace(9, 1.2, len(labels)).tolist()
-    for i, (name, label) in enumerate(labels.items()):
-        found[name] = {"label": f"{name}: {label}", "color": f"C{i}", "linewidth": widths[i]}
-    return found
+def draw_positions(
+    samples: Samples, starts: Tensor, target_len: int, old_window: int | None = None
+) -> Figure:
+    """A column for each method: the whole sample above, its first tokens below. starts (M,): where
+    the sentences of the sample begin."""
+    with matplotlib.rc_context(FONT):
+        figure = Figure(figsize=(2.75 * len(samples), 6.8), layout="constrained")
+        position_panels(figure, samples, starts, target_len, old_window)
+    return figure
 
 
 def draw(
-    path: str | Path,
-    folder: str | Path,
-    selection: tuple[Tensor, Tensor, Tensor, str],
-    labels: dict[str, str],
+    samples: Samples,
+    starts: Tensor,
+    old_window: int | None,
+    selection: tuple[Tensor, Tensor, Tensor],
     distances: dict[str, Distances],
     angles: Angles | str,
+) -> Figure:
+    """draw_positions above three panels. selection: the share of impactful tokens of the text's
+    segments (N,), their sizes, and how many of their tokens the sample holds. distances: of each
+    method. angles: or why there are none."""
+    target_len = len(samples["full"][1])
+    with matplotlib.rc_context(FONT):
+        figure = Figure(figsize=(2.75 * len(samples), 13), layout="constrained")
+        above, below = figure.subfigures(2, 1)
+        position_panels(above, samples, starts, target_len, old_window)
+        panels = below.subplots(1, 3)
+        draw_selection(panels[0], *selection)
+        draw_coverage(panels[1], distances, target_len)
+        draw_angles(panels[2], angles)
+    return figure
+
+
+def position_panels(
+    figure, samples: Samples, starts: Tensor, target_len: int, old_window: int | None
 ) -> None:
-    """folder: the model's. selection: the share of impactful tokens of the text's segments (N,),
-    their sizes, how many of their tokens the sample holds, and what impactful ones are called.
-    labels: method -> a few words. distances: of each method and FULL. angles: or why there are
-    none."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 9.5), layout="constrained")
-    panels = figure.subplots(2, 3).flatten()
-    target_len, old_window = len(distances[FULL].counts), read_window(folder)
-    draw_selection(panels[0], *selection)
-    lines = styles(labels)
-    draw_positions(panels[1], lines, distances, old_window)
-    draw_strips(panels[2], lines, distances)
-    draw_distances(panels[3], lines, distances, old_window)
-    draw_coverage(panels[4], distances)
-    draw_angles(panels[5], angles)
-    for letter, axis in zip("ABCDEF", panels, strict=True):
-        axis.set_title(f"{letter}. {axis.get_title()}", fontsize=11)
-    n = len(distances["longrecipe"].positions)
+    whole, zoom = figure.subplots(2, len(samples), sharex="row", sharey="row")
+    for i, (name, (label, positions)) in enumerate(samples.items()):
+        color = OURS if name == "longrecipe" else OTHERS
+        draw_sample(whole[i], positions, target_len, color)
+        draw_sentences(zoom[i], positions, starts, color)
+        whole[i].set_title(name, fontsize=17, fontweight="bold", color=color, pad=24)
+        whole[i].annotate(label, (0.5, 1.03), xycoords="axes fraction", ha="center")
+        if old_window and old_window < target_len:
+            mark_window(whole[i], old_window, target_len)
+    end = target_len / 1000
+    whole[0].set(xlim=(0, 1.04 * end), ylim=(0, 1.04 * end), ylabel="position id (thousands)")
+    top = max(int(positions[:ZOOM][-1]) for _, positions in samples.values())
+    zoom[0].set(xlim=(0, ZOOM), ylim=(0, 1.05 * top), ylabel="position id", xticks=(0, 50, 100))
+    note = {"xycoords": "axes fraction", "va": "top", "fontsize": 12}
+    zoom[0].annotate("grey: every\nsecond sentence", (0.03, 0.97), **note)
+    train_len = min(len(positions) for _, positions in samples.values())
     figure.suptitle(
-        f"LongRecipe on one text of {int(selection[1].sum()):,} tokens: a sample of {n:,} tokens"
-        f" for a window of {target_len:,} positions",
-        fontsize=13,
+        f"One sample of {train_len:,} tokens for a window of {target_len:,} positions: where each"
+        " method puts its tokens",
+        fontsize=16,
     )
-    figure.savefig(path, dpi=110)
 
 
-def draw_selection(axis, share: Tensor, sizes: Tensor, held: Tensor, what: str) -> None:
+def draw_sample(axis, positions: Tensor, target_len: int, color: str) -> None:
+    """Token index against position id of the whole sample; dotted: that of the full length."""
+    p, end = positions.numpy() / 1000, target_len / 1000
+    axis.plot((0, end), (0, end), color="0.8", linestyle=":", linewidth=1.5)
+    jumps = np.flatnonzero(np.diff(p) > end / 20) + 1
+    for piece in np.split(np.arange(len(p)), jumps):  # no line across a large jump
+        # a piece too short for a line is a dot
+        style = {"marker": "o", "markersize": 8} if len(piece) < len(p) / 100 else {}
+        style |= {"color": color, "linewidth": 4, "solid_capstyle": "round"}
+        axis.plot(piece / 1000, p[piece], **style)
+    axis.annotate(f"{len(p):,} tokens", (0.98, 0.27), xycoords="axes fraction", ha="right")
+    axis.set_xlabel("token (thousands)")
+
+
+def mark_window(axis, old_window: int, target_len: int) -> None:
+    top, end = old_window / 1000, target_len / 1000
+    axis.axhspan(0, top, color="gold", alpha=0.35, linewidth=0)
+    axis.annotate(f"old window {old_window:,}", (end, top), ha="right", va="bottom", fontsize=11)
+
+
+def draw_sentences(axis, positions: Tensor, starts: Tensor, color: str) -> None:
+    """The first tokens, a dot each; grey: every second sentence."""
+    p, borders = positions[:ZOOM].numpy(), [*starts[starts < ZOOM].tolist(), ZOOM]
+    for begin, end in list(zip(borders, borders[1:], strict=False))[1::2]:
+        axis.axvspan(begin - 0.5, end - 0.5, color="0.92", linewidth=0)
+    axis.plot(np.arange(len(p)), p, ".", color=color, markersize=4)
+    axis.set_xlabel(f"token (the first {ZOOM})")
+
+
+def draw_selection(axis, share: Tensor, sizes: Tensor, held: Tensor) -> None:
     """How many tokens are in segments with this share of impactful tokens. The last segment of
     the sample may be cut: what it lost is dropped."""
-    share, sizes, held = share.numpy(), sizes.numpy(), held.numpy()
-    edges = np.linspace(0, 1, 26)
-    taken, tokens = held > 0, (held, sizes - held)
-    named = [
-        f"{label}: {n.sum():,} segments, {w.sum():,} tokens"
-        for label, n, w in zip(("taken", "dropped"), (taken, ~taken), tokens, strict=True)
-    ]
-    weights, colors = [w / 1000 for w in tokens], ("C0", "lightgray")
-    axis.hist((share, share), edges, weights=weights, stacked=True, label=named, color=colors)
+    counts = {"taken": (held > 0, held), "dropped": (held == 0, sizes - held)}
+    axis.hist(
+        [share.numpy()] * 2,
+        bins=np.linspace(0, 1, 26),
+        weights=[tokens.numpy() / 1000 for _, tokens in counts.values()],
+        label=[
+            f"{label}: {segments.sum():,} segments, {tokens.sum():,} tokens"
+            for label, (segments, tokens) in counts.items()
+        ],
+        color=["C0", "lightgray"],
+        stacked=True,
+    )
     axis.set_title(f"selection, n = {len(share):,} segments")
-    axis.set(xlabel=f"share of a segment's tokens that are {what}", ylabel="thousand tokens")
-    axis.legend(fontsize=9)
+    axis.set(xlabel="share of a segment's tokens that are impactful", ylabel="thousand tokens")
+    axis.legend(fontsize=11)
 
 
-def draw_positions(axis, lines: dict, distances: dict, old_window: int | None) -> None:
-    """Token index -> position id."""
-    mark_window(axis.axhline, old_window, len(distances[FULL].counts))
-    for method in [name for name in lines if name != FULL]:
-        p = distances[method].positions.numpy() / 1024
-        axis.plot(np.arange(len(p)) / 1000, p, **lines[method])
-    axis.set_ylim(top=1.75 * len(distances[FULL].counts) / 1024)  # room for the legend
-    axis.set_title("where the tokens of the sample are put")
-    axis.set(xlabel="token in the sample (thousands)", ylabel="position id (units of 1,024)")
-    axis.legend(fontsize=9)
-
-
-def draw_strips(axis, lines: dict, distances: dict) -> None:
-    """Which of the first positions hold a token, method by method."""
-    for row, method in enumerate(lines):
-        held = distances[method].positions.numpy()
-        held = held[held < ZOOM]
-        begins = np.flatnonzero(np.diff(held, prepend=-2) > 1)
-        runs = np.diff(begins, append=len(held))
-        bars = list(zip(held[begins].tolist(), runs.tolist(), strict=True))
-        axis.broken_barh(bars, (row - 0.35, 0.7), color=lines[method]["color"], linewidth=0)
-    axis.set_yticks(range(len(lines)), lines)
-    axis.set_ylim(len(lines) - 0.5, -0.5)
-    axis.set_xlim(0, ZOOM)
-    axis.set_title(f"the first {ZOOM} positions: colour where there is a token")
-    axis.set_xlabel("position id")
-
-
-def draw_distances(axis, lines: dict, distances: dict, old_window: int | None) -> None:
-    """Pairs of tokens in one sample at a distance: the mean of the distances in a bin."""
-    target_len = len(distances[FULL].counts)
-    mark_window(axis.axvline, old_window, target_len)
-    edges = bin_edges(target_len)
-    for method, line in lines.items():
-        d = distances[method]
-        y = np.add.reduceat(d.counts.numpy(), edges[:-1]) / np.diff(edges) / d.draws
-        y = np.where(y > 0, y, np.nan)  # no line where there are no pairs
-        axis.stairs(y, edges / 1024, baseline=None, **line)
-    axis.set_yscale("log")
-    axis.set_ylim(bottom=axis.get_ylim()[0] / 1000)  # room for the legend
-    draws = max(d.draws for d in distances.values())
-    axis.set_title(f"pairs of tokens by distance, n = {draws} samples, {FULL}: 1")
-    axis.set_xlabel("distance of two tokens (units of 1,024 positions)")
-    axis.set_ylabel("pairs in one sample at each distance (no line: none)")
-    axis.legend(fontsize=9, loc="lower left")
-
-
-def draw_coverage(axis, distances: dict[str, Distances]) -> None:
+def draw_coverage(axis, distances: dict[str, Distances], target_len: int) -> None:
     """Which distances one sample trains: dark; the others are white."""
-    target_len, draws = len(distances[FULL].counts), max(d.draws for d in distances.values())
-    edges, names = bin_edges(target_len), list(distances)
+    edges = np.unique(np.linspace(1, target_len, BINS + 1).astype(int))
     rows = [
-        np.add.reduceat(distances[m].first.numpy() > 0, edges[:-1], dtype=float) / np.diff(edges)
-        for m in names
+        np.add.reduceat(d.pairs.numpy() > 0, edges[:-1], dtype=float) / np.diff(edges)
+        for d in distances.values()
     ]
-    extent = (0, target_len / 1024, len(names) - 0.5, -0.5)
+    extent = (0, target_len / 1000, len(rows) - 0.5, -0.5)
     image = axis.imshow(rows, vmin=0, vmax=1, cmap="Greens", aspect="auto", extent=extent)
     labels = [
-        f"{m}\none: {distances[m].covered_by_one:.1%}\n{draws}: {distances[m].covered:.1%}"
-        for m in names
+        f"{name}\none: {d.covered_by_one:.1%}\n{DRAWS}: {d.covered:.1%}"
+        for name, d in distances.items()
     ]
-    axis.set_yticks(range(len(names)), labels, fontsize=9)
+    axis.set_yticks(range(len(rows)), labels)
     axis.set_title("distances that this sample trains (white: not)")
     axis.set_xlabel(
-        "distance of two tokens (units of 1,024 positions)\n"
-        f"%: of all distances, by one sample on average, by {draws} together"
+        "distance of two tokens (thousands)\n"
+        f"%: of all distances, by one sample on average, by {DRAWS} together"
     )
     axis.figure.colorbar(image, ax=axis, label="share of the distances with a pair of tokens")
 
 
 def draw_angles(axis, angles: Angles | str) -> None:
     """How far each pair of dimensions turns within a window: old; target before and after."""
-    axis.set_title("RoPE")
     if isinstance(angles, str):
         axis.text(0.5, 0.5, angles, ha="center", va="center", wrap=True)
         axis.set_axis_off()
         return
     a, pairs = angles, np.arange(len(angles.old))
-    old = a.old.double().numpy() * a.old_len / (2 * math.pi)
-    far, slowed = (f.double().numpy() * a.target_len / (2 * math.pi) for f in (a.old, a.new))
-    turn = (
-        "a pair whose — is above this line went round\nthe whole circle: all its angles are known"
-    )
-    axis.axhline(1, color="gray", linestyle=":", label=turn)
-    axis.plot(pairs, old, "k_", markersize=9, label=f"old window ({a.old_len:,}), old theta")
-    for y, new, color, name in ((far, a.before, "C1", "old"), (slowed, a.after, "C0", "new")):
-        new = new.numpy()
-        label = f"target ({a.target_len:,}), {name} theta"
-        axis.plot(pairs, y, ".", color=color, markersize=5, label=label)
-        label = f"angles never met: {new.sum()} of {len(new)} pairs, {name} theta"
-        axis.plot(pairs[new], y[new], "o", color=color, fillstyle="none", markersize=9, label=label)
+    axis.axhline(1, color="gray", linestyle=":", label="above: went round the whole circle")
+    turns = (a.old * a.old_len / (2 * math.pi)).numpy()
+    axis.plot(pairs, turns, "k_", markersize=9, label=f"old window ({a.old_len:,}), old theta")
+    lines = (("old", "C1", a.old, a.before), ("new", "C0", a.new, a.after))
+    for theta, color, frequencies, new in lines:
+        turns, new = (frequencies * a.target_len / (2 * math.pi)).numpy(), new.numpy()
+        label = f"target ({a.target_len:,}), {theta} theta"
+        axis.plot(pairs, turns, ".", color=color, markersize=5, label=label)
+        label = f"angles never met: {new.sum()} of {len(new)} pairs, {theta} theta"
+        circle = {"color": color, "fillstyle": "none", "markersize": 9, "label": label}
+        axis.plot(pairs[new], turns[new], "o", **circle)
     axis.set_yscale("log")
     axis.set_title("RoPE: how far each pair of dimensions turns")
     axis.set_xlabel(f"pair of dimensions, fast to slow, n = {len(pairs)}")
     axis.set_ylabel("turns within the window")
     axis.set_ylim(bottom=axis.get_ylim()[0] / 1000)  # room for the legend
-    axis.legend(fontsize=9, loc="lower left")
-
-
-def bin_edges(target_len: int) -> np.ndarray:
-    """(BINS + 1,) distances, or as many as there are: bin i holds edges[i] .. edges[i + 1] - 1."""
-    return np.unique(np.linspace(1, target_len, BINS + 1).astype(int))
-
-
-def mark_window(line, old_window: int | None, target_len: int) -> None:
-    if old_window and old_window < target_len:
-        style = {"color": "gray", "linestyle": ":", "label": f"old window ({old_window:,})"}
-        line(old_window / 1024, **style)
-
-
-def check_path(path: str | Path) -> None:
-    """BadInput, before any work, if no figure can be written to `path` (--figure)."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    path, formats = Path(path), FigureCanvasBase.get_supported_filetypes()
-    if not path.parent.is_dir():
-        raise BadInput(f"--figure {path}: folder {path.parent} does not exist")
-    if path.suffix[1:].lower() not in formats:
-        raise BadInput(f"--figure {path} must end in one of .{', .'.join(sorted(formats))}")
+    axis.legend(fontsize=11, loc="lower left")

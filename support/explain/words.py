@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from support.data.toy import TINY
-from support.explain.distances import Angles, Distances
+from support.explain.distances import DRAWS, Angles, Distances, Samples
 from support.huggingface.config import read_json
-from support.runs.flags import settings_of
 
 # the recorded analyses of SmolLM2 and of the embedded model
 EXAMPLE = "assets/results/smollm2_16k/longrecipe/impactful.json"
@@ -31,19 +30,11 @@ def known_analysis(folder: str) -> Path | None:
 def mean_shifts(file: str | Path) -> dict[int, str]:
     """token id -> mean shift of an impactful.json, in its order: largest first. A table made by
     hand may have no shifts."""
-    found = read_json(Path(file)).items()
-    shifts = {i: v[1] for i, v in found if isinstance(v, list) and len(v) == 2}
-    known = {i for i, shift in shifts.items() if isinstance(shift, int | float)}
-    return {int(i): f"{shifts[i]:+.1f}" if i in known else "" for i, _ in found}
-
-
-def unit_of(file: str | Path | None) -> str:
-    """Unit of the shifts in an impactful.json, from the run.json beside it; else "shift"."""
-    beside = Path(file).with_name("run.json") if file else None
-    if beside is None or not beside.is_file():
-        return "shift"
-    settings = settings_of(beside.parent)
-    return "nats" if settings.get("log_softmax") else "logits" if settings else "shift"
+    shifts = {}
+    for name, row in read_json(Path(file)).items():
+        shift = row[1] if isinstance(row, list) and len(row) == 2 else None
+        shifts[int(name)] = f"{shift:+.1f}" if isinstance(shift, int | float) else ""
+    return shifts
 
 
 def tell_types(
@@ -54,27 +45,24 @@ def tell_types(
     count = torch.bincount(ids, minlength=len(impactful))
     if file is None:
         print(NO_ANALYSIS)
-        ranked = dict.fromkeys(
-            count.masked_fill(~impactful, -1).argsort(descending=True).tolist(), ""
-        )
+        shifts = dict.fromkeys(count.argsort(descending=True).tolist(), "")
     else:
-        ranked = mean_shifts(file)
+        shifts = mean_shifts(file)
     print(
         f"impactful types: {int(impactful.sum()):,} of {len(impactful):,}"
         f" ({file or 'those with a digit'}); {impactful[ids].double().mean():.1%} of this text's"
-        " tokens are of them"
+        " tokens are of them\n"
+        "   shift  times  type, in [] within a sentence of the text (shift: mean, in logits, or in"
+        " nats after --log_softmax)"
     )
-    print(f"{unit_of(file):>8}  times  type, in [] within a sentence of the text")
-    for v in [v for v in ranked if count[v] and impactful[v]][:8]:
-        t = int((ids == v).nonzero()[0])
-        segment = int(torch.searchsorted(starts, t, right=True)) - 1
-        begin, end = starts.tolist()[segment], [*starts.tolist(), len(ids)][segment + 1]
-        before, own, after = (
-            tokenizer.decode(part.tolist())
-            for part in (ids[begin:t], ids[t : t + 1], ids[t + 1 : end])
-        )
-        sentence = f"{before[-30:]}[{own}]{after[:30]}"
-        print(f"{ranked[v]:>8}  {count[v]:>5,}  {' '.join(sentence.split())}")
+    for v in [v for v in shifts if count[v] and impactful[v]][:8]:
+        first = int((ids == v).nonzero()[0])
+        begin = int(starts[starts <= first][-1])
+        end = int(torch.cat((starts, torch.tensor([len(ids)])))[(starts <= first).sum()])
+        spans = ((begin, first), (first, first + 1), (first + 1, end))
+        before, own, after = (tokenizer.decode(ids[a:b].tolist()) for a, b in spans)
+        sentence = " ".join(f"{before[-30:]}[{own}]{after[:30]}".split())
+        print(f"{shifts[v]:>8}  {count[v]:>5,}  {sentence}")
 
 
 def tell_selection(
@@ -102,16 +90,16 @@ def mean_share(share: Tensor, of: Tensor) -> str:
     return f"{share[of].mean():.0%} on average" if of.any() else "none"
 
 
-def tell_positions(found: dict[str, Distances]) -> None:
+def tell_positions(samples: Samples, found: dict[str, Distances]) -> None:
     """Print where each method puts the tokens of the sample, and which distances it trains."""
-    draws = max(d.draws for d in found.values())
     print(
         f"\n{'':>54}share of all distances that are trained\n"
         f"{'method':>12}  {'position ids':<12}  {'jumps':>8}  {'mean distance':>13}"
-        f"  {'by one sample':>13}  {f'by {draws}':>6}"
+        f"  {'by one sample':>13}  {f'by {DRAWS}':>6}"
     )
     for method, d in found.items():
-        last, jumps = int(d.positions[-1]), int((d.positions.diff() > 1).sum())
+        _, positions = samples[method]
+        last, jumps = int(positions[-1]), int((positions.diff() > 1).sum())
         print(
             f"{method:>12}  {f'0..{last:,}':<12}  {jumps:>8,}  {d.mean:>13,.0f}"
             f"  {d.covered_by_one:>13.1%}  {d.covered:>6.1%}"

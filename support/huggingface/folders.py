@@ -78,7 +78,9 @@ def fill(
 
 def save(model: nn.Module, path: str | Path, tokenizer_from: str | Path | None) -> None:
     """See save_pretrained."""
-    config = config_files.config_to_json(dataclasses.asdict(model.config), model.dtype)
+    config = config_files.config_to_json(
+        dataclasses.asdict(model.config), model.lm_head.weight.dtype
+    )
     write(path, config, model.named_parameters(), tokenizer_from)
 
 

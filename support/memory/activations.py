@@ -24,7 +24,7 @@ import weakref
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 PIECE_TOKENS = 4096  # of the MLP at a time, with --split_mlp
@@ -41,9 +41,10 @@ def keep_attention():
 # ---- the MLP in pieces -------------------------------------------------------------------------
 
 
-def split_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, gated) -> Tensor:
+def split_mlp(x: Tensor, mlp: nn.Module, gated) -> Tensor:
     """down @ gated(gate @ x, up @ x) for x (..., D), PIECE_TOKENS tokens at a time."""
-    return _SplitMLP.apply(x.flatten(0, -2), gate, up, down, gated).view_as(x)
+    weights = (layer.weight for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    return _SplitMLP.apply(x.flatten(0, -2), *weights, gated).view_as(x)
 
 
 class _SplitMLP(torch.autograd.Function):

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial, wraps
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend as Backend
@@ -88,6 +89,17 @@ def past_and_own(q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
     # [E12] out = share * past + (1 - share) * own,  share = e^lse_a / (e^lse_a + e^lse_b)
     share = torch.sigmoid(lse_a - lse_b).view(*q.shape[:3], 1)  # (B, H, T, 1) fp32
     return (share * a + (1 - share) * b).to(q.dtype)
+
+
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask, **options) -> Tensor:
+    """torch's function of this name, on the fastest kernels for these shapes and this device."""
+    if kernel := joining(q, k):  # for T < S without gradients
+        return past_and_own(q, k, v, kernel)
+    if q.is_cuda and q.dtype == torch.float32:
+        # CUDA's only memory-linear fp32 kernel does not support grouped heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    with chosen(q, k):
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
 def use_flash_package() -> str:

@@ -44,33 +44,21 @@ def announce(source: str, haystack, candidates: list, missing: list[dict], setti
     log(f"to do: {len(missing):,} prompts of {tokens:,} tokens together")
 
 
-class WorkBar:
+def work_bar(total: float):
     """A progress bar whose unit is work (FLOPs), not prompts: one of 131,072 tokens takes hundreds
     of times as long as one of 8,192, and its ETA knows that."""
+    layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    return progress(None, "needles", total=total, bar_format=layout)
 
-    def __init__(self, total: float):
-        layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        self.bar = progress(None, "needles", total=total, bar_format=layout)
-        self.told = torch.cuda.is_available()  # a GPU needs little time
 
-    def tell_time(self, candidate, prefill, tokens: int = 256) -> None:
-        """Log once, before the first prompt on a CPU, how long the evaluation may take, from the
-        speed of reading a short prompt (the second of two, because the first one warms up)."""
-        if self.told:
-            return
-        ids = torch.arange(tokens) % candidate.config.vocab_size
-        for _ in range(2):
-            started = time.monotonic()
-            prefill(ids)
-        speed = forward_flops(candidate.config, 0, tokens) / (time.monotonic() - started)
-        minutes = self.bar.total / speed / 60
-        time_left = f"about {minutes:,.0f} minutes" if minutes > 1 else "less than a minute"
-        log(f"a short prompt is read at {speed / 1e9:,.0f} GFLOP/s, so all may take {time_left}")
-        self.told = True
-
-    def done(self, label: str, work: float) -> None:
-        self.bar.set_description(label, refresh=False)
-        self.bar.update(work)
-
-    def close(self) -> None:
-        self.bar.close()
+def tell_time(work: float, config, prefill, tokens: int = 256) -> None:
+    """Log how long `work` FLOPs may take, from the speed of reading a short prompt (the second of
+    two, because the first one warms up)."""
+    ids = torch.arange(tokens) % config.vocab_size
+    for _ in range(2):
+        started = time.monotonic()
+        prefill(ids)
+    speed = forward_flops(config, 0, tokens) / (time.monotonic() - started)
+    minutes = work / speed / 60
+    time_left = f"about {minutes:,.0f} minutes" if minutes > 1 else "less than a minute"
+    log(f"a short prompt is read at {speed / 1e9:,.0f} GFLOP/s, so all may take {time_left}")

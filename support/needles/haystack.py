@@ -7,7 +7,7 @@ import re
 import string
 import unicodedata
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -104,12 +104,7 @@ def pick_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str
 
     BadInput if the text leaves too few."""
     if isinstance(words, str):
-        found: dict[str, None] = {}  # a set that keeps its order
-        while len(found) < n:
-            word = MADE_UP[words](rng)
-            if fold(word) not in text:
-                found[word] = None
-        return list(found)
+        return different(n, lambda: MADE_UP[words](rng), text)
     free = [word for word in words if fold(word) not in text]
     if len(free) < n:
         raise BadInput(f"the haystack holds all but {len(free)} of the needles' {n} words")
@@ -125,34 +120,37 @@ def pick_many(words: Sequence[str] | str, n: int, rng: random.Random) -> list[st
     if isinstance(words, str):
         return pick_words(words, n, rng)
     k = next(k for k in itertools.count(1) if len(words) ** k >= 2 * n)
-    found: dict[str, None] = {}
+    return different(n, lambda: "-".join(rng.choices(words, k=k)))
+
+
+def different(n: int, draw: Callable[[], str], text: str = "") -> list[str]:
+    """n different words, none of them in `text` (folded): drawn until there are so many."""
+    found: dict[str, None] = {}  # a set that keeps its order
     while len(found) < n:
-        found["-".join(rng.choices(words, k=k))] = None
+        word = draw()
+        if fold(word) not in text:
+            found[word] = None
     return list(found)
 
 
-def other_needles(needle: str, keys: list[str], values: Sequence[str] | str, rng, answers) -> str:
-    """A text of needles only, one a line, for `keys`; no line holds one of `answers`."""
-    if isinstance(values, str):
-        drawn = pick_words(values, len(keys), rng)
-    else:
-        free = [value for value in values if value not in answers]
-        if not free:
-            raise BadInput("a haystack of needles takes more values than those of the needles")
-        drawn = rng.choices(free, k=len(keys))
-    lines = [needle.format(key=k, value=v) for k, v in zip(keys, drawn, strict=True)]
-    low = [fold(answer) for answer in answers]
-    return "".join(x + "\n" for x in lines if not any(answer in fold(x) for answer in low))
-
-
 def pick_needles(task, n_keys: int, tokens: int, tokenizer, rng) -> tuple[list, list, list[int]]:
-    """(keys, values, ids (tokens,) of a haystack that consists of needles with other ones)."""
-    values, lines = pick_words(task.values, task.needles, rng), 16
+    """(keys, values, ids (tokens,) of a haystack of other needles, one a line, none of which holds
+    one of these keys or values)."""
+    values, n_lines = pick_words(task.values, task.needles, rng), 16
     while True:
-        keys = pick_many(task.keys, n_keys + lines, rng)
-        others, answers = keys[n_keys:], keys[:n_keys] + values
-        lines_text = other_needles(task.needle, others, task.values, rng, answers)
-        ids = tokenizer.encode(lines_text, continued=True)
+        keys = pick_many(task.keys, n_keys + n_lines, rng)
+        keys, others = keys[:n_keys], keys[n_keys:]
+        if isinstance(task.values, str):
+            drawn = pick_words(task.values, n_lines, rng)
+        else:
+            free = [value for value in task.values if value not in keys + values]
+            if not free:
+                raise BadInput("a haystack of needles takes more values than those of the needles")
+            drawn = rng.choices(free, k=n_lines)
+        lines = [task.needle.format(key=k, value=v) for k, v in zip(others, drawn, strict=True)]
+        answers = [fold(answer) for answer in keys + values]
+        lines = [line + "\n" for line in lines if not any(a in fold(line) for a in answers)]
+        ids = tokenizer.encode("".join(lines), continued=True)
         if len(ids) >= tokens:
-            return keys[:n_keys], values, ids[:tokens]
-        lines = 16 + int(1.2 * lines * tokens / max(1, len(ids)))
+            return keys, values, ids[:tokens]
+        n_lines = 16 + int(1.2 * n_lines * tokens / max(1, len(ids)))

@@ -45,7 +45,8 @@ def clustered(*groups: list[list[float]]) -> tuple[float, float]:
     low, high = wilson(mean_of(*groups) * n, n)
     if n == sum(map(len, groups)):  # one score per text: they are independent
         return low, high
-    return min(low, (again := resampled(*groups))[0]), max(high, again[1])
+    again = resampled(*groups)
+    return min(low, again[0]), max(high, again[1])
 
 
 def student(freedom: int) -> float:
@@ -69,7 +70,7 @@ def student(freedom: int) -> float:
 def paired(differences: list[float]) -> dict:
     """Mean of the differences between two models, one for each text that both were asked about,
     and its 95 % interval (Student's t); what that says ("above", "below" or "not told apart"), and
-    how many texts would tell a difference of that size (None: no number would, or one text is too
+    how many texts would tell a difference of that size (None: 10,000 would not, or one text is too
     few to say).
 
     >>> paired([1.0, 2.0, 3.0, 2.0])["verdict"], paired([1.0, -2.0, 3.0, 2.0])["verdict"]
@@ -80,19 +81,12 @@ def paired(differences: list[float]) -> dict:
     if n == 1:
         return found | {"texts_needed": None}
     spread = statistics.stdev(differences)
-    half = student(n - 1) * spread / math.sqrt(n)
-    found["interval_95"] = [mean - half, mean + half]
-    if abs(mean) > half:
+
+    def half(texts: int) -> float:  # of the interval
+        return student(texts - 1) * spread / math.sqrt(texts)
+
+    found["interval_95"] = [mean - half(n), mean + half(n)]
+    if abs(mean) > half(n):
         found["verdict"] = "above" if mean > 0 else "below"
-    return found | {"texts_needed": texts_needed(mean, spread)}
-
-
-def texts_needed(mean: float, spread: float) -> int | None:
-    """The smallest number of texts whose interval would leave out 0, had they this mean difference
-    and this standard deviation. None: more than 10,000.
-
-    >>> texts_needed(1.0, 1.0), texts_needed(0.0, 1.0)
-    (7, None)
-    """
-    enough = (n for n in range(2, 10_001) if abs(mean) > student(n - 1) * spread / math.sqrt(n))
-    return next(enough, None)
+    enough = (texts for texts in range(2, 10_001) if abs(mean) > half(texts))
+    return found | {"texts_needed": next(enough, None)}

@@ -24,82 +24,82 @@ class Results:
         if folder.exists() and not folder.is_dir():
             raise BadInput(f"--out {folder} is a file; a folder for the results is needed")
         check_unlocked(folder)  # do not repair a line that another process is writing
-        path = folder / "needle.jsonl"
-        self.path, self.known, self.hashes = path, {}, Hashes(folder / "needle_hashes.json")
-        text = read_text(path) if path.is_file() else ""
-        self.cut = text != "" and not text.endswith("\n")  # the last line lacks its line break
+        self.path, self.known = folder / "needle.jsonl", {}
+        self.hashes = Hashes(folder / "needle_hashes.json")
+        text = read_text(self.path) if self.path.is_file() else ""
         # not splitlines(): an answer may hold U+2028
         lines = text.removesuffix("\n").split("\n") if text else []
         for i, line in enumerate(lines):
             try:
-                result = json.loads(line)
-                self.known[self.key(result)] = result
+                self.remember(json.loads(line))
             except (ValueError, KeyError, TypeError, RecursionError):
                 if i + 1 < len(lines):
                     raise BadInput(
-                        f"{path}, line {i + 1} is not a result of this program; move the file away"
+                        f"{self.path}, line {i + 1} is not a result of this program; move the file"
+                        " away"
                     ) from None
-                write_atomically(path, "".join(x + "\n" for x in lines[:-1]))  # a kill
-                self.cut = False
+                lines.pop()  # cut off by a kill
+        whole = "".join(line + "\n" for line in lines)
+        if whole != text:
+            write_atomically(self.path, whole)
 
     @staticmethod
     def key(result: dict) -> tuple:
         return tuple(result[k] for k in KEY)
 
+    def remember(self, result: dict) -> None:
+        """A result without nats, by an older version, is measured again."""
+        key = self.key(result)
+        if result["task"] == "loss" or "answer_logprob" in result:
+            self.known[key] = result
+
     def find(self, asked: dict) -> dict | None:
-        """The result for the same prompt and model; None also where an older version did not yet
-        measure `answer_logprob`."""
-        known = self.known.get(self.key(asked))
-        return known if known is not None and is_complete(known) else None
+        """The result for the same prompt and model."""
+        return self.known.get(self.key(asked))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Surrounds the measuring, with no other process in the folder. Whatever stops it, the last
         line of the log says which results are kept."""
-        before = list(self.known.values())
+        before = len(self.known)
         with only_writer(self.path.parent), telling(self.what_is_saved):
             yield
             self.hashes.save()
-        if list(self.known.values()) == before:
+        if len(self.known) == before:
             log("every result was measured before: nothing was run")
 
     def what_is_saved(self) -> str:
         return f"the results written are kept in {self.path}; the same command goes on from there"
 
     def add(self, result: dict) -> dict:
-        self.known[self.key(result)] = result
+        self.remember(result)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n" * self.cut + json.dumps(result, ensure_ascii=False) + "\n")
-        self.cut = False
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
         return result
 
-    def of_setup(self, results: list[dict], setups: dict[str, str], judged: list, settings) -> list:
-        """`results` and what earlier runs measured of the same models in the same way (wording,
-        haystack, seed, dtype), so that a small run does not hide a larger one before it. judged:
-        (identity, label) of each model; setups: task -> setup_of."""
-        found = {(self.key(r), r["model"]): r for r in results}
+    def of_setup(self, found: list, setups: dict[str, str], candidates: list, settings) -> list:
+        """`found`, the results of this run, and what earlier runs measured of the same models in
+        the same way (wording, haystack, seed, dtype), so that a small run does not hide a larger
+        one before it. setups: task -> setup_of."""
+        counted = {(self.key(r), r["model"]): r for r in found}
         others = 0
         for r in self.known.values():
-            labels = [label for identity, label in judged if identity == r["identity"]]
-            same = r.get("setup") == setups.get(r["task"]) and r["seed"] == settings.seed
-            same = same and r["dtype"] == settings.dtype and is_complete(r)
-            for label in labels if same else ():
-                found.setdefault((self.key(r), label), r | {"model": label})
-            others += not any((self.key(r), label) in found for label in labels)
-        if len(found) > len(results):
-            more = len(found) - len(results)
+            labels = [c.label for c in candidates if c.identity == r["identity"]]
+            way = r.get("setup"), r["seed"], r["dtype"]
+            if way == (setups.get(r["task"]), settings.seed, settings.dtype):
+                for label in labels:
+                    counted.setdefault((self.key(r), label), r | {"model": label})
+            others += not any((self.key(r), label) in counted for label in labels)
+        if more := len(counted) - len(found):
             log(f"{more} results of earlier runs in {self.path} are counted too")
         if others:
             log(f"{others} results there are of other models or settings, and not counted")
-        order = [label for _, label in judged], list(setups)
-        place = {k: i for names in order for i, k in enumerate(names)}
-        return sorted(
-            found.values(), key=lambda r: (place[r["model"]], place[r["task"]], r["length"])
-        )
+        labels, tasks = [c.label for c in candidates], list(setups)
 
+        def place(r: dict) -> tuple:
+            return labels.index(r["model"]), tasks.index(r["task"]), r["length"]
 
-def is_complete(result: dict) -> bool:
-    return result["task"] == "loss" or "answer_logprob" in result
+        return sorted(counted.values(), key=place)
 
 
 def setup_of(task, text: str) -> str:

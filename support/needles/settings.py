@@ -73,35 +73,33 @@ class Candidate:
 
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     p = Parser("eval_needle.py", doc)
-    add = p.add_argument
+    add, yes, number = p.add_argument, {"action": "store_true"}, {"type": int, "metavar": "N"}
     add("--model", metavar="DIR", help="Hugging Face folder to judge (default: out)")
     compare = "models to judge beside it (default: the original, if --model's run.json names it)"
     add("--compare", nargs="*", metavar="DIR", help=compare)
     without = "also judge the prompts without their needles: what do the needles add, in nats?"
-    add("--no_needles", action="store_true", help=without)
+    add("--no_needles", help=without, **yes)
     alone = f"also judge the needle alone in {SHORT_TEXT} tokens: what does distance take away?"
-    add("--needle_alone", action="store_true", help=f"{alone} (includes --no_needles)")
+    add("--needle_alone", help=f"{alone} (includes --no_needles)", **yes)
     controls = "as --no_needles; without a run.json, the first of --compare counts as the original"
-    add("--controls", action="store_true", help=controls)
+    add("--controls", help=controls, **yes)
     tasks = f"of {', '.join(TASKS)} (default: the template's, or niah_single)"
     add("--tasks", nargs="*", choices=TASKS, metavar="TASK", help=tasks)
     template = "JSON file with other wording (default: needle.json of --model, if it has one)"
     add("--template", metavar="FILE", help=template)
     lengths = "tokens, answer included (default: the old window, the new one and one between)"
-    add("--lengths", nargs="+", type=int, metavar="N", help=lengths)
+    add("--lengths", nargs="+", help=lengths, **number)
     depths = "where the needle is, 0: start, 1: end (default: 0 0.25 0.5 0.75 1)"
     add("--depths", nargs="+", type=float, metavar="X", help=depths)
-    add("--n", type=int, metavar="N", help="texts per length (default: the template's, or 2)")
-    beyond = (
-        "texts per length past the window of a compared model (default: the template's, or --n)"
-    )
-    add("--n_beyond", type=int, metavar="N", help=beyond)
+    add("--n", help="texts per length (default: the template's, or 2)", **number)
+    beyond = "the same past the window of a compared model (default: the template's, or --n)"
+    add("--n_beyond", help=beyond, **number)
     loss = "also measure the loss, nats per token, on n texts per length"
-    add("--loss", "--ppl", action="store_true", help=loss)
+    add("--loss", "--ppl", help=loss, **yes)
     haystack = "text file or folder (default: the template's, or essays, or Python's reference)"
     add("--haystack", metavar="PATH", help=haystack)
     add("--out", metavar="DIR", help="folder for the results (default: that of --model)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of texts and needles")
+    add("--seed", default=0, help="seed of texts and needles", **number)
     dtype = "type of the weights (default: bfloat16 on CUDA, float32 on a CPU)"
     add("--dtype", choices=("bfloat16", "float32"), help=dtype)
     flash = "flash: use an installed flash-attn-4 or FlashAttention 3 instead of torch's kernels"
@@ -115,16 +113,13 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
     model, compare, original = who_is_judged(flags)
     configs = {folder: read_config(folder) for folder in (*compare, model)}
     path = Path(flags.template or Path(model) / "needle.json")
-    fields = read_template(path, known) if flags.template or path.is_file() else {}
+    fields = read_template(path) if flags.template or path.is_file() else {}
     names, tasks = apply_template(path, fields, flags.tasks, known)
     windows = [config.max_position_embeddings for config in configs.values()]
     n = fields.get("n", 2) if flags.n is None else flags.n
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = flags.dtype or ("bfloat16" if device == "cuda" else "float32")
-    asked_for = {
-        NO_NEEDLES: flags.no_needles or flags.controls or flags.needle_alone,
-        NEEDLE_ALONE: flags.needle_alone,
-    }
+    no_needles = flags.no_needles or flags.controls or flags.needle_alone
     settings = Settings(
         model=model,
         compare=compare,
@@ -136,7 +131,7 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
         n_beyond=fields.get("n_beyond", n) if flags.n_beyond is None else flags.n_beyond,
         seed=flags.seed,
         loss=flags.loss,
-        controls=tuple(name for name, wanted in asked_for.items() if wanted),
+        controls=(NO_NEEDLES,) * no_needles + (NEEDLE_ALONE,) * flags.needle_alone,
         haystack=flags.haystack or haystack_of(path, fields),
         template=str(path) if fields else None,
         out=flags.out or model,
@@ -160,10 +155,10 @@ def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
         raise BadInput(f"--compare {model} is --model itself")
     starts = [os.path.realpath(folder) for folder in begun_with]
     original = next((f for f in compare if os.path.realpath(f) in starts), None)
-    if flags.controls and original is None:
-        original = compare[0] if compare else None
-        if original is None:
-            log("--controls: without --compare DIR only the one without needles")
+    if flags.controls and original is None and compare:
+        original = compare[0]
+    elif flags.controls and original is None:
+        log("--controls: without --compare DIR only the one without needles")
     return model, compare, original
 
 
@@ -202,43 +197,39 @@ def check_settings(settings: Settings, tasks: dict, depths_given: bool) -> None:
 def check_models(configs: dict, longest: int) -> None:
     """configs: folder -> config, the model to judge last. BadInput if one cannot take the longest
     prompt, or the prompts (and so the answers) of the last one's tokenizer."""
-    own = load_tokenizer(list(configs)[-1])
+    model = list(configs)[-1]
+    own = load_tokenizer(model)
     for folder, config in configs.items():
-        if config.sliding_window is not None and config.sliding_window < longest:
-            raise BadInput(
-                f"{folder}: sliding_window {config.sliding_window} is shorter than"
-                f" --lengths {longest}"
-            )
+        window = config.sliding_window
+        if window is not None and window < longest:
+            raise BadInput(f"{folder}: sliding_window {window} is shorter than --lengths {longest}")
         if own.vocab_size > config.vocab_size or own != load_tokenizer(folder):
-            raise BadInput(
-                f"{folder}: its tokenizer or vocabulary is not that of --model {list(configs)[-1]}"
-            )
+            raise BadInput(f"{folder}: its tokenizer or vocabulary is not that of --model {model}")
 
 
 def judged(settings: Settings, configs: dict, hashes: Hashes) -> list[Candidate]:
     """The models and controls to judge, in the order of every table and figure: original, untrained
     (if --model has another theta or scaling of RoPE), others, --model, controls."""
-    result = configs[settings.model]
-    theta, window = result.rope_theta, result.max_position_embeddings
-    identity = hashes.of_model(settings.model)
-    order = sorted(settings.compare, key=lambda folder: folder != settings.original)
-    labels = labels_of((*order, settings.model), settings.original)
+    result, original = configs[settings.model], settings.original
+    theta, target = result.rope_theta, result.max_position_embeddings
+    order = sorted(settings.compare, key=lambda folder: folder != original)
+    labels = labels_of((*order, settings.model), original)
     candidates = []
-    for folder, config in ((f, configs[f]) for f in order):
-        trained, its_identity = config.max_position_embeddings, hashes.of_model(folder)
-        candidates.append(Candidate(labels[folder], folder, config, trained, its_identity))
-        rebased = config.with_rope(theta, window, result.rope_scaling)
-        if folder == settings.original and rebased != config.with_rope(config.rope_theta, window):
-            its_identity += f"/{theta:.6g}"
+    for folder in (*order, settings.model):
+        config, identity = configs[folder], hashes.of_model(folder)
+        window = config.max_position_embeddings
+        candidates.append(Candidate(labels[folder], folder, config, window, identity))
+        rebased = config.with_rope(theta, target, result.rope_scaling)
+        if folder == original and rebased != config.with_rope(config.rope_theta, target):
+            identity += f"/{theta:.6g}"
             if rebased.rope_scaling != config.rope_scaling:
-                its_identity += f"/{rebased.rope_scaling}"
-            candidates.append(Candidate("untrained", folder, rebased, trained, its_identity))
-    own = Candidate(labels[settings.model], settings.model, result, window, identity)
-    more = [
-        dataclasses.replace(own, label=name, control=name, identity=f"{identity}/{name}")
-        for name in settings.controls
-    ]
-    return [*candidates, own, *more]
+                identity += f"/{rebased.rope_scaling}"
+            candidates.append(Candidate("untrained", folder, rebased, window, identity))
+    own = candidates[-1]
+    for name in settings.controls:
+        changes = {"label": name, "control": name, "identity": f"{own.identity}/{name}"}
+        candidates.append(dataclasses.replace(own, **changes))
+    return candidates
 
 
 def labels_of(folders: tuple[str, ...], original: str | None) -> dict[str, str]:

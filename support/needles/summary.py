@@ -2,6 +2,7 @@
 and pairs of models on the same prompts."""
 
 import statistics
+from collections.abc import Callable, Iterable
 
 from support.needles.intervals import clustered, mean_of, paired
 from support.needles.tasks import NIAH_M
@@ -12,25 +13,28 @@ def nats(result: dict) -> float:
     return result["answer_logprob"] / len(result["expected"])
 
 
-def by_text(results: list[dict], value) -> list[list[float]]:
-    """One list for each text: `value` of its results, once for each answer."""
-    texts: dict[tuple, list[float]] = {}
+def grouped(results: Iterable[dict], by: tuple[str, ...]) -> dict[tuple, list[dict]]:
+    """Results with the same values of the fields `by`, under these values."""
+    groups: dict[tuple, list[dict]] = {}
     for r in results:
-        answers = max(1, len(r.get("expected", ())))  # a loss has none, and counts once
-        texts.setdefault((r["length"], r["repeat"]), []).extend([value(r)] * answers)
-    return list(texts.values())
+        groups.setdefault(tuple(r[field] for field in by), []).append(r)
+    return groups
+
+
+def by_text(results: list[dict], value: Callable[[dict], float]) -> list[list[float]]:
+    """One list for each text: `value` of its results, once for each answer (a loss counts once)."""
+    texts = grouped(results, ("length", "repeat")).values()
+    return [[value(r) for r in text for _ in range(max(1, len(r["expected"])))] for text in texts]
 
 
 def entry_of(*groups: list[dict]) -> dict:
-    """Of one task's results (or of several tasks', weighed equally): n answers, texts, mean score
-    and its 95 % interval; the mean log-probability of an answer, where it was measured."""
+    """Of one task's results (or of several tasks', weighed equally): n answers, texts, mean score;
+    unless it is the loss, the score's 95 % interval and the mean log-probability of an answer."""
     clusters = [by_text(results, lambda r: r["score"]) for results in groups]
     n = sum(len(text) for texts in clusters for text in texts)
     entry = {"n": n, "texts": sum(map(len, clusters)), "mean": round(mean_of(*clusters), 4)}
-    if all(r["task"] == "loss" for results in groups for r in results):
-        return entry
-    entry["interval_95"] = [round(x, 3) for x in clustered(*clusters)]
-    if all("answer_logprob" in r for results in groups for r in results):
+    if groups[0][0]["task"] != "loss":
+        entry["interval_95"] = [round(x, 3) for x in clustered(*clusters)]
         entry["nats"] = round(mean_of(*(by_text(results, nats) for results in groups)), 4)
     return entry
 
@@ -41,60 +45,56 @@ def summarise(results: list[dict], by: tuple[str, ...] = ("model", "task", "leng
     The depths (or questions) of a text share its haystack and answers: whole texts are drawn again
     for the interval, which is never narrower than Wilson's (few texts that agree prove little).
     Where multikey, multivalue and multiquery are there, so is NIAH(M), their mean."""
-    groups: dict[tuple, list[dict]] = {}
-    for r in results:
-        groups.setdefault(tuple(r[k] for k in by), []).append(r)
+    groups = grouped(results, by)
     table = [dict(zip(by, key, strict=True)) | entry_of(group) for key, group in groups.items()]
-    for entry in table.copy():
-        same = [tuple((entry | {"task": t})[k] for k in by) for t in NIAH_M]
-        if entry["task"] == NIAH_M[-1] and all(key in groups for key in same):
-            named = {k: entry[k] for k in by} | {"task": "NIAH(M)"}
-            table.append(named | entry_of(*(groups[key] for key in same)))
+    for last in [entry for entry in table if entry["task"] == NIAH_M[-1]]:
+        named = {field: last[field] for field in by}
+        keys = [tuple((named | {"task": task}).values()) for task in NIAH_M]
+        if all(key in groups for key in keys):
+            table.append(named | {"task": "NIAH(M)"} | entry_of(*(groups[key] for key in keys)))
     return table
+
+
+def compared(results: list[dict], difference: Callable[[dict], float]) -> dict:
+    """`paired` of the mean difference in each text."""
+    return paired([statistics.mean(text) for text in by_text(results, difference)])
 
 
 def versus(results: list[dict], ours: str) -> list[dict]:
     """Model `ours` against each other one on the same prompts: for each task and length the
-    differences in the share found and in nats, text by text (see `paired`)."""
-    mine, pairs = {}, {}
-    for r in results:
-        if r["task"] != "loss" and r["model"] == ours:
-            mine[prompt_key(r)] = r
-    for r in results:
-        own = mine.get(prompt_key(r)) if r["model"] != ours else None
-        if own is not None:
-            texts = pairs.setdefault((r["task"], r["length"], r["model"]), {})
-            gains = texts.setdefault(r["repeat"], ([], []))
-            gains[0].append(own["score"] - r["score"])
-            gains[1].append(nats(own) - nats(r))
+    differences in the share found and in nats, text by text."""
+
+    def prompt(r: dict) -> tuple:
+        return tuple(r[k] for k in ("task", "length", "repeat", "depth", "prompt"))
+
+    mine = {prompt(r): r for r in results if r["model"] == ours and r["task"] != "loss"}
+    both = [r for r in results if r["model"] != ours and prompt(r) in mine]
     table = []
-    for (task, length, other), texts in pairs.items():
-        found, gained = zip(*texts.values(), strict=True)
+    for (task, length, other), rows in grouped(both, ("task", "length", "model")).items():
         entry = {"task": task, "length": length, "model": ours, "against": other}
-        entry["found"] = paired([statistics.mean(text) for text in found])
-        table.append(entry | {"nats": paired([statistics.mean(text) for text in gained])})
+        entry["found"] = compared(rows, lambda r: mine[prompt(r)]["score"] - r["score"])
+        entry["nats"] = compared(rows, lambda r: nats(mine[prompt(r)]) - nats(r))
+        table.append(entry)
     return table
-
-
-def prompt_key(result: dict) -> tuple:
-    return tuple(result.get(k) for k in ("task", "length", "repeat", "depth", "prompt"))
 
 
 def gains(results: list[dict], whole: str, without: str, alone: str) -> list[dict]:
     """By how many nats the needles raise the log-probability of an answer, for each task and
     length. whole, without, alone: labels of the whole prompts', of those without their needles,
     and of the needle alone in a short text, whose gain is what distance can take away."""
+
+    def question(r: dict) -> tuple:
+        """The same about the same text, with its needles or without, at whatever depth."""
+        return r["task"], r["length"], r["repeat"], tuple(r["expected"])
+
+    controls = {question(r): r for r in results if r["model"] == without}
+    own = [
+        r for m in (whole, alone) for r in results if r["model"] == m and question(r) in controls
+    ]
     table = []
-    without_needles = {answer_key(r): r for r in results if r["model"] == without}
-    for label in (whole, alone):
-        groups: dict[tuple, dict[int, list[float]]] = {}
-        for r in results:
-            if r["model"] == label and (control := without_needles.get(answer_key(r))):
-                texts = groups.setdefault((r["task"], r["length"]), {})
-                texts.setdefault(r["repeat"], []).append(gain(r, control))
-        for (task, length), texts in groups.items():
-            named = {"task": task, "length": length, "model": label}
-            table.append(named | paired([statistics.mean(text) for text in texts.values()]))
+    for (model, task, length), rows in grouped(own, ("model", "task", "length")).items():
+        entry = {"task": task, "length": length, "model": model}
+        table.append(entry | compared(rows, lambda r: gain(r, controls[question(r)])))
     short = {(e["task"], e["length"]): e["mean"] for e in table if e["model"] == alone}
     for entry in table:
         most = short.get((entry["task"], entry["length"]))
@@ -107,8 +107,3 @@ def gain(result: dict, control: dict) -> float:
     """Nats that the needles are worth to the model, for each answer of a prompt."""
     # [E24] gain = mean over the answers of (log p(answer | prompt) - log p(answer | no needles))
     return (result["answer_logprob"] - control["answer_logprob"]) / len(result["expected"])
-
-
-def answer_key(result: dict) -> tuple:
-    """The same question about the same text, with its needles or without, at whatever depth."""
-    return result["task"], result["length"], result["repeat"], tuple(result["expected"])

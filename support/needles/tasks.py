@@ -6,6 +6,7 @@ The axes (haystack, keys, values, queries) and the structure are those of RULER 
 differ from its defaults; `hide` is a function for tasks that hide something else than pairs."""
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -44,25 +45,13 @@ def hide_pairs(task, haystack, length: int, rng) -> Hidden:
     assert not found, f"the haystack holds {found}"
     named = keys * task.needles if task.one_key else keys
     needles = [task.needle.format(key=k, value=v) for k, v in zip(named, values, strict=True)]
-    asked, expected = ASK[task.ask](keys, values)
+    asked, expected = keys[:1], [values[:1]]
+    if task.ask == "each":
+        asked, expected = keys, [[value] for value in values]
+    elif task.ask == "all":
+        asked, expected = [listed(keys)], [values]
     questions = [(task.question + task.answer).format(key=key, value="") for key in asked]
     return Hidden(hay, needles, questions, expected)
-
-
-# Each returns (what to call the keys in each question, the answers to each question).
-def ask_first(keys: list[str], values: list[str]) -> tuple[list[str], list[list[str]]]:
-    return keys[:1], [values[:1]]
-
-
-def ask_each(keys: list[str], values: list[str]) -> tuple[list[str], list[list[str]]]:
-    return keys, [[value] for value in values]
-
-
-def ask_all(keys: list[str], values: list[str]) -> tuple[list[str], list[list[str]]]:
-    return [listed(keys)], [values]
-
-
-ASK = {"first": ask_first, "each": ask_each, "all": ask_all}
 
 
 def hide_chain(task, haystack, length: int, rng) -> Hidden:
@@ -79,8 +68,9 @@ def hide_chain(task, haystack, length: int, rng) -> Hidden:
 def hide_common_words(task, haystack, length: int, rng) -> Hidden:
     """RULER's common words extraction: the haystack is a numbered list in which ten words come up
     to ten times as often (30 times) as all others (3 times). The words are the haystack's."""
-    vocabulary = sorted(set(re.findall("[a-z]{4,12}", haystack.text))) or CITIES
-    words, ids = pick_many(vocabulary, 10 + length // 6, rng), []
+    vocabulary = sorted(set(re.findall("[a-z]{4,12}", haystack.text)))
+    words = pick_many(vocabulary if len(vocabulary) > 1 else CITIES, 10 + length // 6, rng)
+    ids: list[int] = []
     entries = length // 2  # more than fit, at first
     while not length <= len(ids) < 1.1 * length:
         entries = int(entries * 1.05 * length / len(ids)) if ids else entries
@@ -139,53 +129,48 @@ NIAH_M = ("multikey", "multivalue", "multiquery")  # the paper's NIAH(M) is thei
 
 # ---- templates ---------------------------------------------------------------------------------
 
-LISTS = ("keys", "values")  # of words, or the name of a kind of MADE_UP
-WORDING = ("intro", "needle", "question", "answer", *LISTS)
-OF_TASK = {"needles": int, "ask": str, "answer_tokens": int}
+TEXTS, LISTS = ("intro", "needle", "question", "answer"), ("keys", "values")
+OF_TASK = dict.fromkeys(TEXTS, str) | dict.fromkeys(LISTS, list)
+OF_TASK |= {"needles": int, "ask": str, "answer_tokens": int}
 OF_RUN = {"task": str, "n": int, "n_beyond": int, "haystack": str}
-KINDS = dict.fromkeys(WORDING, str) | dict.fromkeys(LISTS, list) | OF_TASK | OF_RUN
+KINDS = OF_TASK | OF_RUN  # of the fields' values; of keys and values also a name from MADE_UP
+CHOICES = {"ask": ("first", "each", "all"), "task": tuple(TASKS)}
 
 
-def read_template(path: Path, known: dict) -> dict:
+def read_template(path: Path) -> dict:
     """A template file, JSON -> its fields. BadInput names a field that is unknown, of the wrong
-    type, or has other braces than {key} and {value}, or a task that is not `known`."""
+    type, or has other braces than {key} and {value}, or a task or way to ask that is unknown."""
     fields = read_json(path)
     for name, value in fields.items():
-        kind = KINDS.get(name)
+        where, kind = f"{path}: {name}", KINDS.get(name)
         if kind is None:
             raise BadInput(f"{path}: unknown field {name!r}; {', '.join(KINDS)}")
         if name in LISTS and isinstance(value, str) and value in MADE_UP:
             continue
         if type(value) is not kind or (kind is int and value < 1):
-            raise BadInput(f"{path}: {name} is {value!r}, expected: {kind.__name__}")
-        if kind is list:
-            check_words(f"{path}: {name}", value)
-        if name in WORDING and kind is str:
-            check_braces(f"{path}: {name}", value)
-    if fields.get("ask", "all") not in ASK:
-        raise BadInput(f"{path}: ask {fields['ask']!r} is none of {', '.join(ASK)}")
-    if fields.get("task") not in (None, *known):
-        raise BadInput(f"{path}: task {fields['task']!r} is none of {', '.join(known)}")
+            raise BadInput(f"{where} is {value!r}, expected: {kind.__name__}")
+        if value not in CHOICES.get(name, [value]):
+            raise BadInput(f"{where} {value!r} is none of {', '.join(CHOICES[name])}")
+        if name in LISTS:
+            check_words(where, value, searched=name == "values")
+        if name in TEXTS:
+            try:
+                value.format(key="", value="")
+            except (LookupError, ValueError, AttributeError):
+                raise BadInput(f"{where}: only {{key}} and {{value}} may be in braces") from None
     return fields
 
 
-def check_braces(where: str, text: str) -> None:
-    try:
-        text.format(key="", value="")
-    except (LookupError, ValueError, AttributeError):
-        raise BadInput(f"{where}: only {{key}} and {{value}} may be in braces") from None
-
-
-def check_words(where: str, words: list) -> None:
+def check_words(where: str, words: list, searched: bool) -> None:
+    """searched: answers are searched for these words, so that none may be a part of another."""
     if not (words and all(isinstance(x, str) and x.strip() for x in words)):
         raise BadInput(f"{where} must be a list of words, none of them empty")
-    folded = sorted(map(fold, words), key=len)
-    if len(set(words)) < len(words) or (where.endswith("values") and len(set(folded)) < len(words)):
+    compared = [fold(word) for word in words] if searched else words
+    if len(set(compared)) < len(words):
         raise BadInput(f"{where} holds a word twice")
-    if where.endswith("values"):  # because answers are searched for them
-        for i, x in enumerate(folded):
-            if inside := [y for y in folded[i + 1 :] if x in y]:
-                raise BadInput(f"{where}: {x!r} is part of {inside[0]!r}")
+    for x, y in itertools.permutations(compared, 2) if searched else ():
+        if x in y:
+            raise BadInput(f"{where}: {x!r} is part of {y!r}")
 
 
 def check_task(name: str, task) -> None:
@@ -203,15 +188,6 @@ def check_task(name: str, task) -> None:
         raise BadInput(f"{name} has {task.needles} needles, but only {len(task.keys)} keys")
 
 
-def reworded(task, fields: dict):
-    """The task in the words of a template."""
-    changes = {k: v for k, v in fields.items() if k in WORDING or k in OF_TASK}
-    changes |= {k: tuple(v) for k, v in changes.items() if isinstance(v, list)}
-    if fields.get("haystack") in ("noise", "needles"):
-        changes["haystack"] = fields["haystack"]
-    return dataclasses.replace(task, **changes)
-
-
 def apply_template(path: Path, fields: dict, names: list[str] | None, known: dict) -> tuple:
     """--tasks (None: the template's, or niah_single) -> (names, name -> Task for all of `known`).
     A template that names a task is for that one, any other is for all."""
@@ -219,7 +195,12 @@ def apply_template(path: Path, fields: dict, names: list[str] | None, known: dic
     names = [own or "niah_single"] if names is None else list(dict.fromkeys(names))
     if own is not None and own not in names:
         log(f"{path} is for its task {own}, and not for --tasks {' '.join(names)}")
-    tasks = {k: reworded(t, fields) if own in (None, k) else t for k, t in known.items()}
+    changes = {k: v for k, v in fields.items() if k in OF_TASK}
+    changes |= {k: tuple(v) for k, v in changes.items() if isinstance(v, list)}
+    if fields.get("haystack") in ("noise", "needles"):
+        changes["haystack"] = fields["haystack"]
+    changed = known if own is None else [own]
+    tasks = known | {name: dataclasses.replace(known[name], **changes) for name in changed}
     for name in names:
         check_task(name, tasks[name])
     return names, tasks
