@@ -23,6 +23,7 @@ import train
 from model import load_pretrained, load_tokenizer
 from recipe import logit_shift
 from support.data.sources import load_texts
+from support.needles.intervals import paired
 from support.system.console import progress, provenance, report_errors
 
 FILE = RESULTS / "word_classes.json"
@@ -73,6 +74,25 @@ def tally(delta: torch.Tensor, names: list[str], top: float = 0.2) -> dict:
         n, total, in_top = found[name]
         found[name] = [n + 1, total + shift, in_top + is_top]
     return found
+
+
+def cells() -> list[dict[str, str]]:
+    """The table of the docs, column -> cell: a row a class, sums over the texts, and the interval
+    over texts. Empty where nothing was measured."""
+    texts = list(read_json(FILE).get("texts", {}).values())
+    if len(texts) < 2:
+        return []
+    n, best = (sum(t[name][k] for t in texts for name in CLASSES) for k in (0, 2))
+    rows = []
+    for name in CLASSES:
+        tokens, total, in_top = (sum(t[name][k] for t in texts) for k in range(3))
+        spread = paired([t[name][1] / t[name][0] for t in texts if t[name][0]])["interval_95"]
+        row = {f"{n:,} tokens of {len(texts)} texts": name, "of all tokens": f"{tokens / n:.1%}"}
+        row["of the fifth with the largest shift"] = f"{in_top / best:.1%}"
+        row["of its tokens in that fifth"] = f"{in_top / tokens:.1%}"
+        low, high = (f"{x:+.2f}" for x in spread)
+        rows.append(row | {"mean shift, nats": f"{total / tokens:+.2f} ({low} to {high})"})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
