@@ -198,38 +198,30 @@ def measure(work: Path) -> dict:
     theirs = load_file(work / "fsdp.safetensors")
     if theirs.keys() != weights.keys() or len(found["rows"]) != len(rows):
         raise BadInput("the two engines trained other tensors, or another number of steps")
-    loss = {
-        "train.py": [r["loss"] for r in rows],
-        "train.py, batch reversed": [r["loss"] for r in backwards],
-        "FSDP": [r["loss"] for r in found["rows"]],
-        "FSDP without a mask": [r["loss"] for r in blind["rows"]],
-    }
+    runs = {"train.py": rows, "train.py, batch reversed": backwards}
+    runs |= {"FSDP": found["rows"], "FSDP without a mask": blind["rows"]}
+    loss = {name: [step["loss"] for step in run] for name, run in runs.items()}
     allowed = [tolerance(r["loss"], r["tokens"]) for r in rows]
-    gaps = {
-        name: max(abs(a - b) for a, b in zip(loss["train.py"], other, strict=True))
-        for name, other in loss.items()
-        if name != "train.py"
-    }
+
+    def apart(name: str) -> list[float]:
+        return [abs(a - b) for a, b in zip(loss["train.py"], loss[name], strict=True)]
+
     norms = zip(rows, found["rows"], strict=True)
+    ratios = [ours["grad_norm"] / theirs["grad_norm"] for ours, theirs in norms]
     return {
         "command": "python examples/fsdp_run.py",
         "flags": FLAGS,
         "processes": 2,
         "share_of_the_weights_per_process": found["share"],
         "loss": loss,
-        "largest_difference_nats": gaps,
+        "largest_difference_nats": {name: max(apart(name)) for name in loss if name != "train.py"},
         "tokens_of_a_step": [r["tokens"] for r in rows],
         "tolerance_nats": [min(allowed), max(allowed)],
-        "within": all(
-            abs(a - b) <= limit
-            for a, b, limit in zip(loss["train.py"], loss["FSDP"], allowed, strict=True)
-        ),
+        "within": all(gap <= x for gap, x in zip(apart("FSDP"), allowed, strict=True)),
         "largest_difference_of_a_weight": max(
             float((weights[k] - theirs[k]).abs().max()) for k in weights
         ),
-        "largest_relative_difference_of_a_gradient_norm": max(
-            abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in norms
-        ),
+        "largest_relative_difference_of_a_gradient_norm": max(abs(x - 1) for x in ratios),
         **{name: importlib.metadata.version(name) for name in ("transformers", "accelerate")},
         **provenance(started),
     }

@@ -9,51 +9,33 @@ archive's build script to read the name and the version.)
 """
 
 import tarfile
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from smollm2 import ROOT, download
+from smollm2 import ROOT, fetch, folder
 
 from support.runs.flags import Parser
-from support.system.bad_input import BadInput
 from support.system.console import report_errors
-from support.system.whole_files import write_folder
 
 PACKAGE, OUT = "Django==5.2", ROOT / "data" / "prose"
 
 
-def read_archive(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file of a .tar.gz, in its order."""
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile():
-                yield member.name, archive.extractfile(member).read()
-
-
-def fetch_prose(out: Path = OUT) -> Path:
-    """The documentation as a folder of text files, in folders as Django has them; a folder that
-    is there stays as it is. OSError if the archive cannot be downloaded."""
-    if not out.is_dir():
-        with tempfile.TemporaryDirectory() as tmp, write_folder(out) as folder:
-            archive = download(PACKAGE, Path(tmp), "--no-binary", ":all:")
-            for name, content in read_archive(archive):
-                inside = PurePosixPath(*PurePosixPath(name).parts[1:])  # below Django-5.2/
-                if inside.is_relative_to("docs") and inside.suffix == ".txt":
-                    file = folder / inside.relative_to("docs")
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(content)
-    return out
+def unpack(archive: Path, out: Path) -> None:
+    """The documentation as text files, in folders as Django has them."""
+    with tarfile.open(archive) as files:
+        for member in files:
+            inside = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # below Django-5.2/
+            if member.isfile() and inside.is_relative_to("docs") and inside.suffix == ".txt":
+                file = out / inside.relative_to("docs")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(files.extractfile(member).read())
 
 
 def main(argv=None) -> None:
     parser = Parser("prose.py", __doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help="where the text files go")
+    parser.add_argument("--out", type=folder, default=OUT, help="where the text files go")
     with report_errors():
         args = parser.parse_args(argv)
-        if args.out.exists() and not args.out.is_dir():
-            raise BadInput(f"{args.out} is a file; a folder is needed (--out)")
-        print(f"prose: {fetch_prose(args.out)}")
+        print(f"prose: {fetch(PACKAGE, args.out, unpack, '--no-binary', ':all:')}")
 
 
 if __name__ == "__main__":

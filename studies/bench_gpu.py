@@ -10,92 +10,84 @@ emulates a smaller card on a larger one. Parts that assets/results/gpu.json lack
 """
 
 import argparse
-import functools
 import gc
 import json
 import os
-import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
+from common import read_json, write_json
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import KVCache, Llama, LlamaConfig, generate, prefill
 from support.memory import count as budget
 from support.memory import kernels
-from support.memory.activations import LayerInputsOnHost
+from support.memory.activations import set_levers
 from support.memory.optimizer import make_optimizer
 from support.system.bad_input import BadInput
 from support.system.console import provenance, report_errors
-from support.system.whole_files import write_atomically
 from train import accumulate, next_token_targets
 
-LLAMA3_8B = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, 500_000.0)
+LLAMA3_8B = LlamaConfig(**vars(budget.LLAMA3_8B), max_position_embeddings=8192)
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, tie_word_embeddings=True)
 TOY = LlamaConfig(512, 64, 128, 2, 4, 2, 16, 64)
+LEVERS = ("keep_attention", "offload_inputs", "split_mlp")
 
 
 class Bench:
     def __init__(self, args):
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.on_gpu, self.toy = torch.cuda.is_available(), args.toy
+        self.device = "cuda" if self.on_gpu else "cpu"
         self.config, self.small = (TOY, TOY) if args.toy else (LLAMA3_8B, SMOLLM2)
-        self.toy = args.toy
-        self.lengths = (128, 256) if args.toy else (39_424, 131_072)
+        self.sample, self.target = (128, 256) if args.toy else (39_424, 131_072)
         self.replay_length = 64 if args.toy else 8192
         self.dtype = torch.float32 if args.toy else torch.bfloat16
-        if self.device == "cuda" and args.cap_GB:
+        if self.on_gpu and args.cap_GB:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_GB * 1e9 / total))
 
-    def parts(self) -> dict[str, tuple[float, functools.partial]]:
+    def parts(self) -> dict[str, tuple[float, Callable[[], dict]]]:
         """Name -> (seconds, work), the most important first. Seconds: measured on an H200 where
         assets/results/gpu.json has the part, else estimated."""
-        sample, target = self.lengths
-        step, small = functools.partial(self.step, tokens=sample), self.small
-        eight_bit = {"optimizer": "adamw-8bit", "offload": True}
-        full = {"tokens": target, "offload": True, "split_mlp": True, "sequences": 1}
-        on_small = {"config": small, "optimizer": "adamw"}
-        work = {
+        step, best = self.step, ("keep_attention", "offload_inputs")
+        small = partial(step, "keep_attention", config=self.small, optimizer="adamw")
+        full = partial(step, "offload_inputs", "split_mlp", tokens=self.target, sequences=1)
+        uncompiled = partial(step, *best, compiled=False)
+        eight_bit = partial(step, "offload_inputs", optimizer="adamw-8bit")
+        return {
             "machine": (0, self.machine),
-            "step adamw-host keep offload": (72, functools.partial(step, keep=True, offload=True)),
-            "prefill joined": (40, functools.partial(self.prefill, join=True)),
+            "step adamw-host keep offload": (72, partial(step, *best)),
+            "prefill joined": (40, partial(self.prefill, join=True)),
             "decode": (40, self.decode),
-            "step full length, split MLP": (180, functools.partial(self.step, **full)),
-            "step adamw-host keep offload, not compiled": (
-                72,
-                functools.partial(step, keep=True, offload=True, compiled=False),
-            ),
-            "prefill masked": (50, functools.partial(self.prefill, join=False)),
+            "step full length, split MLP": (180, full),
+            "step adamw-host keep offload, not compiled": (72, uncompiled),
+            "prefill masked": (50, partial(self.prefill, join=False)),
             "resume": (30, self.resume),
-            "step small, sample": (30, functools.partial(step, keep=True, **on_small)),
-            "step small, replay": (
-                15,
-                functools.partial(step, **on_small | {"tokens": self.replay_length}, keep=True),
-            ),
+            "step small, sample": (30, small),
+            "step small, replay": (15, partial(small, tokens=self.replay_length)),
             "gemm": (1, self.gemm),
-            f"attention {sample}": (4, functools.partial(self.attention, sample)),
+            f"attention {self.sample}": (4, partial(self.attention, self.sample)),
             "transfer": (2, self.transfer),
-            "step adamw-8bit offload": (60, functools.partial(step, **eight_bit)),
+            "step adamw-8bit offload": (60, eight_bit),
             "step adamw-host": (75, step),
-            f"attention {target}": (20, functools.partial(self.attention, target)),
+            f"attention {self.target}": (20, partial(self.attention, self.target)),
         }
-        return work
 
     # ---- measuring -----------------------------------------------------------------------------
 
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
     def once(self, work) -> float:
         """Seconds of one call."""
-        self.synchronize()
+        wait = torch.cuda.synchronize if self.on_gpu else lambda: None
+        wait()
         started = time.perf_counter()
         work()
-        self.synchronize()
+        wait()
         return time.perf_counter() - started
 
     def seconds(self, work, n: int = 3) -> float:
@@ -104,11 +96,10 @@ class Bench:
         return min(self.once(work) for _ in range(n))
 
     def peaks(self) -> dict:
-        """Bytes since the part began (main resets the counters)."""
-        if self.device != "cuda":
-            return {"max_allocated": None, "max_reserved": None}
-        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return dict(zip(("max_allocated", "max_reserved"), peaks, strict=True))
+        """Bytes since the part began (main resets the counters); None without a GPU."""
+        names = ("max_allocated", "max_reserved")
+        read = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        return {k: f() if self.on_gpu else None for k, f in zip(names, read, strict=True)}
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self.device)
@@ -122,11 +113,20 @@ class Bench:
         finally:
             torch.set_default_dtype(torch.float32)
 
+    def trainee(self, config: LlamaConfig, tokens: int, optimizer: str, levers=()) -> tuple:
+        """(a model with these levers, its optimizer, one batch of one random sample, settings)."""
+        settings = SimpleNamespace(**{name: name in levers for name in LEVERS})
+        settings.optimizer, settings.dtype = optimizer, str(self.dtype).removeprefix("torch.")
+        model, ids = self.model(config), torch.randint(config.vocab_size, (1, tokens))
+        set_levers(model, settings)
+        batch = [(ids, torch.arange(tokens)[None], next_token_targets(ids))]
+        return model, make_optimizer(optimizer, model, 1e-6, 0.1), batch, settings
+
     # ---- parts ---------------------------------------------------------------------------------
 
     def machine(self) -> dict:
         found = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": self.device}
-        if self.device == "cuda":
+        if self.on_gpu:
             gpu = torch.cuda.get_device_properties(0)
             found |= {"gpu": gpu.name, "bytes": gpu.total_memory}
             found["cudnn"] = torch.backends.cudnn.version()
@@ -134,39 +134,36 @@ class Bench:
 
     def gemm(self) -> dict:
         """The ceiling of matrix products in the model's shapes."""
-        c, T = self.config, self.lengths[0]
-        found = {}
+        c, T, found = self.config, self.sample, {}
         for name, n in {"q_proj": c.hidden_size, "gate_proj": c.intermediate_size}.items():
             a, b = self.random(T, c.hidden_size), self.random(c.hidden_size, n)
-            seconds = self.seconds(lambda a=a, b=b: a @ b, 10)
+            seconds = self.seconds(partial(torch.matmul, a, b), 10)
             found[name] = {"tflops_per_s": 2 * T * c.hidden_size * n / seconds / 1e12}
         return found
 
     def attention(self, T: int) -> dict:
         """Forward and backward, by kernel."""
         c, found = self.config, {}
-        forward_flops = 2.0 * budget.attention_flops(c, T) / c.num_hidden_layers
-        q = self.random(1, c.num_attention_heads, T, c.head_dim).requires_grad_()
-        shape = (1, c.num_key_value_heads, T, c.head_dim)
-        k, v = (self.random(*shape).requires_grad_() for _ in range(2))
-        on_cpu = [SDPBackend.FLASH_ATTENTION]
-        for backend in kernels.CUDA_BACKENDS if self.device == "cuda" else on_cpu:
-            with sdpa_kernel(backend):
+        tera_flops = 2.0 * budget.attention_flops(c, T) / c.num_hidden_layers / 1e12  # forward
+        heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        q, k, v = (self.random(1, n, T, c.head_dim).requires_grad_() for n in heads)
 
-                def forward():
-                    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        def forward() -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-                try:
+        for backend in kernels.CUDA_BACKENDS if self.on_gpu else [SDPBackend.FLASH_ATTENTION]:
+            try:
+                with sdpa_kernel(backend):
                     once = self.seconds(lambda: forward().detach())
-                    both = self.seconds(lambda: forward().sum().backward())
-                except RuntimeError as error:  # this kernel does not take these shapes
-                    found[backend.name] = {"refused": str(error).split("\n")[0]}
-                    continue
+                    backward = self.seconds(lambda: forward().sum().backward()) - once
+            except RuntimeError as error:  # this kernel does not take these shapes
+                found[backend.name] = {"refused": str(error).split("\n")[0]}
+                continue
             found[backend.name] = {
                 "forward_s": once,
-                "backward_s": both - once,
-                "forward_tflops_per_s": forward_flops / once / 1e12,
-                "backward_tflops_per_s": 2.5 * forward_flops / max(both - once, 1e-9) / 1e12,
+                "backward_s": backward,
+                "forward_tflops_per_s": tera_flops / once,
+                "backward_tflops_per_s": 2.5 * tera_flops / max(backward, 1e-9),
             }
         return found
 
@@ -174,82 +171,56 @@ class Bench:
         """Host to device and back, page-locked and ordinary memory."""
         n = 1 << (20 if self.toy else 30)
         there, found = torch.empty(n, dtype=torch.uint8, device=self.device), {"bytes": n}
-        for name, pin in {"ordinary": False, "page-locked": True}.items():
-            if pin and self.device == "cpu":
-                continue
-            here = torch.ones(n, dtype=torch.uint8, pin_memory=pin)
-            for way, copy in {
-                "to device": functools.partial(there.copy_, here),
-                "to host": functools.partial(here.copy_, there),
-            }.items():
-                found[f"{name} {way}, GB/s"] = n / self.seconds(copy) / 1e9
+        for name in ("ordinary", "page-locked") if self.on_gpu else ("ordinary",):
+            here = torch.ones(n, dtype=torch.uint8, pin_memory=name == "page-locked")
+            for way, to, source in (("device", there, here), ("host", here, there)):
+                seconds = self.seconds(partial(to.copy_, source))
+                found[f"{name} to {way}, GB/s"] = n / seconds / 1e9
         return found
-
-    def trainee(self, config: LlamaConfig, tokens: int) -> tuple[Llama, list]:
-        """(a model, one batch of one random sample)."""
-        model = self.model(config)
-        model.activation_checkpointing = True
-        ids = torch.randint(config.vocab_size, (1, tokens))
-        return model, [(ids, torch.arange(tokens)[None], next_token_targets(ids))]
 
     def step(
         self,
-        tokens: int,
-        optimizer: str = "adamw-host",
-        keep: bool = False,
-        offload: bool = False,
-        split_mlp: bool = False,
-        compiled: bool = True,
-        sequences: int = 2,
+        *levers: str,
+        tokens: int | None = None,
         config: LlamaConfig | None = None,
+        optimizer: str = "adamw-host",
+        sequences: int = 2,
+        compiled: bool = True,
     ) -> dict:
         """Seconds a sequence, causal MFU, peaks of memory; then one optimizer step."""
-        os.environ[kernels.COMPILE] = str(int(compiled))
-        config = config or self.config
-        model, batch = self.trainee(config, tokens)
-        model.keep_attention = keep
-        model.layer_inputs = LayerInputsOnHost() if offload else None
-        for block in model.model["layers"]:
-            block.mlp.split = split_mlp
-        stepper = make_optimizer(optimizer, model, 1e-6, 0.1)
-        accumulate(model, batch)  # warm up: gradients, page-locked buffers
-        losses = []
-
-        def accumulate_all() -> None:
-            losses.extend(accumulate(model, batch) for _ in range(sequences))
-
-        seconds = self.once(accumulate_all) / sequences
-        of_sequences = self.peaks()
-        stepper.step(1e-6, 1.0)  # makes m and v
-        accumulate(model, batch)
+        tokens, config = tokens or self.sample, config or self.config
+        model, stepper, batch, settings = self.trainee(config, tokens, optimizer, levers)
+        with mock.patch.dict(os.environ, {kernels.COMPILE: str(int(compiled))}):
+            accumulate(model, batch)  # warm up: gradients, page-locked buffers
+            total = self.once(lambda: [accumulate(model, batch) for _ in range(sequences)])
+            seconds = total / sequences
+            of_sequences = self.peaks()
+            stepper.step(1e-6, 1.0)  # makes m and v
+            loss = accumulate(model, batch)
         step_s = self.once(lambda: stepper.step(1e-6, 1.0))
-        levers = (self.dtype.itemsize, optimizer, keep, offload, split_mlp, self.device)
         return {
             **budget.speed(config, tokens, 1, seconds, self.device),
             "seconds_per_sequence": seconds,
             "optimizer_step_s": step_s,
-            "loss": losses[-1],
+            "loss": loss,
             **self.peaks(),
             **{f"{name}_without_optimizer_step": n for name, n in of_sequences.items()},
-            "planned": sum(budget.device_bytes(config, tokens, *levers).values()),
+            "planned": sum(budget.device_bytes(config, settings, tokens, self.device).values()),
         }
 
     def prefill(self, join: bool) -> dict:
         """A whole context of the target's length, once; join: the past by [E12]."""
-        T, model, chunk = self.lengths[1], self.model(self.config), 64 if self.toy else None
+        T, model, chunk = self.target, self.model(self.config), 64 if self.toy else None
         ids = torch.randint(self.config.vocab_size, (T,))
-        before, joining = kernels.JOIN_FROM_TOKENS, kernels.joining
-        kernels.joining = joining if join else lambda q, k: None
-        try:
+        joining = kernels.joining if join else lambda q, k: None
+        with mock.patch.object(kernels, "joining", joining):
             prefill(model, ids[: T // 16], chunk_tokens=chunk)  # warm up
             seconds = self.once(lambda: prefill(model, ids, chunk_tokens=chunk))
-        finally:
-            kernels.JOIN_FROM_TOKENS, kernels.joining = before, joining
         return {"tokens": T, "seconds": seconds, **self.peaks()}
 
     def decode(self) -> dict:
         """Seconds a new token behind a context of the target's length, with room reserved."""
-        T, new, model = self.lengths[1], 16, self.model(self.config)
+        T, new, model = self.target, 16, self.model(self.config)
         ids, cache = torch.randint(self.config.vocab_size, (T,)), KVCache()
         cache.reserve(T + 2 * new)
         prefill(model, ids[: T - new], cache)
@@ -259,32 +230,20 @@ class Bench:
 
     def resume(self) -> dict:
         """Two optimizer steps, against one, a save, and one more in a model of its own."""
-        found, weights = {}, []
+        found, weights, what = {}, [], (self.small, self.replay_length, "adamw")
         for cut in (False, True):
             torch.manual_seed(0)
-            model, batch = self.trainee(self.small, self.replay_length)
-            stepper = make_optimizer("adamw", model, 1e-4, 0.1)
+            model, stepper, batch, _ = self.trainee(*what)
             for _ in range(2):
                 accumulate(model, batch)
                 stepper.step(1e-4, 1.0)
                 if cut:
                     state = stepper.state_dict()
-                    model, _ = self.trainee(self.small, self.replay_length)
-                    stepper = make_optimizer("adamw", model, 1e-4, 0.1)
-                    found["load_s"] = self.once(lambda s=stepper, x=state: s.load_state_dict(x))
+                    model, stepper, *_ = self.trainee(*what)
+                    found["load_s"] = self.once(partial(stepper.load_state_dict, state))
             weights.append([p.detach().float() for p in model.parameters()])
         gaps = [float((a - b).abs().max()) for a, b in zip(*weights, strict=True)]
         return found | {"largest_difference_of_weights": max(gaps)}
-
-
-def fitting(parts: dict, names, minutes: float | None) -> list[str]:
-    """Of the names in order, those whose seconds fit into what is left of the minutes."""
-    left, taken = float("inf") if minutes is None else 60 * minutes, []
-    for name in names:
-        if parts[name][0] <= left:
-            taken.append(name)
-            left -= parts[name][0]
-    return taken
 
 
 def main(argv=None) -> None:
@@ -296,35 +255,33 @@ def main(argv=None) -> None:
     p.add_argument("--toy", action="store_true", help="a tiny model, on whatever is here")
     args = p.parse_args(argv)
     with report_errors():
-        if not (args.toy or torch.cuda.is_available()):
+        on_gpu = torch.cuda.is_available()
+        if not (args.toy or on_gpu):
             raise BadInput("no CUDA device here; --toy runs on a CPU")
         parts = Bench(args).parts()
         if unknown := set(args.parts or ()) - set(parts):
             raise BadInput(f"--parts {sorted(unknown)} are none of {list(parts)}")
-        found = json.loads(args.out.read_text()) if args.out.is_file() else {"parts": {}}
+        found = read_json(args.out) or {"parts": {}}
         done = [name for name, result in found["parts"].items() if "failed" not in result]
         print("there already:", ", ".join(done) or "nothing", flush=True)
-        names = [name for name in args.parts or parts if name not in done]
-        for name in fitting(parts, names, args.minutes):
-            started, compiled = time.time(), os.environ.get(kernels.COMPILE)
-            if torch.cuda.is_available():
+        left = 60 * (float("inf") if args.minutes is None else args.minutes)
+        for name in args.parts or parts:
+            seconds, work = parts[name]
+            if name in done or seconds > left:
+                continue
+            started, left = time.time(), left - seconds
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             try:
-                result = parts[name][1]()
+                result = work()
             except (RuntimeError, BadInput) as error:  # a result too, and the next part runs
                 result = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-            finally:
-                os.environ.pop(kernels.COMPILE, None)
-                if compiled is not None:
-                    os.environ[kernels.COMPILE] = compiled
             about = {"cap_GB": args.cap_GB, "toy": args.toy, **provenance(started)}
             found["parts"][name] = {**result, "about": about}
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(args.out, json.dumps(found, indent=2) + "\n")
+            write_json(args.out, found, indent=2)
             print(f"{name}: {json.dumps(result)}", flush=True)
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -438,7 +438,8 @@ class Study:
         names = self.args.only or self.table.names
         rows = [(name, seed) for seed in self.args.seeds for name in names]
         if self.args.texts < 2:
-            raise BadInput(f"{self.args.texts} text a length: an interval needs two or more")
+            told = f"{self.args.texts} text(s) a length, but an interval needs two or more"
+            raise BadInput(f"{told} (--n of tiny_study.py, --texts of real_study.py)")
         if unknown := [name for name in names if name not in self.table.names]:
             raise BadInput(f"{unknown[0]!r} is none of the rows: {'; '.join(self.table.names)}")
         if not self.args.report:

@@ -2,26 +2,25 @@
 alone (seconds, no weights): `python studies/make_plans.py` -> assets/results/plan_8b.json."""
 
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from model import LlamaConfig  # noqa: E402
-from support.memory import count, machine  # noqa: E402
-from support.memory import table as plan  # noqa: E402
-from support.system.console import provenance  # noqa: E402
+from common import RESULTS, read_json, write_json
 
-OUT = ROOT / "assets" / "results" / "plan_8b.json"
+import train
+from model import LlamaConfig
+from support.memory import count, machine
+from support.memory.table import LEVERS, extension_s, make_plan
+from support.system.console import provenance
+
+OUT = RESULTS / "plan_8b.json"
 LLAMA3_8B = {  # config.json of Meta-Llama-3-8B
     "model_type": "llama",
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5,
-    **{k: v for k, v in count.LLAMA3_8B.items() if k not in ("qkv_bias", "qk_norm")},
+    **{k: v for k, v in vars(count.LLAMA3_8B).items() if k not in ("qkv_bias", "qk_norm")},
 }
 MODES = (
     "--optimizer adamw --keep_attention --no-offload_inputs",
@@ -31,15 +30,24 @@ MODES = (
 )
 
 
-def one(folder: str, flags: str) -> tuple[str, dict]:
-    """(the levers that are on, the plan) on an H100; its host is not checked."""
-    given, options = train.parse(["--model", folder, "--plan", "H100", *flags.split()])
+def planned(folder: Path, flags: str) -> tuple:
+    """All that train.py makes of the flags before it plans: config, settings, options, stages,
+    machine, and what is given."""
+    given, options = train.parse(["--model", str(folder), *flags.split()])
     config = LlamaConfig.from_dir(folder)
-    there = machine.machine("H100", "cuda", options.out)
+    there = machine.machine(options.plan or machine.HERE, "cpu", options.out)
     settings = train.resolve(given, config, there)
-    stages = train.plan_stages(settings)
-    made = plan.make_plan(config, settings, options, stages, there, given)
-    return plan.as_flags(made["levers"]), made
+    return config, settings, options, train.plan_stages(settings), there, given
+
+
+def as_flags(levers: dict) -> str:
+    """
+    >>> as_flags({"optimizer": "adamw", "keep_attention": False, "offload_inputs": True,
+    ...     "split_mlp": False})
+    'adamw --offload_inputs'
+    """
+    on = [f"--{name}" for name in LEVERS[1:] if levers[name]]
+    return " ".join([levers["optimizer"], *on])
 
 
 def summary(rows: dict, chosen: str) -> dict:
@@ -47,10 +55,10 @@ def summary(rows: dict, chosen: str) -> dict:
     at full length; samples of probe and extension, and their seconds at the speed of gpu.json."""
     plain, ours = rows["adamw --keep_attention"], rows[chosen]
     state = sum(plain["bytes"]["device"][part] for part in ("weights", "gradients", "optimizer"))
-    seconds, full_s = (plan.extension_s(p["stages"]) for p in (ours, ours["full_length"]))
+    seconds, full_s = (extension_s(p["stages"]) for p in (ours, ours["full_length"]))
     saved = [1 - short / long for short, long in ours["one_sample"].values()]
     samples = sum(ours["stages"][name]["sequences"] for name in ("probe", "extend"))
-    parts = json.loads((OUT.parent / "gpu.json").read_text())["parts"]
+    step = read_json(RESULTS / "gpu.json")["parts"][machine.MEASURED_STEP]
     return {
         "state": state,
         "state_over_device": state / plain["there"]["device"],
@@ -61,22 +69,25 @@ def summary(rows: dict, chosen: str) -> dict:
         "flops_per_s": ours["rate"]["flops_per_s"],
         "replay_s": ours["stages"]["replay"]["seconds"],
         "samples": samples,
-        "samples_s": samples * parts[machine.MEASURED_STEP]["seconds_per_sequence"],
+        "samples_s": samples * step["seconds_per_sequence"],
     }
 
 
-def main() -> None:
-    started = time.time()
+def make() -> dict:
+    """The plans on an H100; its host is not checked."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA3_8B))
-        rows = dict(one(folder, f"{flags} --no-split_mlp") for flags in MODES)
-        chosen, made = one(folder, "")
-        rows[chosen] = made  # nothing given: full length chooses its levers as well
-        without = one(folder, "--no_saves")[1]["bytes"]["disk"]
-    made = {"chosen": chosen, "rows": rows, "disk_without_saves": without}
-    made["summary"] = summary(rows, chosen)
-    made["commit"] = provenance(started)["commit"]
-    OUT.write_text(json.dumps(made, indent=1) + "\n")
+        # Nothing given comes last: there full length chooses its levers as well
+        each = [f"--plan H100 {mode} --no-split_mlp" for mode in MODES] + ["--plan H100"]
+        plans = [make_plan(*planned(Path(folder), flags)) for flags in each]
+        without = make_plan(*planned(Path(folder), "--plan H100 --no_saves"))["bytes"]["disk"]
+    chosen, rows = as_flags(plans[-1]["levers"]), {as_flags(p["levers"]): p for p in plans}
+    found = {"chosen": chosen, "rows": rows, "disk_without_saves": without}
+    return found | {"summary": summary(rows, chosen)}
+
+
+def main() -> None:
+    write_json(OUT, make() | {"commit": provenance(time.time())["commit"]}, indent=1)
 
 
 if __name__ == "__main__":

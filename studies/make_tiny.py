@@ -135,10 +135,9 @@ class LessonWeaver(Weaver):
             block = pick(self.pieces, 6 + integer(11, generator), generator)
             first, second = torch.rand(2, generator=generator).sort().values.tolist()
             woven += [(first, block, 0), (second, block, len(block) - 1)]
-        roles = [  # of the same places and lengths
-            (place, torch.tensor([WOVEN] * (len(ids) - known) + [SCORED] * known))
-            for place, ids, known in woven
-        ]
+        roles = []  # of the same places and lengths
+        for place, ids, known in woven:
+            roles.append((place, torch.tensor([WOVEN] * (len(ids) - known) + [SCORED] * known)))
         ids = insert(draw, tokens, [(place, ids) for place, ids, _ in woven])
         return ids, insert(lambda n: torch.full((n,), TEXT), tokens, roles)
 

@@ -56,15 +56,15 @@ class RealStudy(Study):
         steps = max(2, args.samples // batch)
         eighth = max(1, steps // 8)
         return (
-            f"--model {args.model} --target_len {args.target} --data {args.data} --join"
+            f"--model {args.model} --target_len {args.target} --data data/prose --join"
             f" --batch_sequences {batch} --steps {steps} --probe_steps {eighth}"
             f" --analysis_samples {eighth} --log_softmax --rebased_analysis --replay_steps {eighth}"
             f" --lr 2e-4 --replay_lr 2e-5 --dtype {args.dtype} --save_minutes {args.save_minutes:g}"
         )
 
     def judge_flags(self) -> str:
-        args, lengths = self.args, f"--lengths {WINDOW} {self.args.target}"
-        return f"--tasks {args.task} --haystack {args.haystack} {lengths} --dtype {args.dtype}"
+        lengths = f"--lengths {WINDOW} {self.args.target}"
+        return f"--tasks needles_8 --haystack data/essays {lengths} --dtype {self.args.dtype}"
 
     def flags_of(self, name: str, seed: int) -> str | None:
         method = name.partition(",")[0]
@@ -89,10 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--texts", type=int, default=12, help="essay texts a length, 8 questions each")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     p.add_argument("--save_minutes", type=float, default=10, help="between saves of the training")
-    p.add_argument("--model", default="models/smollm2", metavar="DIR", help="window 8,192 tokens")
-    p.add_argument("--data", default="data/prose", metavar="PATH", help="to train on")
-    p.add_argument("--haystack", default="data/essays", metavar="PATH", help="to be judged by")
-    p.add_argument("--task", default="needles_8", help="of eval_needle.py")
+    p.set_defaults(model="models/smollm2")
     return p.parse_args(argv)
 
 

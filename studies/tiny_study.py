@@ -15,7 +15,6 @@ file that holds them is older than our words).
 of longrecipe with seed 0: two runs of train.py and an evaluation, minutes on two cores.
 """
 
-import functools
 import os
 from pathlib import Path
 
@@ -136,21 +135,14 @@ class TinyStudy(Study):
         return row
 
 
-@functools.cache
-def toy_text() -> tuple:
-    tokenizer = load_tokenizer(ORIGINAL)
-    return tokenizer, load_toy_text(tokenizer)
-
-
 def selected(out: Path, samples: int = 8) -> dict:
     """What selection left of the toy's task in a run: of the questions woven into the texts that
     the first samples of the extension were made from, the share that is kept; and of those kept
     the share whose pair is kept."""
     settings, _ = resolved(["--resume", "--out", str(out)])
     _, extend, _ = train.plan_stages(settings)
-    tokenizer, tokens = toy_text()
-    corpus = ToyCorpus(tokens, settings.train_len, tokenizer)
-    impactful = None
+    tokenizer, impactful = load_tokenizer(ORIGINAL), None
+    corpus = ToyCorpus(load_toy_text(tokenizer), settings.train_len, tokenizer)
     if settings.select == "impact":
         file = settings.impactful or out / "impactful.json"
         impactful = read_impactful(file, tokenizer.vocab_size)
@@ -171,12 +163,14 @@ def main(argv=None) -> None:
         "--n", type=int, default=8, dest="texts", help="texts a length, each with 8 questions"
     )
     p.add_argument("--score", metavar="METHOD", help="one row with seed 0, and the board")
+    p.set_defaults(model=ORIGINAL)
     with report_errors():
         args = p.parse_args(argv)
         os.chdir(ROOT)
-        args.model, args.out = ORIGINAL, Path("runs/tiny_study") / str(args.target)
+        args.out = Path("runs/tiny_study") / str(args.target)
         if args.score:
             args.only, args.seeds = [args.score], [0]
+        # "haystacks": texts, in the word of the recorded file
         about = {"target": args.target, "steps": args.steps, "haystacks": args.texts}
         study = TinyStudy(args, table_of(args.target))
         study.main(f"tokens of {args.steps} steps", **about)

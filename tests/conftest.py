@@ -88,6 +88,15 @@ def prose_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture()
+def eager():
+    """torchao's functions as they are: compiling them takes a CPU half a minute for each shape."""
+    pytest.importorskip("torchao")
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir():
     """SmolLM2-135M-Instruct as an HF folder."""

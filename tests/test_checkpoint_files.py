@@ -1,4 +1,5 @@
-"""support/: checkpoint folders, memory while they are moved, models by name, older readers."""
+"""support/huggingface: checkpoint folders, memory while they are moved, models by name, older
+readers."""
 
 import fnmatch
 import json
@@ -13,7 +14,8 @@ import torch
 from conftest import make_hf_llama
 from safetensors.torch import load_file, save_file
 from smollm2 import ROOT
-from test_train import edit_config, snapshot
+from test_train import snapshot
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
 import train
@@ -22,6 +24,8 @@ from support.data.toy import TINY
 from support.huggingface import checkpoint as checkpoint_files
 from support.huggingface.hub import local_folder
 from support.system.bad_input import BadInput
+
+IDS = torch.arange(60)[None]
 
 # ---- memory ------------------------------------------------------------------------------------
 
@@ -63,13 +67,8 @@ print(peak - before)
 def sharded(tmp_path_factory):
     """About 100 MB in fp32, in shards of up to 12 MB."""
     folder = tmp_path_factory.mktemp("sharded")
-    model = make_hf_llama(
-        vocab_size=2000,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=10,
-        num_attention_heads=8,
-    )
+    sizes = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1024}
+    model = make_hf_llama(**sizes, num_hidden_layers=10, num_attention_heads=8)
     model.save_pretrained(folder, max_shard_size="12MB")
     size = sum(p.numel() for p in model.parameters()) * 4 / 1e6
     assert 90 < size < 120 and len(list(folder.glob("*.safetensors"))) >= 9
@@ -103,10 +102,9 @@ def test_every_dtype_is_read_and_cast(source, tmp_path):
 def test_written_files_follow_the_umask(shard_bytes, toy_dir, tmp_path, monkeypatch):
     """Others in the group may read a model as any other file; safetensors alone writes 0600."""
     monkeypatch.setattr(checkpoint_files, "SHARD_BYTES", shard_bytes)
-    model = load_pretrained(toy_dir)
     before = os.umask(0o027)
     try:
-        save_pretrained(model, tmp_path / "saved", tokenizer_from=toy_dir)
+        save_pretrained(load_pretrained(toy_dir), tmp_path / "saved", tokenizer_from=toy_dir)
         recipe.merge(toy_dir, tmp_path / "saved", tmp_path / "merged")
     finally:
         os.umask(before)
@@ -117,226 +115,143 @@ def test_written_files_follow_the_umask(shard_bytes, toy_dir, tmp_path, monkeypa
         assert folder.stat().st_mode & 0o777 == 0o750
 
 
-# ---- both spellings, for readers old and new ---------------------------------------------------
+# ---- folders of every kind: the logits of transformers, or refused by name ---------------------
 
-OLD_READER = """
-import sys, torch, transformers
-assert transformers.__version__.startswith("4."), transformers.__version__
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype=torch.float32).eval()
-AutoTokenizer.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    torch.save(model(torch.arange(60)[None]).logits, sys.argv[2])
-"""
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2"])
-def test_an_older_transformers_reads_the_same_model(family, toy_dir, tmp_path, tmp_path_factory):
-    """transformers 4.4x, in a folder of its own before everything else on the path."""
-    target = tmp_path_factory.getbasetemp() / "transformers4"
-    if not target.exists():
-        packages = ["transformers==4.46.3", "tokenizers==0.20.3", "huggingface_hub==0.36.0"]
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
-        subprocess.run([*pip, *packages], check=True)
-    rope = {"rope_parameters": LLAMA3} if family == "llama3" else {}
-    kind = "llama" if family == "llama3" else family
-    hf = make_hf_llama(kind, vocab_size=400, sliding_window=None, **rope)
-    hf.save_pretrained(tmp_path / "hf")
-    ours = load_pretrained(tmp_path / "hf")
-    ours.config = ours.config.with_rope(250_000.0, 1024)
-    save_pretrained(ours, tmp_path / "ours", tokenizer_from=toy_dir)
-    command = [sys.executable, "-c", OLD_READER, str(tmp_path / "ours"), str(tmp_path / "logits")]
-    env = os.environ | {"PYTHONPATH": str(target)}
-    subprocess.run(command, check=True, env=env)
-    logits = torch.load(tmp_path / "logits", weights_only=True)
-    with torch.no_grad():
-        assert (logits - ours(torch.arange(60)[None])).abs().max() < 1e-4
+def read(path) -> dict:
+    return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_todays_transformers_reads_the_same_model(family, toy_dir, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    rope = {"rope_parameters": LLAMA3} if family == "llama" else {}
-    hf = make_hf_llama(family, vocab_size=400, sliding_window=None, **rope)
-    hf.save_pretrained(tmp_path / "hf")
-    (tmp_path / "hf" / "generation_config.json").write_text('{"max_new_tokens": 7}')
-    shutil.copy(toy_dir / "tokenizer.json", tmp_path / "hf")
-    ours = load_pretrained(tmp_path / "hf")
-    ours.config = ours.config.with_rope(250_000.0, 1024)
-    save_pretrained(ours, tmp_path / "ours", tokenizer_from=tmp_path / "hf")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
-    assert again.config.model_type == family and again.generation_config.max_new_tokens == 7
-    assert AutoTokenizer.from_pretrained(tmp_path / "ours")("Ada").input_ids
-    assert again.config.rope_parameters["rope_theta"] == 250_000.0
-    with torch.no_grad():
-        ids = torch.arange(60)[None]
-        assert (again(ids).logits - ours(ids)).abs().max() < 1e-4
+def write(folder, name: str, content):
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-# ---- folders of every kind: transformers' logits, or refused by name ------------------------
+def edit(folder, changes: dict):
+    """Fields of config.json; those that are ... are left out."""
+    config = read(folder / "config.json") | changes
+    write(folder, "config.json", {k: v for k, v in config.items() if v is not ...})
 
 
-def tensors_of(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def store(folder, tensors: dict, name="model.safetensors"):
+def store(folder, tensors: dict, name=SINGLE):
     save_file(tensors, folder / name, metadata={"format": "pt"})
 
 
-def rename(folder, change):
-    """Tensors under other names; None: left out."""
-    renamed = ((change(name), tensor) for name, tensor in tensors_of(folder).items())
+def change(folder, changed):
+    """changed(tensors): further tensors, or others of the same names."""
+    tensors = load_file(folder / SINGLE)
+    store(folder, tensors | changed(tensors))
+
+
+def rename(folder, new_name):
+    """new_name(name): where it is None, the tensor is left out."""
+    renamed = ((new_name(name), tensor) for name, tensor in load_file(folder / SINGLE).items())
     store(folder, {name: tensor for name, tensor in renamed if name})
-
-
-def shards(folder, below="", twice=False, promised=()):
-    """Two shards and an index in place of the single file."""
-    tensors, weight_map = sorted(tensors_of(folder).items()), {}
-    (folder / "model.safetensors").unlink()
-    (folder / below).mkdir(parents=True, exist_ok=True)
-    for i, part in enumerate((tensors[: 5 if not twice else 9], tensors[5:])):
-        file = os.path.join(below, f"model-{i}.safetensors")
-        store(folder, {k: t * (1 + i * twice) for k, t in part}, file)
-        weight_map |= {k: file for k, _ in part if k not in weight_map}
-    weight_map |= dict.fromkeys(promised, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def own_head(folder, factor: float = 2.0):
-    tensors = tensors_of(folder)
-    store(folder, tensors | {HEAD: tensors[EMBEDDING] * factor})
 
 
 def cast(folder, dtype: torch.dtype):
     name = "model.layers.0.mlp.up_proj.weight"
-    store(folder, tensors_of(folder) | {name: tensors_of(folder)[name].to(dtype)})
+    change(folder, lambda tensors: {name: tensors[name].to(dtype)})
 
 
-def without(folder, *names):
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: raw[k] for k in raw.keys() - set(names)}))
+def own_head(folder, factor: float):
+    change(folder, lambda tensors: {HEAD: tensors[EMBEDDING] * factor})
 
 
-def stale_index(folder, keep_shards: bool):
-    tensors = tensors_of(folder)
+def shards(folder, below="", twice=0, promised=()):
+    """Two shards and an index; twice: the second has all tensors of the first, doubled."""
+    tensors, weight_map = sorted(load_file(folder / SINGLE).items()), {}
+    (folder / SINGLE).unlink()
+    (folder / below).mkdir(parents=True, exist_ok=True)
+    for i, part in enumerate((tensors[: 5 + 4 * twice], tensors[5:])):
+        file = os.path.join(below, f"model-{i}.safetensors")
+        store(folder, {name: tensor * (1 + i * twice) for name, tensor in part}, file)
+        weight_map = dict.fromkeys([name for name, _ in part], file) | weight_map
+    weight_map |= dict.fromkeys(promised, file)
+    write(folder, INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def stale_index(folder, *leftover: str):
+    """A single file and an index beside it, with shards of that index or without."""
+    halves = {name: 0.5 * tensor for name, tensor in load_file(folder / SINGLE).items()}
     shards(folder)
-    store(folder, {name: 0.5 * tensor for name, tensor in tensors.items()})
-    for file in () if keep_shards else folder.glob("model-*"):
+    store(folder, halves)
+    for file in set(folder.glob("model-*")) - {folder / name for name in leftover}:
         file.unlink()
 
 
-def angles_stored(folder):
-    angles = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
-    store(folder, tensors_of(folder) | angles)
+def without_model(name: str) -> str:
+    return name.removeprefix("model.")
 
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-TIED = {"tie_word_embeddings": True}
-LINEAR, DEFAULT = {"type": "linear", "factor": 4.0}, {"rope_type": "default", "rope_theta": 5e4}
-LLAMA3_SCALING = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-BARE_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
-NO_KV = {"num_attention_heads": 8, "num_key_value_heads": 8}
-HEAD_32 = {"num_attention_heads": 32, "num_key_value_heads": 32}
+L0 = "original_max_position_embeddings"
+YARN, LINEAR = {"rope_type": "yarn", "factor": 4.0, L0: 64}, {"type": "linear", "factor": 4.0}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+BARE = SCALED | {"rope_theta": 5e5}
+LLAMA3, DEFAULT = BARE | {L0: 64}, {"rope_type": "default", "rope_theta": 5e4}
+BESIDE = {"rope_parameters": DEFAULT, "rope_theta": 3e4}
+TIED, NO_KV = {"tie_word_embeddings": True}, {"num_key_value_heads": ...}
+QWEN2 = {"family": "qwen2", "hidden_size": 64, "num_attention_heads": 32}
+MISTRAL = {"family": "mistral", "num_attention_heads": 8, "num_key_value_heads": 8}
+ANGLES = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+OPENED = [  # the model's shape, what is done to its folder
+    (TIED, own_head, 2.0),
+    (TIED, own_head, 1.0),  # a copy of the embedding
+    (TIED, rename, lambda name: HEAD if name == EMBEDDING else name),
+    (TIED, rename, without_model),  # a base model
+    ({}, rename, without_model),
+    (TIED, shards, "", 0, [HEAD]),  # an index that promises the head
+    ({}, edit, {"tie_word_embeddings": ...}),
+    ({}, shards, "weights/a"),
+    ({}, shards, "", 1),
+    ({}, stale_index),
+    ({}, stale_index, "model-0.safetensors", "model-1.safetensors"),
+    ({}, change, lambda tensors: ANGLES),
+    ({}, cast, torch.float64),
+    ({}, edit, BESIDE | {"rope_scaling": LINEAR}),
+    ({}, edit, BESIDE | {"rope_scaling": LLAMA3}),
+    ({}, edit, BESIDE | {"rope_scaling": YARN}),
+    ({}, edit, {"rope_scaling": DEFAULT, "rope_parameters": {"rope_type": "yarn"}}),
+    ({}, edit, {"rope_parameters": YARN, L0: 32}),  # two old windows
+    ({}, edit, {"rope_parameters": LLAMA3, L0: 32}),
+    ({}, edit, {"rope_parameters": BARE, L0: 32}),
+    ({}, edit, {"rope_parameters": BARE}),
+    ({}, edit, {"rope_parameters": ..., "rope_theta": ...}),
+    ({}, edit, {"rope_parameters": {"rope_type": "default"}, "rope_theta": 3e4}),
+    ({}, edit, {"rope_scaling": {}}),
+    ({}, edit, {"head_dim": None}),
+    ({}, edit, {"partial_rotary_factor": None}),
+    ({}, edit, {"torch_dtype": "float16", "dtype": None}),
+    ({}, edit, {"sliding_window": 8}),  # which llama has not
+    ({"num_key_value_heads": 4}, edit, NO_KV),
+    (MISTRAL, edit, NO_KV),
+    (MISTRAL, edit, {"sliding_window": None}),
+    (QWEN2 | {"num_key_value_heads": 32}, edit, NO_KV),
+    ({"family": "qwen2"}, edit, {"use_sliding_window": False, "sliding_window": 8}),
+    ({"family": "qwen3", "head_dim": 128}, edit, {"head_dim": ...}),
+]
 
 
-def edited(**changes) -> tuple:
-    """A row of OPENED that only changes config.json."""
-    return "llama", {}, lambda folder: edit_config(folder, **changes)
+@pytest.mark.parametrize("row", OPENED)
+def test_a_folder_gives_the_logits_of_transformers(row, tmp_path):
+    """So does what we write of it, and what we merge of both."""
 
+    def theirs(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
 
-OPENED = {  # family, its shape, what is done to the folder
-    "tied, a head of its own": ("llama", TIED, own_head),
-    "tied, a copy of the embedding": ("llama", TIED, lambda f: own_head(f, 1.0)),
-    "tied, only the head": (
-        "llama",
-        TIED,
-        lambda f: rename(f, lambda n: HEAD if n == EMBEDDING else n),
-    ),
-    "tied, an index that promises the head": ("llama", TIED, lambda f: shards(f, promised=[HEAD])),
-    "tied, a base model": ("llama", TIED, lambda f: rename(f, lambda n: n.removeprefix("model."))),
-    "untied, names of a base model": (
-        "llama",
-        {},
-        lambda f: rename(f, lambda n: n.removeprefix("model.")),
-    ),
-    "tied or not is not said": ("llama", {}, lambda f: without(f, "tie_word_embeddings")),
-    "shards in a sub-folder": ("llama", {}, lambda f: shards(f, below="weights/a")),
-    "a tensor in two shards": ("llama", {}, lambda f: shards(f, twice=True)),
-    "a stale index and its shards": ("llama", {}, lambda f: stale_index(f, True)),
-    "a stale index without its shards": ("llama", {}, lambda f: stale_index(f, False)),
-    "stored angles": ("llama", {}, angles_stored),
-    "float64": ("llama", {}, lambda f: cast(f, torch.float64)),
-    "linear beside default": edited(rope_scaling=LINEAR, rope_parameters=DEFAULT, rope_theta=3e4),
-    "llama3 beside default": edited(rope_scaling=LLAMA3, rope_parameters=DEFAULT),
-    "default beside yarn": edited(rope_scaling=DEFAULT, rope_parameters={"rope_type": "yarn"}),
-    "yarn beside default": edited(rope_scaling=YARN, rope_parameters=DEFAULT, rope_theta=3e4),
-    "yarn, two old windows": edited(rope_parameters=YARN, original_max_position_embeddings=32),
-    "llama3 for the whole window": edited(rope_parameters=BARE_LLAMA3),
-    "llama3, the old window beside it": edited(
-        rope_parameters=BARE_LLAMA3, original_max_position_embeddings=32
-    ),
-    "llama3, two old windows": edited(rope_parameters=LLAMA3, original_max_position_embeddings=32),
-    "no theta": ("llama", {}, lambda f: without(f, "rope_parameters", "rope_theta")),
-    "theta beside RoPE without one": edited(
-        rope_parameters={"rope_type": "default"}, rope_theta=3e4
-    ),
-    "empty rope_scaling": edited(rope_scaling={}),
-    "head_dim null": edited(head_dim=None),
-    "llama without kv heads": (
-        "llama",
-        {"num_key_value_heads": 4},
-        lambda f: without(f, "num_key_value_heads"),
-    ),
-    "mistral without kv heads": ("mistral", NO_KV, lambda f: without(f, "num_key_value_heads")),
-    "qwen2 without kv heads": (
-        "qwen2",
-        HEAD_32 | {"hidden_size": 64},
-        lambda f: without(f, "num_key_value_heads"),
-    ),
-    "qwen3 without head_dim": ("qwen3", {"head_dim": 128}, lambda f: without(f, "head_dim")),
-    "qwen2 without a switched off window": (
-        "qwen2",
-        {},
-        lambda f: edit_config(f, use_sliding_window=False, sliding_window=8),
-    ),
-    "torch_dtype": edited(torch_dtype="float16", dtype=None),
-    "a llama with mistral's window": edited(sliding_window=8),
-    "mistral without a window": ("mistral", {}, lambda f: edit_config(f, sliding_window=None)),
-    "partial_rotary_factor null": edited(partial_rotary_factor=None),
-}
-
-
-@pytest.mark.parametrize("case", OPENED)
-def test_a_folder_gives_the_logits_of_transformers(case, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    family, shape, change = OPENED[case]
-    make_hf_llama(family, **shape).save_pretrained(tmp_path)
-    change(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ours, ids = load_pretrained(tmp_path), torch.arange(60)[None]
+    shape, spoil, *arguments = row
+    make_hf_llama(**shape).save_pretrained(tmp_path)
+    spoil(tmp_path, *arguments)
+    ours = load_pretrained(tmp_path)
+    save_pretrained(ours, tmp_path / "again")
+    recipe.merge(tmp_path, tmp_path / "again", tmp_path / "merged", 0.25)
     with torch.no_grad():
-        expected = theirs(ids).logits
-        assert (ours(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
-        save_pretrained(ours, tmp_path / "again")  # and what we write is the same model
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
-        assert (again(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
-        recipe.merge(tmp_path, tmp_path / "again", tmp_path / "merged", 0.25)
-        merged = load_pretrained(tmp_path / "merged")
-        assert (merged(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+        expected = theirs(tmp_path)
+        merged = load_pretrained(tmp_path / "merged")(IDS)
+        for logits in (ours(IDS), theirs(tmp_path / "again"), merged):
+            assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def only(folder, *names):
@@ -348,151 +263,111 @@ def only(folder, *names):
         (folder / name).touch()
 
 
-def pointer(folder, name):
-    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-
-
-def write_index(folder, content: dict):
+def only_index(folder, content: dict):
     only(folder, "config.json")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    write(folder, INDEX, content)
 
 
-def adapter_beside(folder):
-    (folder / "adapter_config.json").write_text("{}")
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+HALF, ROPE = {"partial_rotary_factor": 0.5}, "rope_parameters"
+NUMBER, OUTSIDE = "must be a positive number", "points outside the folder"
+REFUSED = [  # what the error says, what is done to the folder
+    ("only safetensors are read.*save_pretrained", only, "config.json", "pytorch_model.bin"),
+    ("m.gguf: GGUF is not read.*gguf_file", only, "m.gguf"),
+    ("00.pth: the format of the model's makers", only, "config.json", "consolidated.00.pth"),
+    ("an adapter of PEFT.*merge_and_unload", only, "adapter_config.json"),
+    ("an adapter of PEFT", write, "adapter_config.json", {}),
+    ("-1.safetensors: the weights must be in", only, "config.json", "model-1.safetensors"),
+    ("git-lfs pointer.*git lfs pull", write, SINGLE, POINTER),
+    ("config.json is a git-lfs pointer", write, "config.json", POINTER),
+    ("mlp.up_proj.weight holds I8: a quantised model", cast, torch.int8),
+    ("holds F8_E4M3: a quantised model", cast, torch.float8_e4m3fn),
+    (OUTSIDE, only_index, {"weight_map": {"a": "../../etc/passwd"}}),
+    (OUTSIDE, only_index, {"weight_map": {"a": "/etc/passwd"}}),
+    ("gone.safetensors, which is not in", only_index, {"weight_map": {"a": "gone.safetensors"}}),
+    ("has no weight_map", only_index, {"weight_map": []}),
+    ("has no weight_map", only_index, {}),
+    ("missing .*lm_head", rename, lambda name: name if name != HEAD else None),
+    (f"factor {NUMBER}", edit, {"rope_scaling": {"type": "yarn"}}),
+    (f"factor {NUMBER}", edit, {ROPE: YARN | {"factor": "4"}}),
+    (f"factor {NUMBER}", edit, {ROPE: YARN | {"factor": 0}}),
+    (f"{L0} {NUMBER}", edit, {ROPE: YARN | {L0: None}}),
+    (f"attention_factor {NUMBER}", edit, {ROPE: YARN | {"attention_factor": -1.0}}),
+    (f"mscale {NUMBER}", edit, {ROPE: YARN | {"mscale": []}}),
+    ("beta_fast of yarn must not be below", edit, {ROPE: YARN | {"beta_slow": 40}}),
+    ("truncate must be true or false", edit, {ROPE: YARN | {"truncate": None}}),
+    ("rope type 'dynamic'", edit, {"rope_scaling": {"type": "dynamic"}}),
+    (r"must be an object, found \[4.0\]", edit, {"rope_scaling": [4.0]}),
+    ("rope type 'longrope'", edit, {ROPE: {"rope_type": "longrope"}}),
+    ("full_attention", edit, {ROPE: {"full_attention": DEFAULT, "sliding_attention": DEFAULT}}),
+    ("RoPE with a partial_rotary_factor", edit, {ROPE: DEFAULT | HALF}),
+    ("partial_rotary_factor 0.5", edit, HALF),
+    ("high_freq_factor must be above", edit, {ROPE: LLAMA3 | {"high_freq_factor": 0.5}}),
+    ("attention_bias True", edit, {"attention_bias": True}),
+    ("mlp_bias True", edit, {"mlp_bias": True}),
+    ("hidden_act 'gelu'", edit, {"hidden_act": "gelu"}),
+    ("is_causal False", edit, {"is_causal": False}),
+    ("quantization_config .*gptq", edit, {"quantization_config": {"quant_method": "gptq"}}),
+    ("transformers_weights", edit, {"transformers_weights": "a.safetensors"}),
+    ("model_type None is not supported", edit, {"model_type": ...}),
+    ("tie_word_embeddings must be true or false", edit, {"tie_word_embeddings": "false"}),
+    ("num_attention_heads 4 is not a multiple of", edit, {"num_key_value_heads": 3}),
+    ("head_dim must be even, found 7", edit, {"head_dim": 7}),
+]
 
 
-LAYERS = {"full_attention": DEFAULT, "sliding_attention": DEFAULT}
-PTH = ("config.json", "consolidated.00.pth")
-REFUSED = {
-    "pickle": (
-        lambda f: only(f, "config.json", "pytorch_model.bin"),
-        "only safetensors are read.*save_pretrained",
-    ),
-    "GGUF": (lambda f: only(f, "m.gguf"), "m.gguf: GGUF is not read.*gguf_file"),
-    "original": (lambda f: only(f, *PTH), "consolidated.00.pth: the format of the model's makers"),
-    "adapter": (lambda f: only(f, "adapter_config.json"), "an adapter of PEFT.*merge_and_unload"),
-    "adapter in a model's folder": (adapter_beside, "an adapter of PEFT"),
-    "other names": (
-        lambda f: only(f, "config.json", "model-00001-of-00002.safetensors"),
-        "model-00001-of-00002.safetensors: the weights must be in",
-    ),
-    "a pointer": (lambda f: pointer(f, "model.safetensors"), "git-lfs pointer.*git lfs pull"),
-    "config a pointer": (lambda f: pointer(f, "config.json"), "config.json is a git-lfs pointer"),
-    "int8": (lambda f: cast(f, torch.int8), "mlp.up_proj.weight holds I8: a quantised model"),
-    "fp8": (lambda f: cast(f, torch.float8_e4m3fn), "holds F8_E4M3: a quantised model"),
-    "index outside": (
-        lambda f: write_index(f, {"weight_map": {"a": "../../etc/passwd"}}),
-        "points outside the folder",
-    ),
-    "index to the root": (
-        lambda f: write_index(f, {"weight_map": {"a": "/etc/passwd"}}),
-        "points outside the folder",
-    ),
-    "index without a shard": (
-        lambda f: write_index(f, {"weight_map": {"a": "missing.safetensors"}}),
-        "missing.safetensors, which is not in the folder",
-    ),
-    "weight_map a list": (lambda f: write_index(f, {"weight_map": []}), "has no weight_map"),
-    "no weight_map": (lambda f: write_index(f, {}), "has no weight_map"),
-    "no head": (lambda f: rename(f, lambda n: n if n != HEAD else None), "missing .*lm_head"),
-    **{
-        f"yarn, {why}": (lambda f, rope=rope: edit_config(f, rope_scaling=YARN | rope), why)
-        for rope, why in (
-            ({"factor": "4"}, "factor must be a positive number"),
-            ({"factor": 0}, "factor must be a positive number"),
-            ({"original_max_position_embeddings": None}, "original_max_position_embeddings must"),
-            ({"attention_factor": -1.0}, "attention_factor must be a positive number"),
-            ({"mscale": []}, "mscale must be a positive number"),
-            ({"beta_slow": 40}, "beta_fast of yarn must not be below beta_slow"),
-            ({"truncate": None}, "truncate must be true or false"),
-        )
-    },
-    "yarn without a factor": (
-        lambda f: edit_config(f, rope_scaling={"type": "yarn"}),
-        "factor must be a positive number",
-    ),
-    "dynamic": (lambda f: edit_config(f, rope_scaling={"type": "dynamic"}), "rope type 'dynamic'"),
-    "longrope": (lambda f: edit_config(f, rope_parameters={"rope_type": "longrope"}), "'longrope'"),
-    "layer types": (lambda f: edit_config(f, rope_parameters=LAYERS), "full_attention"),
-    "half rotated": (
-        lambda f: edit_config(f, rope_parameters=DEFAULT | {"partial_rotary_factor": 0.5}),
-        "partial_rotary_factor",
-    ),
-    "half rotated, beside RoPE": (
-        lambda f: edit_config(f, partial_rotary_factor=0.5),
-        "partial_rotary_factor 0.5",
-    ),
-    "high below low": (
-        lambda f: edit_config(f, rope_parameters=LLAMA3 | {"high_freq_factor": 0.5}),
-        "high_freq_factor must be above",
-    ),
-    "bias": (lambda f: edit_config(f, attention_bias=True), "attention_bias True"),
-    "MLP bias": (lambda f: edit_config(f, mlp_bias=True), "mlp_bias True"),
-    "gelu": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
-    "both ways": (lambda f: edit_config(f, is_causal=False), "is_causal False"),
-    "quantised": (
-        lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}),
-        "quantization_config .*gptq",
-    ),
-    "other file": (
-        lambda f: edit_config(f, transformers_weights="a.safetensors"),
-        "transformers_weights",
-    ),
-    "no family": (lambda f: without(f, "model_type"), "model_type None is not supported"),
-    "tied by a word": (
-        lambda f: edit_config(f, tie_word_embeddings="false"),
-        "tie_word_embeddings must be true or false",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_folder_is_refused_with_what_it_is(case, tmp_path):
+@pytest.mark.parametrize("row", REFUSED)
+def test_a_folder_is_refused_with_what_it_is(row, tmp_path):
     make_hf_llama().save_pretrained(tmp_path)
-    change, match = REFUSED[case]
-    change(tmp_path)
+    match, spoil, *arguments = row
+    spoil(tmp_path, *arguments)
     with pytest.raises(BadInput, match=match):
         load_pretrained(tmp_path)
 
 
-# ---- what is written -----------------------------------------------------------------------
+# ---- what is written ---------------------------------------------------------------------------
+
+SHAPE = (331, 48, 80, 2, 4, 2, 12, 256)
+BIAS, WINDOW = {"qkv_bias": True}, {"sliding_window": 80}
+LLAMA3_CONFIG = {"rope_scaling": SCALED | {L0: 64}}
+YARN_CONFIG = {"rope_scaling": YARN | {"mscale": 0.7, "truncate": False}}
+CONFIGS = [{}, BIAS, {"qk_norm": True}, WINDOW, BIAS | WINDOW, LLAMA3_CONFIG, YARN_CONFIG]
 
 
-def read(path) -> dict:
-    return json.loads(path.read_text())
+@pytest.mark.parametrize("fields", CONFIGS)
+def test_an_extended_config_without_a_folder_comes_back_as_it_was(fields, tmp_path):
+    model = Llama(LlamaConfig(*SHAPE, **fields).with_rope(250_000.0, 1024))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        save_pretrained(model, tmp_path / "m")
+        assert LlamaConfig.from_dir(tmp_path / "m") == model.config
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+        assert theirs.config.rope_parameters["rope_theta"] == 250_000.0
+        assert (theirs(IDS).logits - model(IDS)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("how", ["save_pretrained", "merge"])
 def test_no_file_of_a_result_speaks_of_the_old_window(how, toy_dir, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     old, long, out = (tmp_path / name for name in ("old", "long", "out"))
     shutil.copytree(toy_dir, old)
-    code = {"AutoConfig": "configuration_x.C"}
-    edit_config(old, max_length=64, seq_length=64, auto_map=code, bos_token_id=None)
-    without(old, "eos_token_id")
-    generation = {"max_length": 64, "max_new_tokens": 7}
-    (old / "generation_config.json").write_text(json.dumps(generation))
-    settings = {
+    code, eos = {"AutoConfig": "configuration_x.C"}, {"eos_token_id": ...}
+    edit(old, {"max_length": 64, "seq_length": 64, "auto_map": code, "bos_token_id": None} | eos)
+    write(old, "generation_config.json", {"max_length": 64, "max_new_tokens": 7})
+    settings = read(old / "tokenizer_config.json") | {
         "model_max_length": 64,
         "tokenizer_class": "TokenizersBackend",
         "auto_map": {"AutoTokenizer": ["t.T", None]},
         "extra_special_tokens": ["<s>"],
     }
-    settings = read(old / "tokenizer_config.json") | settings
-    (old / "tokenizer_config.json").write_text(json.dumps(settings))
+    write(old, "tokenizer_config.json", settings)
     cut = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
-    tokenizer = read(old / "tokenizer.json") | {"truncation": cut}
-    (old / "tokenizer.json").write_text(json.dumps(tokenizer))
-
+    write(old, "tokenizer.json", read(old / "tokenizer.json") | {"truncation": cut})
     model = load_pretrained(old)
     model.config = model.config.with_rope(250_000.0, 1024)
     if how == "merge":  # of a model that another program trained
-        save_pretrained(model, long)
-        config = read(old / "config.json") | {"max_position_embeddings": 1024}
-        for file in old.iterdir():
-            shutil.copy(file, long)
-        (long / "config.json").write_text(json.dumps(config))
+        shutil.copytree(old, long)
+        edit(long, {"max_position_embeddings": 1024})
         recipe.merge(old, long, out)
     else:
         save_pretrained(model, out, tokenizer_from=old)
@@ -500,7 +375,7 @@ def test_no_file_of_a_result_speaks_of_the_old_window(how, toy_dir, tmp_path):
         said = read(file)
         assert "auto_map" not in said and "max_length" not in said, file
         assert said.get("seq_length", 1024) == said.get("model_max_length", 1024) == 1024, file
-    assert read(out / "tokenizer.json") == tokenizer | {"truncation": None}
+    assert read(out / "tokenizer.json") == read(old / "tokenizer.json") | {"truncation": None}
     assert read(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     theirs = AutoModelForCausalLM.from_pretrained(out)
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (0, 1)  # the tokenizer's
@@ -509,29 +384,24 @@ def test_no_file_of_a_result_speaks_of_the_old_window(how, toy_dir, tmp_path):
     assert AutoTokenizer.from_pretrained(out).model_max_length == 1024
 
 
-def test_the_toy_ends_with_its_own_token(tmp_path):
+def test_the_toy_ends_with_its_own_token():
     """transformers takes token 2 where config.json names none: there a quotation mark."""
     config, tokenizer = read(ROOT / TINY / "config.json"), load_tokenizer(ROOT / TINY)
     assert (config["eos_token_id"], config["bos_token_id"]) == (tokenizer.eos_id, tokenizer.bos_id)
     assert tokenizer.token_bytes(config["eos_token_id"]) == b"<|endoftext|>"
 
 
-FOREIGN = ("notes.txt", "original/weights.pth", ".gitattributes", "run.json")
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("how", ["save_pretrained", "merge"])
-def test_a_folder_with_other_files_is_not_touched(how, name, toy_dir, tmp_path):
+@pytest.mark.parametrize("name", ["notes.txt", "original/m.pth", ".gitattributes", "run.json"])
+def test_a_folder_with_other_files_is_not_touched(name, toy_dir, tmp_path):
     folder, model = tmp_path / "m", load_pretrained(toy_dir)
     shutil.copytree(toy_dir, folder)
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("mine")
-    before = snapshot(folder)
-    with pytest.raises(BadInput, match=f"holds {name.split('/')[0]}.*not replacing it"):
-        if how == "merge":
-            recipe.merge(toy_dir, toy_dir, folder)
-        else:
-            save_pretrained(model, folder)
+    before, match = snapshot(folder), f"holds {name.split('/')[0]}.*not replacing it"
+    with pytest.raises(BadInput, match=match):
+        save_pretrained(model, folder)
+    with pytest.raises(BadInput, match=match):
+        recipe.merge(toy_dir, toy_dir, folder)
     assert snapshot(folder) == before
 
 
@@ -546,40 +416,18 @@ def test_a_save_without_a_tokenizer_keeps_the_one_that_is_there(toy_dir, tmp_pat
     assert (tmp_path / "link").is_symlink() and len(list(tmp_path.iterdir())) == 2
 
 
-SHAPE = (331, 48, 80, 2, 4, 2, 12, 256)
+BOTH, DYNAMIC = BIAS | {"qk_norm": True}, {"rope_type": "dynamic", "factor": 2.0}
+NOT_SAVED = [
+    ("both qkv_bias and qk_norm", BOTH),
+    ("qkv_bias True would be read back", BIAS | {"raw": {"model_type": "llama"}}),
+    ("rope type 'dynamic'", {"rope_scaling": DYNAMIC}),
+    (L0, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+    ("rope_scaling .*'x'", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}),
+]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"qkv_bias": True}, {"qk_norm": True}, {"sliding_window": 80}]
-    + [{"qkv_bias": True, "sliding_window": 80}, {"rope_scaling": LLAMA3_SCALING}]
-    + [{"rope_scaling": YARN | {"mscale": 0.7, "truncate": False}}],
-    ids=str,
-)
-def test_a_config_without_a_folder_comes_back_as_it_was(fields, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    model, ids = Llama(LlamaConfig(*SHAPE, **fields)), torch.arange(60)[None]
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-        save_pretrained(model, tmp_path / "m")
-        assert LlamaConfig.from_dir(tmp_path / "m") == model.config
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("fields", "match"),
-    [
-        ({"qkv_bias": True, "qk_norm": True}, "both qkv_bias and qk_norm"),
-        ({"qkv_bias": True, "raw": {"model_type": "llama"}}, "qkv_bias True would be read back"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "rope_scaling .*'x'"),
-    ],
-)
-def test_a_config_that_no_family_has_is_not_saved(fields, match, tmp_path):
+@pytest.mark.parametrize(("match", "fields"), NOT_SAVED)
+def test_a_config_that_no_family_has_is_not_saved(match, fields, tmp_path):
     with pytest.raises(BadInput, match=match):
         save_pretrained(Llama(LlamaConfig(*SHAPE, **fields)), tmp_path / "m")
     assert not (tmp_path / "m").exists()
@@ -588,11 +436,44 @@ def test_a_config_that_no_family_has_is_not_saved(fields, match, tmp_path):
 def test_a_merge_compares_both_sets_of_tensors(tmp_path):
     for name, layers in (("three", 3), ("two", 2)):
         make_hf_llama(num_hidden_layers=layers).save_pretrained(tmp_path / name)
-    edit_config(tmp_path / "three", num_hidden_layers=2)
+    edit(tmp_path / "three", {"num_hidden_layers": 2})
     for pair in (("three", "two"), ("two", "three")):
         with pytest.raises(BadInput, match=r"two lacks tensor model\.layers\.2\..*three has"):
             recipe.merge(*(tmp_path / name for name in pair), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+OLD_READER = """
+import sys, torch, transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype=torch.float32).eval()
+AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(model(torch.arange(60)[None]).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2"])
+def test_an_older_transformers_reads_the_same_model(family, toy_dir, tmp_path, tmp_path_factory):
+    """transformers 4.4x, in a folder of its own before everything else on the path."""
+    target = tmp_path_factory.getbasetemp() / "transformers4"
+    if not target.exists():
+        packages = ["transformers==4.46.3", "tokenizers==0.20.3", "huggingface_hub==0.36.0"]
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+        subprocess.run([*pip, *packages], check=True)
+    rope = {"rope_parameters": LLAMA3} if family == "llama3" else {}
+    hf = make_hf_llama(family.rstrip("3"), vocab_size=400, sliding_window=None, **rope)
+    hf.save_pretrained(tmp_path / "hf")
+    ours = load_pretrained(tmp_path / "hf")
+    ours.config = ours.config.with_rope(250_000.0, 1024)
+    save_pretrained(ours, tmp_path / "ours", tokenizer_from=toy_dir)
+    command = [sys.executable, "-c", OLD_READER, str(tmp_path / "ours"), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(target)})
+    logits = torch.load(tmp_path / "logits", weights_only=True)
+    with torch.no_grad():
+        assert (logits - ours(IDS)).abs().max() < 1e-4
 
 
 # ---- models by name ----------------------------------------------------------------------------
@@ -604,22 +485,16 @@ def test_a_name_is_found_in_the_local_hub_cache_offline(toy_dir, tmp_path):
     (cache / "refs" / "main").write_text("abc")
     shutil.copytree(toy_dir, cache / "snapshots" / "abc")
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    code = "import sys; sys.path.insert(0, '.'); import recipe; recipe.main(sys.argv[1:])"
-    flags = f"--target_len 2000 --figure {tmp_path / 'r.png'} --model someone/"
-    for name, expected in (("toy", 0), ("other", 2)):
-        command = [sys.executable, "-c", code, *f"{flags}{name}".split()]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=env, cwd=ROOT, check=False
-        )
-        assert done.returncode == expected, done.stderr
-    assert "someone/other is not a folder and could not be fetched from the hub" in done.stderr
-
-
-def test_a_name_without_the_package_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="pip install huggingface_hub"):
-        local_folder("someone/toy")
-    assert local_folder(str(tmp_path)) == str(tmp_path)
+    code = """
+import sys
+sys.path.insert(0, '.')
+from support.huggingface.hub import local_folder
+print(local_folder('someone/toy'))
+local_folder('someone/other')"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    assert done.stdout == f"{cache}/snapshots/abc\n"
+    assert "BadInput: someone/other is not a folder and could not be fetched from" in done.stderr
 
 
 def test_only_what_a_command_reads_is_fetched(toy_dir, tmp_path, monkeypatch, capsys):
@@ -651,31 +526,37 @@ def test_only_what_a_command_reads_is_fetched(toy_dir, tmp_path, monkeypatch, ca
     assert "model.safetensors" in fetched()
 
 
+NEAR = {  # a path that does not exist: the folder with a name most like it
+    "models/smolm2": "models/smollm2",
+    "models/SmolLM2-135M": "models/smollm2",
+    "modle": "models",
+    "./models/smolm2": "models/smollm2",
+    "~/models/smolm2": "{home}/models/smollm2",
+    "{home}/model/smollm2": "{home}/models",
+    "models/smolm2/step/9": "models/smollm2",
+    "models\\smollm2": "models",
+    "a/b/c": None,
+    ".cache/x": None,
+    "/nowhere/x": None,
+}
+
+
 def test_a_path_typo_is_no_name_on_the_hub(monkeypatch, tmp_path):
     """Without the package a name on the hub ends in "pip install": a path must not get there."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "smollm2").mkdir(parents=True)
-    assert local_folder("~/models/smollm2") == str(tmp_path / "models" / "smollm2")
-    for name, near in {
-        "models/smolm2": "models/smollm2",
-        "models/SmolLM2-135M": "models/smollm2",
-        "modle": "models",
-        "./models/smolm2": "models/smollm2",
-        "~/models/smolm2": f"{tmp_path}/models/smollm2",
-        f"{tmp_path}/model/smollm2": f"{tmp_path}/models",
-        "models/smolm2/step/9": "models/smollm2",
-        "models\\smollm2": "models",
-        "a/b/c": None,
-        ".cache/x": None,
-        "/nowhere/x": None,
-    }.items():
-        with pytest.raises(ValueError) as error:
+    for folder in ("~/models/smollm2", f"{tmp_path}/models/smollm2"):
+        assert local_folder(folder) == str(tmp_path / "models" / "smollm2")
+    with pytest.raises(BadInput, match="pip install huggingface_hub"):
+        local_folder("someone/toy")
+    for name, near in NEAR.items():
+        name, near = name.format(home=tmp_path), near and near.format(home=tmp_path)
+        with pytest.raises(BadInput) as error:
             local_folder(name)
         says = str(error.value)
         assert says.startswith(f"model folder {name} does not exist"), says
         assert (f"; near it: {near}" in says) if near else ("near it" not in says), says
-        assert ("models is a folder here, so the hub is not asked" in says) == (
-            name.count("/") == 1 and name[0] == "m"
-        )
+        asked = name.startswith("models/") and name.count("/") == 1
+        assert ("models is a folder here, so the hub is not asked" in says) == asked

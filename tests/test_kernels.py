@@ -12,7 +12,6 @@ import types
 import pytest
 import torch
 from smollm2 import ROOT
-from torch.nn.attention import SDPBackend as Backend
 
 import eval_needle
 import model as model_py
@@ -29,8 +28,16 @@ CONFIG = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
 # ---- which attention kernel --------------------------------------------------------------------
 
 
+class OnGpu:
+    """What the choice asks of a tensor on a GPU."""
+
+    def __init__(self, T, d=128, dtype=torch.bfloat16, requires_grad=False):
+        self.shape, self.dtype, self.requires_grad = (1, 8, T, d), dtype, requires_grad
+        self.is_cuda, self.device = True, torch.device("cuda")
+
+
 @pytest.mark.parametrize(
-    ("T", "S", "capability", "first"),
+    ("T", "S", "gpu", "first"),
     [
         (39_424, 39_424, H100, CUDNN),
         (39_424, 39_424, (10, 0), CUDNN),
@@ -39,42 +46,33 @@ CONFIG = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
         (16_384, 131_072, H100, FLASH),
     ],
 )
-def test_cudnn_is_for_whole_sequences_on_hopper_and_newer(T, S, capability, first):
-    backends = kernels.cuda_backends(T, S, capability)
-    assert backends[0] == first and (CUDNN in backends) == (first == CUDNN)
-    assert backends[-2:] == [FLASH, EFFICIENT] and Backend.MATH not in backends
+def test_cudnn_is_for_whole_sequences_on_hopper_and_newer(T, S, gpu, first, monkeypatch):
+    monkeypatch.setattr(kernels, "capability", lambda _: gpu)
+    monkeypatch.setattr(kernels, "sdpa_kernel", lambda backends, set_priority: backends)
+    backends = kernels.chosen(OnGpu(T), OnGpu(S))
+    assert backends == [CUDNN, FLASH, EFFICIENT][first == FLASH :]
 
 
-class OnGpu:
-    """What `joining` asks of a tensor on a GPU."""
-
-    def __init__(self, T, d=128, dtype=torch.bfloat16, requires_grad=False):
-        self.shape, self.dtype, self.requires_grad = (1, 8, T, d), dtype, requires_grad
-        self.is_cuda, self.device = True, torch.device("cuda")
-
-
-def test_a_past_is_joined_on_a_gpu_where_it_pays(monkeypatch):
-    ops = torch.ops.aten
-    for gpu, kernel in (
-        (H100, ops._scaled_dot_product_cudnn_attention),
-        (A100, ops._scaled_dot_product_flash_attention),
+@pytest.mark.parametrize(("gpu", "kernel"), [(H100, "cudnn"), (A100, "flash")])
+def test_a_past_is_joined_on_a_gpu_where_it_pays(gpu, kernel, monkeypatch):
+    monkeypatch.setattr(kernels, "capability", lambda _: gpu)
+    past = OnGpu(9000)
+    chosen = kernels.joining(OnGpu(2048), past)
+    kernel = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
+    assert getattr(chosen, "func", chosen) is kernel
+    for q, k in (
+        (OnGpu(1), past),  # a new token
+        (OnGpu(100), past),  # a question behind a text
+        (OnGpu(9000), past),  # nothing past
+        (OnGpu(2048, requires_grad=True), past),
+        (OnGpu(2048), OnGpu(9000, requires_grad=True)),
+        (OnGpu(2048, dtype=torch.float32), past),
+        (OnGpu(2048, d=20), past),
     ):
-        monkeypatch.setattr(kernels, "capability", lambda _, gpu=gpu: gpu)
-        past = OnGpu(9000)
-        chosen = kernels.joining(OnGpu(2048), past)
-        assert getattr(chosen, "func", chosen) is kernel
-        for q, k in (
-            (OnGpu(1), past),  # a new token
-            (OnGpu(100), past),  # a question behind a text
-            (OnGpu(9000), past),  # nothing past
-            (OnGpu(2048, requires_grad=True), past),
-            (OnGpu(2048), OnGpu(9000, requires_grad=True)),
-            (OnGpu(2048, dtype=torch.float32), past),
-            (OnGpu(2048, d=20), past),
-        ):
-            assert kernels.joining(q, k) is None
+        assert kernels.joining(q, k) is None
     cpu = torch.zeros(1, 8, 2, 16), torch.zeros(1, 8, 9, 16)
-    assert kernels.joining(*cpu) is ops._scaled_dot_product_flash_attention_for_cpu
+    assert isinstance(kernels.chosen(*cpu), contextlib.nullcontext)
+    assert kernels.joining(*cpu) is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @pytest.mark.parametrize("gpu", [A100, H100])
@@ -84,17 +82,6 @@ def test_the_kernels_of_a_gpu_take_what_is_given_and_their_logsumexp_fits(gpu):
     k = torch.empty(1, 2, 5000, 64, dtype=torch.bfloat16, device="meta")
     out = kernels.past_and_own(q, k, k, kernels.kernel_with_lse("cuda", gpu))
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
-
-
-def test_the_context_names_the_backends_of_this_gpu(monkeypatch):
-    monkeypatch.setattr(kernels, "capability", lambda _: H100)
-    seen = []
-    monkeypatch.setattr(kernels, "sdpa_kernel", lambda x, set_priority: seen.append(x))
-    kernels.chosen(OnGpu(64), OnGpu(64))
-    kernels.chosen(OnGpu(1), OnGpu(64))
-    assert seen == [[CUDNN, FLASH, EFFICIENT], [FLASH, EFFICIENT]]
-    cpu = torch.zeros(1, 2, 3, 8)
-    assert isinstance(kernels.chosen(cpu, cpu), contextlib.nullcontext) and len(seen) == 2
 
 
 def test_an_installed_flash_package_is_handed_to_torch_and_preferred(monkeypatch):
@@ -111,8 +98,8 @@ def test_an_installed_flash_package_is_handed_to_torch_and_preferred(monkeypatch
         active.append(name)
 
     monkeypatch.setattr(kernels.torch_attention, "activate_flash_attention_impl", activate)
-    current = types.SimpleNamespace(name=lambda: active[0] if active else None)
-    monkeypatch.setattr(kernels.torch_attention, "current_flash_attention_impl", current.name)
+    current = lambda: active[0] if active else None  # noqa: E731
+    monkeypatch.setattr(kernels.torch_attention, "current_flash_attention_impl", current)
     assert kernels.use_flash_package() == kernels.in_words() == "FA3"
     assert kernels.cuda_backends(64, 64, H100) == [FLASH, EFFICIENT]
 
@@ -135,67 +122,60 @@ def test_an_evaluation_takes_the_flash_package_and_says_what_runs(toy_dir, monke
 # ---- what is compiled --------------------------------------------------------------------------
 
 
-@pytest.fixture()
-def gpu_compiles(monkeypatch):
-    """trains_on_gpu says yes wherever a gradient is needed; compilation counts its calls."""
-    monkeypatch.setattr(kernels, "trains_on_gpu", lambda x: x.requires_grad)
-    compiled, real = [], torch.compile
+def compile_by(monkeypatch, compiled) -> list[str]:
+    """Let `compiled` play torch.compile wherever a gradient is needed -> the names of the functions
+    that it is given."""
+    names = []
 
     def compile(function):
-        compiled.append(function.__name__)
-        return real(function, backend="aot_eager")
+        names.append(function.__name__)
+        return compiled(function)
 
+    monkeypatch.setattr(kernels, "trains_on_gpu", lambda x: x.requires_grad)
     monkeypatch.setattr(torch, "compile", compile)
     for name in ("rotate", "gated"):
         plain = getattr(model_py, name).__wrapped__
         monkeypatch.setattr(model_py, name, kernels.compiled_in_training(plain))
-    yield compiled
-    torch.compiler.reset()
+    return names
 
 
-def gradients(keep: bool) -> list[torch.Tensor]:
+def gradients(layer_inputs=None) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = Llama(CONFIG)
-    model.activation_checkpointing, model.keep_attention = True, keep
+    model.activation_checkpointing = model.keep_attention = True
+    model.layer_inputs = layer_inputs
     h = model.hidden(torch.arange(40)[None])
     loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
     (loss / n).backward()
     return [p.grad for p in model.parameters()]
 
 
-def test_only_training_is_compiled_and_its_gradients_are_the_same(gpu_compiles, monkeypatch):
+def test_only_training_is_compiled_and_its_gradients_are_the_same(monkeypatch):
+    compiled = compile_by(monkeypatch, functools.partial(torch.compile, backend="aot_eager"))
     model = Llama(CONFIG)
     for T in (3, 5, 7, 11):  # evaluation: each length would be compiled again
         prefill(model, torch.arange(T))
-    assert not gpu_compiles
     monkeypatch.setenv(kernels.COMPILE, "0")
-    expected = gradients(keep=True)
-    assert not gpu_compiles
+    expected = gradients()
+    assert not compiled
     monkeypatch.delenv(kernels.COMPILE)
-    found = gradients(keep=True)
-    assert gpu_compiles == ["rotate", "gated"]  # once each, for all layers
+    found = gradients()
+    torch.compiler.reset()
+    assert compiled == ["rotate", "gated"]  # once each, for all layers
     assert all((a - b).abs().max() < 1e-6 for a, b in zip(found, expected, strict=True))
 
 
-def test_where_compilation_fails_one_line_is_logged_and_training_goes_on(
-    gpu_compiles, monkeypatch, capsys
-):
-    expected = gradients(keep=False)
-
-    def compile(function):
+def test_where_compilation_fails_one_line_is_logged_and_training_goes_on(monkeypatch, capsys):
+    def compiled(function):
         def fail(*tensors):
             raise torch._dynamo.exc.TorchDynamoException("no C compiler\nand much more")
 
         return fail
 
-    monkeypatch.setattr(torch, "compile", compile)
-    for name in ("rotate", "gated"):
-        plain = getattr(model_py, name).__wrapped__
-        monkeypatch.setattr(model_py, name, kernels.compiled_in_training(plain))
-    found = gradients(keep=False)
-    assert all((a - b).abs().max() < 1e-6 for a, b in zip(found, expected, strict=True))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
+    expected = gradients()
+    compile_by(monkeypatch, compiled)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+    assert capsys.readouterr().err.splitlines() == [
         "rotate runs without torch.compile: no C compiler",
         "gated runs without torch.compile: no C compiler",
     ]
@@ -219,10 +199,8 @@ def test_every_command_expands_segments_unless_the_user_says_otherwise(command, 
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     env = {k: v for k, v in os.environ.items() if k not in names} | given
     code = f"import {command}, os, torch; print(os.environ['PYTORCH_CUDA_ALLOC_CONF'])"
-    code += "; assert not torch.cuda.is_initialized()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    argv = [sys.executable, "-c", f"{code}; assert not torch.cuda.is_initialized()"]
+    done = subprocess.run(argv, check=True, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == given.get(names[0], "expandable_segments:True")
 
 
@@ -297,32 +275,23 @@ class Streams:
 
 
 def test_offloaded_inputs_leave_and_return_on_a_stream_of_their_own(monkeypatch, cuda_runtime):
-    expected = gradients(keep=True)
+    expected = gradients()
     streams, inputs = Streams(monkeypatch), LayerInputsOnHost()
-    torch.manual_seed(0)
-    model = Llama(CONFIG)
-    model.activation_checkpointing = model.keep_attention = True
-    model.layer_inputs = inputs
-    h = model.hidden(torch.arange(40)[None])
-    loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
-    (loss / n).backward()
-    for a, b in zip((p.grad for p in model.parameters()), expected, strict=True):
-        assert torch.equal(a, b)
+    found = gradients(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     computing, copying = "computing", "copying"
     send = [(copying, "waits for", computing)]
     assert streams.log == [
         *send, (copying, "event", 0),
         (computing, "waits for", "event 0"),  # only now may layer 0's input be overwritten
-        *send, (copying, "event", 1),
-        (computing, "waits for", "event 1"),
-        *send, (copying, "event", 2),
-        (computing, "waits for", "event 2"),  # the backward pass begins
+        *send, (copying, "event", 1), (computing, "waits for", "event 1"),
+        *send, (copying, "event", 2), (computing, "waits for", "event 2"),  # backward begins
         *send, (copying, "event", 3), (computing, "waits for", "event 3"),  # layer 2 is back
         *send, (copying, "event", 4), (computing, "waits for", "event 4"),  # 1, fetched ahead
         *send, (copying, "event", 5), (computing, "waits for", "event 5"),  # 0
     ]  # fmt: skip
     assert inputs.leaving is None and not inputs.ahead and len(cuda_runtime) == 3
-    del model, inputs, h, loss
+    del inputs
     gc.collect()
     assert not cuda_runtime  # without close()
 

@@ -1,59 +1,45 @@
 """The paper's data set, fetched by examples/slimpajama.py."""
 
 import sys
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import slimpajama
-from fresh_copy import ROOT
+from smollm2 import ROOT
 
 from model import load_tokenizer
 from support.data.sources import load_tokens
 
+TINY = str(ROOT / "assets" / "tiny")
 
-def test_the_papers_data_is_written_as_train_py_reads_it(tmp_path, monkeypatch, capsys):
-    """Stand-ins for the two packages that need a network; the text must survive the way. Bad input
-    is one line."""
-    asked = []
 
-    class Rows(list):
-        def take(self, n):
-            return self[:n]
-
-    def load_dataset(name, **options):
-        asked.append((name, options))
-        return Rows({"input_ids": [i, i + 1]} for i in range(9))
-
-    class AutoTokenizer:
-        @classmethod
-        def from_pretrained(cls, name):
-            asked.append(name)
-            return cls()
-
-        def decode(self, ids):
-            return f"Row {ids}. " * 20
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    fake = SimpleNamespace(AutoTokenizer=AutoTokenizer)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
-    tiny = ROOT / "assets" / "tiny"
-    slimpajama.main([str(tiny), "--out", str(tmp_path / "data"), "--samples", "3"])
-    split = {"split": "train", "streaming": True}
-    assert asked == [
-        "meta-llama/Llama-2-7b-hf",
-        ("yaofu/slimpajama-per-source-length-upsample", split),
-    ]
-    tokenizer = load_tokenizer(tiny)
-    tokens = load_tokens([str(tmp_path / "data")], tokenizer)
+def test_the_papers_data_is_written_as_train_py_reads_it(tmp_path, monkeypatch):
+    """Stand-ins for the two packages that need a network; the text must survive the way."""
+    datasets, transformers = Mock(), Mock()
+    rows, llama2 = datasets.load_dataset, transformers.AutoTokenizer.from_pretrained
+    rows.return_value.take = lambda n: [{"input_ids": [i, i + 1]} for i in range(n)]
+    llama2.return_value.decode = lambda ids: f"Row {ids}. " * 20
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.setitem(sys.modules, "transformers", transformers)
+    slimpajama.main([TINY, "--out", str(tmp_path / "data"), "--samples", "3"])
+    llama2.assert_called_once_with("meta-llama/Llama-2-7b-hf")
+    name = "yaofu/slimpajama-per-source-length-upsample"
+    rows.assert_called_once_with(name, split="train", streaming=True)
+    tokens = load_tokens([str(tmp_path / "data")], load_tokenizer(TINY))
     assert len(tokens.documents) == 3
-    first = tokens.parts[0]
-    assert tokenizer.decode(first.tolist()) == "Row [0, 1]. " * 20
-    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    for argv, match in (
-        ([str(tiny)], 'pip install datasets "transformers>=5"'),
-        ([str(tiny), "--samples", "0"], "--samples 0 must be at least 1"),
+    assert load_tokenizer(TINY).decode(tokens.parts[0].tolist()) == "Row [0, 1]. " * 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        ([TINY], 'pip install datasets "transformers>=5"'),
+        ([TINY, "--samples", "0"], "--samples 0 must be at least 1"),
         ([], "the following arguments are required: DIR"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            slimpajama.main(argv)
-        assert stop.value.code == 2 and match in capsys.readouterr().err.splitlines()[-1]
+    ],
+)
+def test_bad_input_is_one_line(argv, match, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stop:
+        slimpajama.main(argv)
+    assert stop.value.code == 2 and match in capsys.readouterr().err.splitlines()[-1]

@@ -192,8 +192,15 @@ def test_rows_are_made_in_their_order_until_the_minutes_are_over(tmp_path, monke
     assert table.row("c", 0) == {"made": "c"}
 
 
-def test_a_row_that_is_not_there_is_refused(capsys):
-    for study, flag in ((tiny_study, "--score"), (real_study, "--only")):
-        with pytest.raises(SystemExit) as stop:
-            study.main([flag, "nowhere"])
-        assert stop.value.code == 2 and "'nowhere' is none of the rows" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("study", "flags", "said"),
+    [
+        (tiny_study, "--score nowhere", "'nowhere' is none of the rows"),
+        (real_study, "--only nowhere", "'nowhere' is none of the rows"),
+        (tiny_study, "--n 1 --report", "1 text(s) a length, but an interval needs two or more"),
+    ],
+)
+def test_what_makes_no_row_is_refused(study, flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main(flags.split())
+    assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -19,6 +19,7 @@ import train
 from model import load_tokenizer
 from support.data.sources import load_tokens
 from support.data.text import Corpus
+from support.system.bad_input import BadInput
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def tokenizer(toy_dir):
     return load_tokenizer(toy_dir)
 
 
-def documents(tokens) -> list[list[int]]:
+def documents(path, tokenizer, **options) -> list[list[int]]:
+    tokens = load_tokens([str(path)], tokenizer, **options)
     return [tokens.parts[p][b : b + n].tolist() for p, b, n in tokens.documents.tolist()]
 
 
@@ -41,20 +43,17 @@ def test_every_kind_of_file_in_one_folder(tokenizer, tmp_path, capsys):
     np.arange(9, dtype=np.uint16).tofile(tmp_path / "f.bin")
     for name in ("g.parquet", "h.PARQUET", "i.tar.gz", "LICENSE", ".hidden.txt"):
         (tmp_path / name).write_bytes(b"\xff")
-    found = documents(load_tokens([str(tmp_path)], tokenizer))
-    said = "1 .bin, 1 .jsonl, 1 .md, 2 .npy, 1 .txt"
-    said += "; left out: 1 without a suffix, 2 .parquet, 1 .tar.gz"
-    assert f"folder {tmp_path}: {said}\n" in capsys.readouterr().err
     texts = ["Ada had 7 apples.\n", "One.", "", "Two\nlines.", "Bob é."]
     expected = [tokenizer.encode(t) for t in texts]
     expected += [list(range(6)), list(range(6, 12)), list(range(5)), list(range(9))]
-    assert found == expected
+    assert documents(tmp_path, tokenizer) == expected
+    said = "1 .bin, 1 .jsonl, 1 .md, 2 .npy, 1 .txt"
+    said += "; left out: 1 without a suffix, 2 .parquet, 1 .tar.gz"
+    assert f"folder {tmp_path}: {said}\n" in capsys.readouterr().err
 
 
 RECORDS = [{"text": "Ada had 7 apples.\n"}, {"meta": [1], "text": "\u00e9 {}"}]
-LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
-
-
+LINES, LIST = "".join(json.dumps(r) + "\n" for r in RECORDS).encode(), json.dumps(RECORDS).encode()
 BOM, TWO, ONE = b"\xef\xbb\xbf", [record["text"] for record in RECORDS], ["Ada.\n"]
 
 
@@ -65,9 +64,9 @@ BOM, TWO, ONE = b"\xef\xbb\xbf", [record["text"] for record in RECORDS], ["Ada.\
         ("a.ndjson", BOM + LINES.replace(b"\n", b"\r\n") + b"  \n\n", TWO),
         ("a.json", LINES, TWO),
         ("a.json", json.dumps(RECORDS, indent=1).encode(), TWO),
-        ("a.json", BOM + json.dumps(RECORDS).encode(), TWO),
+        ("a.json", BOM + LIST, TWO),
         ("a.jsonl.gz", gzip.compress(LINES), TWO),
-        ("a.json.xz", lzma.compress(json.dumps(RECORDS).encode()), TWO),
+        ("a.json.xz", lzma.compress(LIST), TWO),
         ("a.ndjson.BZ2", bz2.compress(LINES), TWO),
         ("essay", b"Ada.\n", ONE),
         ("a.TXT", BOM + b"Ada.\n", ONE),
@@ -78,8 +77,7 @@ BOM, TWO, ONE = b"\xef\xbb\xbf", [record["text"] for record in RECORDS], ["Ada.\
 )
 def test_text_is_read_in_every_form(name, content, texts, tokenizer, tmp_path):
     (tmp_path / name).write_bytes(content)
-    found = documents(load_tokens([str(tmp_path / name)], tokenizer))
-    assert found == [tokenizer.encode(text) for text in texts]
+    assert documents(tmp_path / name, tokenizer) == [tokenizer.encode(text) for text in texts]
 
 
 def test_links_in_a_folder_are_followed_once_and_named_where_they_lead_nowhere(tokenizer, tmp_path):
@@ -89,21 +87,21 @@ def test_links_in_a_folder_are_followed_once_and_named_where_they_lead_nowhere(t
     (tmp_path / "data" / "there").symlink_to(tmp_path / "linked")
     (tmp_path / "linked" / "back").symlink_to(tmp_path / "data")
     os.mkfifo(tmp_path / "data" / "pipe.txt")  # opening it would wait
-    found = documents(load_tokens([str(tmp_path / "data")], tokenizer))
+    found = documents(tmp_path / "data", tokenizer)
     assert [tokenizer.decode(d) for d in found] == ["data", "linked"]
     for target in ("gone", "b.txt"):  # nowhere, and itself
         (tmp_path / "data" / "b.txt").unlink(missing_ok=True)
         (tmp_path / "data" / "b.txt").symlink_to(tmp_path / "data" / target)
         with pytest.raises(OSError, match="data/b.txt"):
-            load_tokens([str(tmp_path / "data")], tokenizer)
+            documents(tmp_path / "data", tokenizer)
 
 
 def test_documents_are_joined_only_on_request(tokenizer, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"Text {i}.")
-    one = documents(load_tokens([str(tmp_path)], tokenizer, join=True))
+    one = documents(tmp_path, tokenizer, join=True)
     assert [tokenizer.decode(d) for d in one] == ["Text 0.\n\n\nText 1.\n\n\nText 2."]
-    assert len(documents(load_tokens([str(tmp_path)], tokenizer))) == 3
+    assert len(documents(tmp_path, tokenizer)) == 3
 
 
 def test_windows_are_uniform_over_the_tokens(tokenizer, tmp_path):
@@ -122,123 +120,103 @@ def test_windows_are_uniform_over_the_tokens(tokenizer, tmp_path):
     assert len(corpus.window(1000, g)) in (100, 300)  # a whole document where it is shorter
 
 
-def test_too_short_texts_name_the_flags_that_the_caller_has(toy_dir, tmp_path, capsys):
+def test_too_short_texts_name_the_flags_that_the_caller_has(toy_dir, prose_file, tmp_path, capsys):
     """Each command and each kind of data says its own; a Corpus by itself knows no flag."""
-    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
-    long.write_text(PROSE)
+    short = tmp_path / "short.txt"
     short.write_text("One. Two.")
-    tokens = load_tokens([str(short)], load_tokenizer(toy_dir))
     with pytest.raises(ValueError, match=r"give longer texts$"):
-        Corpus(tokens, 5000)
-
-    def error(main, *flags) -> str:
+        Corpus(load_tokens([str(short)], load_tokenizer(toy_dir)), 5000)
+    none = re.escape(f"{short}: no document reaches ") + r"\d+ tokens \(the longest has \d+\); "
+    text = f"--text {short} --figure {tmp_path}/r.png"
+    data = f"--data {short} --out {tmp_path}/out"
+    replay = f"--data {prose_file} --replay_data {short} --out {tmp_path}/out"
+    remedy = "give longer texts with --{}, join them with --join, or lower --{}"
+    for main, flags, says in (
+        (recipe.main, text, "give a longer --text, or lower --train_len or --target_len"),
+        (train.main, data, remedy.format("data", "train_len")),
+        (train.main, replay, remedy.format("replay_data", "replay_len")),
+    ):
         with pytest.raises(SystemExit):
-            main([str(f) for f in ("--model", toy_dir, "--target_len", 2000, *flags)])
-        return re.search("^error: (.*)", capsys.readouterr().err, re.MULTILINE)[1]
-
-    said = error(recipe.main, "--text", short, "--figure", tmp_path / "r.png")
-    assert said.startswith(f"{short}: no document reaches 640 tokens (the longest has ")
-    assert said.endswith("give a longer --text, or lower --train_len or --target_len")
-    out = ("--out", tmp_path / "out")
-    said = error(train.main, "--data", short, *out)
-    assert said.endswith("longer texts with --data, join them with --join, or lower --train_len")
-    said = error(train.main, "--data", long, "--replay_data", short, *out)
-    assert said.endswith("with --replay_data, join them with --join, or lower --replay_len"), said
+            main(f"--model {toy_dir} --target_len 2000 {flags}".split())
+        assert re.search(f"^error: {none}{says}$", capsys.readouterr().err, re.MULTILINE), flags
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "match"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "a.jsonl, line 2"),
-        ("a.jsonl", b"[1]\n", "a.jsonl, line 1"),
-        ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1"),
-        ("a.jsonl", LINES + b'{"text": null}\n', 'a.jsonl, line 3: .* a "text" that is null'),
-        ("a.jsonl", LINES + b'{"text": "\xe9"}\n', "a.jsonl, line 3: not UTF-8 .*iconv"),
-        ("a.jsonl", LINES.decode().encode("utf-16"), "a.jsonl, line 1: not UTF-8"),
-        ("a.jsonl", LINES + b'{"text": ' + b"[" * 200_000, "a.jsonl, line 3: not JSON"),
-        ("a.json", b'[{"text": "x"}, {"content": 1}]', "a.json, record 2: .* the keys 'content'"),
-        ("a.json", b"7", "a.json, record 1: .* int"),
-        ("a.json", b"", "a.json: not JSON"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "a.jsonl.gz is damaged"),
-        ("a.txt.xz", lzma.compress(LINES)[:-9], "a.txt.xz is damaged"),
-        ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 .*iconv"),
-        ("a.txt", b"text\0text", "a.txt holds zero bytes"),
-        ("a.csv", b"text\nAda\n", "a.csv: .csv files are not read; write its texts to a .jsonl"),
-        ("a.tsv", b"x", "pandas"),
-        ("a.parquet", b"PAR1", "pandas"),
-        ("a.arrow", b"x", "pandas"),
-        ("a.html", b"<p>", "a.html: .html files are not read; save its text as .* a.txt"),
-        ("a.pdf", b"%PDF", "a.txt"),
-        ("a.DOCX", b"PK", "a.txt"),
-        ("a.txt.zst", b"x", "a.txt.zst: .zst files are not read; unpack it first"),
-        ("a.zip", b"PK", "unpack it first"),
-        ("a.tar.gz", b"x", "unpack it first"),
-        ("a.npy.gz", b"x", "unpack it first"),
-        ("a.npz", b"PK", "save its token ids as a.npy"),
-        ("a.txt.gz", b"text", "a.txt.gz is damaged or not a .gz file"),
-        ("a.txt.gz", gzip.compress(b"text") + b"text", "a.txt.gz is damaged or not a .gz file"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), "a.jsonl.gz is damaged"),
-        ("a.jsonl.bz2", b"text", "a.jsonl.bz2 is damaged or not a .bz2 file"),
-        ("a.txt.xz", b"text", "a.txt.xz is damaged or not a .xz file"),
-        ("a.md", b"version https://git-lfs.github.com/spec/v1\noid x", "a.md is a git-lfs pointer"),
-        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
-        ("a.txt", "It\u2019s".encode("cp1252"), "a.txt is not UTF-8 .*iconv"),
-        ("a.txt", "Ada".encode("utf-16-le"), "a.txt holds zero bytes"),
-        ("a.jsonl", LINES.replace(b"\n", b"\r"), "a.jsonl, line 1: not JSON"),
-        ("a.jsonl", LINES + b"\0\0\n", "a.jsonl, line 3: not JSON"),
-        ("a.jsonl", b'{"text": {"text": "x"}}', 'line 1: .* a "text" that is {"text": "x"}'),
-        ("a.jsonl", b'{"text": "x", "id": %s}' % (b"9" * 5000), "line 1: not JSON .*4300 digits"),
-        ("a.json", b'{"text": ["x", "y"]}', 'line 1: .* a "text" that is \\["x", "y"\\]'),
-        ("a.bin", np.arange(9, dtype=np.uint32).tobytes(), "every second id is 0"),
-        ("a.bin", np.arange(9, dtype=np.int64).tobytes(), "every second id is 0"),
-        ("a.bin", b"\x01", "whole uint16"),
-        ("a.bin", b"", "is empty"),
-        ("a.bin", b"\xff\xff", "ids 65535 to 65535, the tokenizer has"),
-        ("a.npy", b"\x93NUMPY", "."),
-        ("a.npy", b"", "is empty"),
-    ],
-)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid x"
+BAD = [
+    ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "a.jsonl, line 2"),
+    ("a.jsonl", b"[1]\n", "a.jsonl, line 1"),
+    ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1"),
+    ("a.jsonl", LINES + b'{"text": null}\n', 'a.jsonl, line 3: .* a "text" that is null'),
+    ("a.jsonl", LINES + b'{"text": "\xe9"}\n', "a.jsonl, line 3: not UTF-8 .*iconv"),
+    ("a.jsonl", LINES.decode().encode("utf-16"), "a.jsonl, line 1: not UTF-8"),
+    ("a.jsonl", LINES + b'{"text": ' + b"[" * 200_000, "a.jsonl, line 3: not JSON"),
+    ("a.json", b'[{"text": "x"}, {"content": 1}]', "a.json, record 2: .* the keys 'content'"),
+    ("a.json", b"7", "a.json, record 1: .* int"),
+    ("a.json", b"", "a.json: not JSON"),
+    ("a.jsonl.gz", gzip.compress(LINES)[:-9], "a.jsonl.gz is damaged"),
+    ("a.txt.xz", lzma.compress(LINES)[:-9], "a.txt.xz is damaged"),
+    ("a.txt", b"\xff\xfe", "a.txt is not UTF-8 .*iconv"),
+    ("a.txt", b"text\0text", "a.txt holds zero bytes"),
+    ("a.csv", b"text\nAda\n", "a.csv: .csv files are not read; write its texts to a .jsonl"),
+    ("a.tsv", b"x", "pandas"),
+    ("a.parquet", b"PAR1", "pandas"),
+    ("a.arrow", b"x", "pandas"),
+    ("a.html", b"<p>", "a.html: .html files are not read; save its text as .* a.txt"),
+    ("a.pdf", b"%PDF", "a.txt"),
+    ("a.DOCX", b"PK", "a.txt"),
+    ("a.txt.zst", b"x", "a.txt.zst: .zst files are not read; unpack it first"),
+    ("a.zip", b"PK", "unpack it first"),
+    ("a.tar.gz", b"x", "unpack it first"),
+    ("a.npy.gz", b"x", "unpack it first"),
+    ("a.npz", b"PK", "save its token ids as a.npy"),
+    ("a.txt.gz", b"text", "a.txt.gz is damaged or not a .gz file"),
+    ("a.txt.gz", gzip.compress(b"text") + b"text", "a.txt.gz is damaged or not a .gz file"),
+    ("a.jsonl.gz", gzip.compress(LINES)[:-8] + bytes(8), "a.jsonl.gz is damaged"),
+    ("a.jsonl.bz2", b"text", "a.jsonl.bz2 is damaged or not a .bz2 file"),
+    ("a.txt.xz", b"text", "a.txt.xz is damaged or not a .xz file"),
+    ("a.md", POINTER, "a.md is a git-lfs pointer"),
+    ("a.jsonl", POINTER, "is a git-lfs pointer"),
+    ("a.txt", "It\u2019s".encode("cp1252"), "a.txt is not UTF-8 .*iconv"),
+    ("a.txt", "Ada".encode("utf-16-le"), "a.txt holds zero bytes"),
+    ("a.jsonl", LINES.replace(b"\n", b"\r"), "a.jsonl, line 1: not JSON"),
+    ("a.jsonl", LINES + b"\0\0\n", "a.jsonl, line 3: not JSON"),
+    ("a.jsonl", b'{"text": {"text": "x"}}', 'line 1: .* a "text" that is {"text": "x"}'),
+    ("a.jsonl", b'{"text": "x", "id": %s}' % (b"9" * 5000), "line 1: not JSON .*4300 digits"),
+    ("a.json", b'{"text": ["x", "y"]}', 'line 1: .* a "text" that is \\["x", "y"\\]'),
+    ("a.bin", np.arange(9, dtype=np.uint32).tobytes(), "every second id is 0"),
+    ("a.bin", np.arange(9, dtype=np.int64).tobytes(), "every second id is 0"),
+    ("a.bin", b"\x01", "whole uint16"),
+    ("a.bin", b"", "is empty"),
+    ("a.bin", b"\xff\xff", "ids 65535 to 65535, the tokenizer has"),
+    ("a.npy", b"\x93NUMPY", "."),
+    ("a.npy", b"", "is empty"),
+    ("a.npy", np.zeros(4), "float64"),
+    ("a.npy", np.array([3, -1]), "ids -1 to 3"),
+    ("a.npy", np.array(["a"], dtype=object), "pickle|object"),
+    ("a.npy", np.zeros((2, 2, 2), dtype=np.int64), "token ids are"),
+    ("a.npy", np.zeros(0, dtype=np.int64), "token ids are"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "match"), BAD)
 def test_bad_files_are_named(name, content, match, tokenizer, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, OSError), match=match):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.save(tmp_path / name, content)
+    with pytest.raises((BadInput, OSError), match=match):
         Corpus(load_tokens([str(tmp_path / name)], tokenizer), 1)
 
 
-@pytest.mark.parametrize(
-    ("array", "match"),
-    [
-        (np.zeros(4), "float64"),
-        (np.array([3, -1]), "ids -1 to 3"),
-        (np.array(["a"], dtype=object), "pickle|object"),
-        (np.zeros((2, 2, 2), dtype=np.int64), "token ids are"),
-        (np.zeros(0, dtype=np.int64), "token ids are"),
-    ],
-)
-def test_bad_arrays_are_named(array, match, tokenizer, tmp_path):
-    np.save(tmp_path / "a.npy", array)
-    with pytest.raises(ValueError, match=match):
-        load_tokens([str(tmp_path / "a.npy")], tokenizer)
-
-
-MEMORY = """
+PEAK_MIB = """
 import resource, sys
 sys.path.insert(0, ".")
 from model import load_tokenizer
 from support.data.sources import load_tokens
 from support.data.text import Corpus
-tokenizer = load_tokenizer(sys.argv[1])
-tokens = load_tokens([sys.argv[2]], tokenizer)
-corpus = Corpus(tokens, 10)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, corpus.tokens)
+Corpus(load_tokens([sys.argv[2]], load_tokenizer(sys.argv[1])), 10)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
-
-
-def peak_mib(toy_dir, file) -> float:
-    command = [sys.executable, "-c", MEMORY, str(toy_dir), str(file)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=".").stdout
-    return float(out.split()[0])
-
-
 MEMORY_UNITS = {
     ".txt": PROSE[:2000],
     ".jsonl": json.dumps({"text": PROSE[:2000]}) + "\n",
@@ -248,12 +226,13 @@ MEMORY_UNITS = {
 }
 
 
-def grow(folder, suffix: str, megabytes: int):
+def peak_mib(folder, suffix: str, megabytes: int, toy_dir) -> float:
     file, unit = folder / f"{megabytes}{suffix}", MEMORY_UNITS[suffix]
     with open(file, "w", encoding="utf-8") as stream:
         for _ in range(megabytes * 1_000_000 // len(unit.encode())):
             stream.write(unit)
-    return file
+    command = [sys.executable, "-c", PEAK_MIB, toy_dir, file]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def slow(*values):
@@ -273,5 +252,5 @@ def slow(*values):
     ],
 )
 def test_memory_does_not_grow_with_the_data(suffix, megabytes, limit_mib, toy_dir, tmp_path):
-    small, large = (peak_mib(toy_dir, grow(tmp_path, suffix, n)) for n in megabytes)
+    small, large = (peak_mib(tmp_path, suffix, n, toy_dir) for n in megabytes)
     assert large - small < limit_mib, (small, large)

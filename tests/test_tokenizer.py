@@ -13,7 +13,8 @@ from conftest import PROSE, write_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from smollm2 import download
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import pre_tokenizers as pre
 
 from model import load_tokenizer
 from support.data.sources import standard_library_text, standard_library_topics
@@ -30,96 +31,93 @@ SCRIPTS = (
     " ฉันกินกระจกได้ Ég get etið gler."
     " naïve café 🙂👩‍👩‍👧 १२३ ٤٥٦ ½ ² x² \u212b\u0041\u030a e\u0301 ﬁ"
 )
-
-
 VIKING_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # sets in sets; punctuation is in no match
 GAPS_SPLIT = r" ?[^\s.,!?]+"
+
+
+def split(pattern: str, behavior: str = "isolated", invert: bool = False):
+    return pre.Split(Regex(pattern), behavior, invert)
+
+
+BY_REGEX = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+PLAIN = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+DIGITS = pre.Digits(individual_digits=True)
+PIECES = [split(r"[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+")]
+STEPS = {  # what splits a text, by the name of a family or of the step that matters
+    "smollm2": [DIGITS, BY_REGEX],
+    "digits": [pre.Digits(individual_digits=False), BY_REGEX],
+    "llama3": [split(LLAMA3_SPLIT), PLAIN],
+    "qwen2": [split(QWEN2_SPLIT), PLAIN],
+    "gaps": [split(GAPS_SPLIT), PLAIN],
+    "sequence of NFC": [DIGITS, BY_REGEX],
+    "added tokens": [DIGITS, BY_REGEX],
+    "viking": [split(VIKING_SPLIT), DIGITS, PLAIN],
+    "sets in sets": [split(VIKING_SPLIT), PLAIN],
+    "deepseek": [*PIECES, DIGITS, PLAIN],
+    "midm": [split(LLAMA3_SPLIT, "removed", invert=True), PLAIN],
+    "falcon3": [pre.Punctuation(), BY_REGEX, DIGITS, split(r"[0-9][0-9][0-9]")],
+    "add_prefix_space": [pre.ByteLevel(add_prefix_space=True)],
+    "bert": [pre.BertPreTokenizer()],
+    "unigram": [pre.Metaspace()],
+    "metaspace": [pre.Metaspace(prepend_scheme="first")],
+    "added tokens, NFC": [DIGITS, BY_REGEX],
+    "added tokens, flags": [DIGITS, BY_REGEX],
+}
+FAST = list(STEPS)[:7]  # which run on tiktoken; the others on `tokenizers`
+NFC = normalizers.NFC()
+NORMALIZERS = {
+    "qwen2": NFC,
+    "added tokens, NFC": NFC,
+    "sequence of NFC": normalizers.Sequence([NFC]),
+    "bert": normalizers.BertNormalizer(),
+    "unigram": normalizers.NFKC(),
+}
+FROM_BYTES = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+DECODERS = {
+    "bert": decoders.WordPiece(),
+    "unigram": decoders.Metaspace(),
+    "metaspace": decoders.Sequence([*FROM_BYTES, decoders.Strip(" ", 1, 0)]),
+}
 
 
 def train_tokenizer(folder, kind: str):
     """A small tokenizer with the settings of a real family, trained on several scripts:
     (ours, that of `tokenizers`)."""
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, trainers
-    from tokenizers import pre_tokenizers as pre
-
-    def split(pattern: str, behavior: str = "isolated", invert: bool = False):
-        return pre.Split(Regex(pattern), behavior, invert)
-
-    by_regex = pre.ByteLevel(add_prefix_space=False, use_regex=True)
-    plain = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-    digits = pre.Digits(individual_digits=True)
-    steps = {
-        "smollm2": [digits, by_regex],
-        "digits": [pre.Digits(individual_digits=False), by_regex],
-        "llama3": [split(LLAMA3_SPLIT), plain],
-        "qwen2": [split(QWEN2_SPLIT), plain],
-        "gaps": [split(GAPS_SPLIT), plain],
-        "viking": [split(VIKING_SPLIT), digits, plain],
-        "sets in sets": [split(VIKING_SPLIT), plain],
-        "deepseek": [split(r"[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"), digits, plain],
-        "midm": [split(LLAMA3_SPLIT, "removed", invert=True), plain],
-        "falcon3": [pre.Punctuation(), by_regex, digits, split(r"[0-9][0-9][0-9]")],
-        "add_prefix_space": [pre.ByteLevel(add_prefix_space=True)],
-        "bert": [pre.BertPreTokenizer()],
-        "unigram": [pre.Metaspace()],
-        "metaspace": [pre.Metaspace(prepend_scheme="first")],
-    }.get(kind, [digits, by_regex])
     special = ["<|begin|>", "<|end|>"]
     shared = {"vocab_size": 3000, "special_tokens": special, "show_progress": False}
     if kind == "bert":
-        tokenizer = Tokenizer(models.WordPiece(unk_token="<|end|>"))
-        tokenizer.normalizer = normalizers.BertNormalizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(**shared)
+        model, trainer = models.WordPiece(unk_token="<|end|>"), trainers.WordPieceTrainer(**shared)
     elif kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.normalizer = normalizers.NFKC()
-        tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.UnigramTrainer(**shared, unk_token="<|end|>")
+        model = models.Unigram()
     elif kind == "metaspace":
         special += [f"<0x{b:02X}>" for b in range(256)]
-        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<|end|>", fuse_unk=True))
-        steps_back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence([*steps_back, decoders.Strip(" ", 1, 0)])
+        model = models.BPE(byte_fallback=True, unk_token="<|end|>", fuse_unk=True)
         trainer = trainers.BpeTrainer(**shared, limit_alphabet=60)
     else:
-        tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(**shared, initial_alphabet=alphabet)
-        if kind in ("qwen2", "added tokens, NFC"):
-            tokenizer.normalizer = normalizers.NFC()
-        elif kind == "sequence of NFC":
-            tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
-    tokenizer.pre_tokenizer = pre.Sequence(steps)
+        model = models.BPE(ignore_merges=kind == "llama3")
+        trainer = trainers.BpeTrainer(**shared, initial_alphabet=pre.ByteLevel.alphabet())
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = DECODERS.get(kind, decoders.ByteLevel())
+    tokenizer.pre_tokenizer = pre.Sequence(STEPS[kind])
+    if kind in NORMALIZERS:
+        tokenizer.normalizer = NORMALIZERS[kind]
     text = standard_library_topics()[:300_000]
     tokenizer.train_from_iterator([text, *[SCRIPTS] * 30], trainer)
     if kind.startswith("added tokens"):
-        flags = {"added tokens, flags": {"single_word": True}}.get(kind, {})
-        for content in (
-            "<think>",
-            "  ",
-            "it",
-            "it's",
-            "café",
-            "the",
-        ):  # the last is a token as it is
-            tokenizer.add_tokens([AddedToken(content, normalized=len(content) < 6, **flags)])
+        word = {"single_word": kind.endswith("flags")}
+        for token in ("<think>", "  ", "it", "it's", "café", "the"):  # the last is one as it is
+            tokenizer.add_tokens([AddedToken(token, normalized=len(token) < 6, **word)])
         tokenizer.add_special_tokens([AddedToken("'s 7", special=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # text is data
     return load_tokenizer(folder), tokenizer
 
 
-FAST = ["smollm2", "digits", "llama3", "qwen2", "gaps", "sequence of NFC", "added tokens"]
-LIBRARY = ["viking", "sets in sets", "deepseek", "midm", "falcon3", "add_prefix_space", "bert"]
-LIBRARY += ["unigram", "metaspace", "added tokens, NFC", "added tokens, flags"]
-
-
-@pytest.fixture(scope="module", params=FAST + LIBRARY)
+@pytest.fixture(scope="module", params=STEPS)
 def pair(request, tmp_path_factory):
     pair = train_tokenizer(tmp_path_factory.mktemp("kind"), request.param)
-    assert isinstance(pair[0], LibraryTokenizer) == (request.param in LIBRARY)
+    assert isinstance(pair[0], LibraryTokenizer) == (request.param not in FAST)
     return pair
 
 
@@ -137,26 +135,19 @@ def round_trip(pair, text: str) -> None:
         assert back == theirs.decode(ids, skip_special_tokens=False)
 
 
-def round_trips(pair, examples: int) -> None:
-    words = ["it's", "they'LL", "  ", "\n\n", "\t", "12345", "3.14", "<think>", "'s 7", "café"]
-    mixed = st.lists(st.sampled_from([*SCRIPTS.split(), *words]) | st.text(max_size=4), max_size=12)
+WORDS = ["it's", "they'LL", "  ", "\n\n", "\t", "12345", "3.14", "<think>", "'s 7", "café"]
+MIXED = st.lists(st.sampled_from([*SCRIPTS.split(), *WORDS]) | st.text(max_size=4), max_size=12)
 
-    @given(st.text(max_size=40) | mixed.map(" ".join))
+
+@pytest.mark.parametrize("examples", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_ids_equal_on_any_text(pair, examples):
+    @given(st.text(max_size=40) | MIXED.map(" ".join))
     @example("a \u0130'S ſt \r\n \u2003x <|begin|> \x1c\x85\u200b\u180e")
     @settings(max_examples=examples, deadline=None, database=None)
     def check(text):
         round_trip(pair, text)
 
     check()
-
-
-def test_ids_equal_on_any_text(pair):
-    round_trips(pair, 300)
-
-
-@pytest.mark.slow
-def test_ids_equal_on_ten_thousand_texts(pair):
-    round_trips(pair, 10_000)
 
 
 RNG = random.Random(0)
@@ -176,17 +167,20 @@ def pieces_of(text: str, characters: int) -> list[str]:
     return [text[i : i + characters] for i in range(0, len(text), characters)]
 
 
+def joined(parts) -> list[int]:
+    return list(itertools.chain.from_iterable(parts))
+
+
 def test_pieces_of_a_long_text_give_the_ids_of_the_whole(pair):
     tokenizer, theirs = pair
-    for text, joined in LONG.items():
+    for text, in_parts in LONG.items():
         parts = list(encode_pieces(pieces_of(text, 5001), tokenizer))
-        ids = list(itertools.chain.from_iterable(parts))
-        whole = theirs.encode(text, add_special_tokens=False).ids
+        ids, whole = joined(parts), theirs.encode(text, add_special_tokens=False).ids
         if type(theirs.model).__name__ == "Unigram" and "-" in text:  # equally likely divisions
             assert tokenizer.decode(ids) == tokenizer.decode(whole) and sorted(ids) == sorted(whole)
         else:
             assert ids == whole
-        assert joined is None or (len(parts) > 1) == joined
+        assert in_parts is None or (len(parts) > 1) == in_parts
 
 
 def test_pieces_of_any_length_give_the_ids_of_the_whole(pair, monkeypatch):
@@ -198,13 +192,15 @@ def test_pieces_of_any_length_give_the_ids_of_the_whole(pair, monkeypatch):
         kinds = rng.sample(characters, (3, 9, 40, len(characters))[seed % 4])
         text = "".join(rng.choices(kinds, k=3000))
         pieces = pieces_of(text, rng.randint(400, 1600))
-        ids = list(itertools.chain.from_iterable(encode_pieces(pieces, pair[0])))
-        assert ids == pair[0].encode(text), seed
+        assert joined(encode_pieces(pieces, pair[0])) == pair[0].encode(text), seed
 
 
-def test_a_lone_surrogate_is_a_replacement_character(pair):
-    ours = pair[0]
+def test_text_is_data(pair):
+    """Special tokens in it are plain text, and a lone surrogate is a replacement character."""
+    ours, theirs = pair
     assert ours.encode("a \ud83d b") == ours.encode("a \ufffd b")
+    if type(theirs.model).__name__ != "Unigram":  # whose unknown characters have that id, too
+        assert ours.added["<|begin|>"] not in ours.encode("a <|begin|> b")
 
 
 @pytest.mark.parametrize("pair", FAST[:4], indirect=True)
@@ -222,40 +218,28 @@ def test_ids_equal_on_megabytes_of_real_text_in_many_scripts(pair, tmp_path_fact
     round_trip(pair, text)
 
 
-@pytest.mark.parametrize("pair", FAST[:4], indirect=True)
-def test_special_token_strings_are_data_everywhere(pair):
-    ours = pair[0]
-    ids = ours.encode("a <|begin|> b")
-    assert ours.decode(ids) == "a <|begin|> b" and max(ids) < ours.vocab_size
-    assert ours.bos_id not in ids
+def edit_tokenizer(folder, **fields) -> dict:
+    data = json.loads((folder / "tokenizer.json").read_text()) | fields
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return data
 
 
-@pytest.mark.parametrize(
-    ("settings_", "post", "adds"),
-    [
-        ({}, None, False),
-        ({"add_bos_token": True}, None, True),
-        ({"add_bos_token": False}, None, False),
-        ({}, "template", True),
-        ({}, "sequence", True),
-        ({}, "roberta", True),
-    ],
-)
-def test_a_bos_is_added_only_where_the_checkpoint_does(settings_, post, adds, tmp_path):
-    write_tokenizer(tmp_path, PROSE, 300, **settings_)
-    template = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
-    }
-    data = json.loads((tmp_path / "tokenizer.json").read_text())
-    data["post_processor"] = {
-        None: None,
-        "template": template,
-        "roberta": {"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]},
-        "sequence": {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]},
-    }[post]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A"}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+}
+SEQUENCE = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]}
+ROBERTA = {"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}
+BOS = [(None, {}), (None, {"add_bos_token": True}), (None, {"add_bos_token": False})]
+BOS += [(TEMPLATE, {}), (SEQUENCE, {}), (ROBERTA, {})]
+
+
+@pytest.mark.parametrize(("post_processor", "options"), BOS)
+def test_a_bos_is_added_only_where_the_checkpoint_does(post_processor, options, tmp_path):
+    write_tokenizer(tmp_path, PROSE, 300, **options)
+    edit_tokenizer(tmp_path, post_processor=post_processor)
+    adds = bool(post_processor or options.get("add_bos_token"))
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (0, 1, adds)
 
@@ -268,110 +252,95 @@ def test_tiktokens_own_format(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("the the") == [257, 258]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (259, 260, True)
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15")
-    with pytest.raises(ValueError, match="SentencePiece"):
-        load_tokenizer(tmp_path)
+    for content, match in (
+        (b"\x0a\x0e\x0a\x05<unk>\x15", "SentencePiece"),
+        (b"".join(lines[1:]), "its ranks are not 0, 1, 2"),
+    ):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(BadInput, match=match):
+            load_tokenizer(tmp_path)
 
 
-def write_sentencepiece_style(folder):
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+METASPACE = {"type": "Metaspace", "replacement": "▁"}
+BACK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+@pytest.fixture()
+def sentencepiece_style(tmp_path):
     """Like Llama 2's and Mistral's: spaces as an underscore, unknown characters as byte tokens."""
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     vocab += ["▁", "h", "e", "l", "o", "▁h", "he", "ll", "▁he", "▁hell", "▁hello"]
-    merges = ["▁ h", "h e", "l l", "▁h e", "▁he ll", "▁hell o"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    model = {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True}
+    model["vocab"] = {t: i for i, t in enumerate(vocab)}
+    model["merges"] = ["▁ h", "h e", "l l", "▁h e", "▁he ll", "▁hell o"]
+    steps = [BACK, {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP]
     data = {
-        "added_tokens": [{"id": i, "content": vocab[i], "special": True} for i in range(3)],
-        "normalizer": {"type": "Prepend", "prepend": "▁"},
+        "added_tokens": [{"id": i, "content": vocab[i], "special": True} | flags for i in range(3)],
+        "normalizer": PREPEND,
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "byte_fallback": True,
-            "vocab": {t: i for i, t in enumerate(vocab)},
-            "merges": merges,
-        },
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": model,
     }
-    for token in data["added_tokens"]:
-        token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    (folder / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    return tmp_path
 
 
-def test_sentencepiece_style_goes_through_the_library(tmp_path, monkeypatch):
-    write_sentencepiece_style(tmp_path)
-    ours, theirs = load_tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+def test_sentencepiece_style_goes_through_the_library(sentencepiece_style, monkeypatch):
+    ours = load_tokenizer(sentencepiece_style)
+    theirs = Tokenizer.from_file(str(sentencepiece_style / "tokenizer.json"))
     assert isinstance(ours, LibraryTokenizer)
     ids = ours.encode("hello é")
     assert ids == theirs.encode("hello é", add_special_tokens=False).ids
     assert ours.decode(ids) == "hello é"
     assert b"".join(ours.token_bytes(i) for i in ids).decode() == " hello é"
-    assert ours.bos_id not in ours.encode("<s>")  # text is data here too
+    assert ours.added["<s>"] not in ours.encode("<s>")  # text is data here too
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="pip install tokenizers"):
-        load_tokenizer(tmp_path)
+    with pytest.raises(BadInput, match="pip install tokenizers"):
+        load_tokenizer(sentencepiece_style)
 
 
 @pytest.mark.parametrize(
     "steps",
     [
-        {"normalizer": {"type": "Prepend", "prepend": "▁"}},
-        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}},
-        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}},
+        {"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}},
+        {"normalizer": REPLACE, "pre_tokenizer": METASPACE | {"prepend_scheme": "always"}},
+        {"normalizer": REPLACE, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}},
     ],
 )
-def test_parts_of_a_text_that_are_encoded_apart_give_the_ids_of_the_whole(steps, tmp_path):
+def test_parts_of_a_text_that_are_encoded_apart_give_the_ids_of_the_whole(
+    steps, sentencepiece_style
+):
     """Only the first begins with the space that these tokenizers put in front of a text."""
-    write_sentencepiece_style(tmp_path)
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    edit_tokenizer(tmp_path, normalizer=replace)
-    if "normalizer" in steps:
-        steps = {"normalizer": {"type": "Sequence", "normalizers": [steps["normalizer"], replace]}}
-    edit_tokenizer(tmp_path, **steps)
-    tokenizer, parts = load_tokenizer(tmp_path), ["hello", " hello", "\n", "hell", " oh", "é"]
+    edit_tokenizer(sentencepiece_style, **steps)
+    tokenizer = load_tokenizer(sentencepiece_style)
+    parts = ["hello", " hello", "\n", "hell", " oh", "é"]
     ids = [i for n, part in enumerate(parts) for i in tokenizer.encode(part, continued=n > 0)]
     assert ids == tokenizer.encode("".join(parts))
     assert tokenizer.encode("hello") != tokenizer.encode("hello", continued=True)
 
 
-def edit_tokenizer(folder, **fields) -> dict:
-    data = json.loads((folder / "tokenizer.json").read_text()) | fields
-    (folder / "tokenizer.json").write_text(json.dumps(data))
-    return data
-
-
-def test_truncation_padding_and_dropout_of_the_file_are_switched_off(tmp_path):
+def test_truncation_padding_and_dropout_of_the_file_are_switched_off(sentencepiece_style):
+    ids = load_tokenizer(sentencepiece_style).encode("hello hello hello")
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     pad = {"strategy": {"Fixed": 90}, "direction": "Right", "pad_to_multiple_of": None}
     pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
-    write_sentencepiece_style(tmp_path)
-    ids = load_tokenizer(tmp_path).encode("hello hello hello")
-    model = edit_tokenizer(tmp_path, truncation=cut, padding=pad)["model"]
-    edit_tokenizer(tmp_path, model=model | {"dropout": 0.9})
-    assert load_tokenizer(tmp_path).encode("hello hello hello") == ids and len(ids) > 3
+    model = edit_tokenizer(sentencepiece_style, truncation=cut, padding=pad)["model"]
+    edit_tokenizer(sentencepiece_style, model=model | {"dropout": 0.9})
+    assert load_tokenizer(sentencepiece_style).encode("hello hello hello") == ids and len(ids) > 3
 
 
-@pytest.mark.parametrize("kind", ["smollm2", "llama3"])
+@pytest.mark.parametrize("pair", ["smollm2", "llama3"], indirect=True)
 @pytest.mark.parametrize("run", [" ", "\n", "\t ", "中", "="])
-def test_a_million_characters_in_a_row(kind, run, tmp_path):
+def test_a_million_characters_in_a_row(pair, run):
     """Without the panic of tiktoken's own splitting, and in time that grows with the length."""
-    write_tokenizer(tmp_path, PROSE, 400)
-    if kind == "llama3":
-        split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated"}
-        plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-        steps = [split | {"invert": False}, plain | {"trim_offsets": True}]
-        edit_tokenizer(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
-    tokenizer = load_tokenizer(tmp_path)
     text = "a" + run * (1_200_000 // len(run)) + "word"
     started = time.monotonic()
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert pair[0].decode(pair[0].encode(text)) == text
     assert time.monotonic() - started < 60  # about 2 s; quadratic would be hours
 
 
@@ -407,26 +376,23 @@ def test_an_added_token_beyond_the_model_is_named(tmp_path):
         check_fits(load_tokenizer(tmp_path), 300)
 
 
-# `tokenizers` panics: the prefix is longer than what it is to be taken from
-PANIC = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
-PANIC = {"model": PANIC | {"continuing_subword_prefix": "##"}}
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+DAMAGED = [
+    {"model": None},
+    {"model": BPE | {"vocab": {"▁a": 0}, "merges": []}},
+    {"model": BPE | {"merges": [7]}},
+    {"model": BPE | {"vocab": {"a": 0, "b": 1}}},
+    {"model": BPE | {"vocab": {}, "merges": []}},
+    # `tokenizers` panics: the prefix is longer than what it is to be taken from
+    {"model": BPE | {"continuing_subword_prefix": "##"}},
+    {"added_tokens": [{"id": 5}]},
+    {"added_tokens": 5},
+]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"model": None},
-        {"model": {"type": "BPE", "vocab": {"▁a": 0}, "merges": []}},
-        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [7]}},
-        {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}},
-        {"model": {"type": "BPE", "vocab": {}, "merges": []}},
-        {"added_tokens": [{"id": 5}]},
-        {"added_tokens": 5},
-        PANIC,
-    ],
-)
-def test_damaged_files_are_a_value_error(change, tmp_path):
+@pytest.mark.parametrize("change", DAMAGED)
+def test_damaged_files_are_bad_input(change, tmp_path):
     write_tokenizer(tmp_path, PROSE, 300)
     edit_tokenizer(tmp_path, **change)
-    with pytest.raises(ValueError):
+    with pytest.raises(BadInput):
         load_tokenizer(tmp_path)

@@ -17,7 +17,6 @@ from support.data.text import (
     Tokens,
     find_files,
     kind_of,
-    log_folders,
     read_texts,
     read_tokens,
 )
@@ -69,11 +68,9 @@ def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Token
 
     BadInput names what is missing or cannot be read; the log says what a folder holds."""
     if paths is None:
-        tokens = Tokens("the Python standard library (default; --data for your own)")
-        tokens.add_texts([[standard_library_text()]], tokenizer)
-        return tokens
-    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths)
-    log_folders(paths)
+        source = "the Python standard library (default; --data for your own)"
+        return one_document(source, standard_library_text(), tokenizer)
+    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths, say=True)
     arrays = [f for f in files if kind_of(f) in (".npy", ".bin")]
     tokens.add_texts(read_texts([f for f in files if f not in arrays]), tokenizer, join)
     for file in arrays:
@@ -81,18 +78,22 @@ def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Token
     return tokens
 
 
+def one_document(source: str, text: str, tokenizer) -> Tokens:
+    tokens = Tokens(source)
+    tokens.add_texts([[text]], tokenizer)
+    return tokens
+
+
 def load_reference(tokenizer) -> Tokens:
     """The language reference alone, as one document: prose that is on every machine."""
-    tokens = Tokens("the language reference that ships with Python")
-    tokens.add_texts([[standard_library_topics()]], tokenizer)
-    return tokens
+    source = "the language reference that ships with Python"
+    return one_document(source, standard_library_topics(), tokenizer)
 
 
 def load_toy_text(tokenizer) -> Tokens:
     """Python sources only: the language reference is what the toy is tested on."""
-    tokens = Tokens("the sources of the Python standard library, with word pairs woven in")
-    tokens.add_texts([[SEPARATOR.join(standard_library_sources())]], tokenizer)
-    return tokens
+    source = "the sources of the Python standard library, with word pairs woven in"
+    return one_document(source, SEPARATOR.join(standard_library_sources()), tokenizer)
 
 
 def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:

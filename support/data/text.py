@@ -61,25 +61,30 @@ def is_read(file: Path) -> bool:
     return kind_of(file) in PLAIN + RECORDS or file.suffix.lower() in IDS
 
 
-def find_files(paths: list[str]) -> list[Path]:
+def find_files(paths: list[str], say: bool = False) -> list[Path]:
     """The files of `paths`; folders are searched. BadInput names what is missing or of no kind
-    that is read here."""
+    that is read here. say: log what of each folder is read, and what is left out."""
     if not paths:
         raise BadInput("no file and no folder of texts is given (--data)")
     files = []
     for path in map(Path, paths):
         if not path.exists():
             raise BadInput(f"{path} does not exist (a file or a folder is needed)")
-        if not path.is_dir():
-            if kind_of(path) and not is_read(path):
-                raise BadInput(f"{path}: {path.suffix} files are not read; {way_out(path)}")
+        if path.is_dir():
+            found = files_below(path)
+            read = [file for file in found if is_read(file)]
+            left = [file for file in found if not is_read(file)]
+            left_out = f"; left out: {counted(left)}" if left else ""
+            if not read:
+                kinds = ", ".join(PLAIN + RECORDS + IDS)
+                raise BadInput(f"folder {path} holds no file of {kinds}{left_out}")
+            if say:
+                log(f"folder {path}: {counted(read)}{left_out}")
+            files += read
+        elif kind_of(path) and not is_read(path):
+            raise BadInput(f"{path}: {path.suffix} files are not read; {way_out(path)}")
+        else:
             files.append(path)
-            continue
-        found = [file for file in files_below(path) if is_read(file)]
-        if not found:
-            kinds = ", ".join(PLAIN + RECORDS + IDS)
-            raise BadInput(f"folder {path} holds no file of {kinds}{left_out(path)}")
-        files += found
     return files
 
 
@@ -113,28 +118,15 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def left_out(folder: Path) -> str:
-    """What of a folder is not read: "; left out: 3 .parquet, 1 without a suffix", or nothing."""
-    return counted("; left out: ", [file for file in files_below(folder) if not is_read(file)])
+def counted(files: list[Path]) -> str:
+    """How many files there are of each suffix.
 
-
-def counted(title: str, files: list[Path]) -> str:
-    """How many files there are of each suffix, after the title; nothing if there are none.
-
-    >>> counted("read: ", [Path("a.md"), Path("b.jsonl.gz"), Path("c.md")])
-    'read: 1 .jsonl.gz, 2 .md'
+    >>> counted([Path("a.md"), Path("b.jsonl.gz"), Path("c.md")])
+    '1 .jsonl.gz, 2 .md'
     """
     kinds = [kind_of(f) + f.suffix.lower() * (f.suffix.lower() in PACKED) for f in files]
     counts = sorted(collections.Counter(kinds).items())
-    listed = ", ".join(f"{n} {kind or 'without a suffix'}" for kind, n in counts)
-    return title + listed if listed else ""
-
-
-def log_folders(paths: list[str]) -> None:
-    """Say what of each folder is read, and what is left out."""
-    for folder in (path for path in map(Path, paths) if path.is_dir()):
-        read = [file for file in files_below(folder) if is_read(file)]
-        log(f"folder {folder}: {counted('', read)}{left_out(folder)}")
+    return ", ".join(f"{n} {kind or 'without a suffix'}" for kind, n in counts)
 
 
 # ---- text files --------------------------------------------------------------------------------
@@ -187,17 +179,17 @@ def read_pieces(file: Path) -> Iterator[str]:
 def read_records(file: Path) -> Iterator[str]:
     """The texts of a file of JSON objects: one in each line, or (.json) one value for all."""
     with opened(file, "rb") as stream:
-        if kind_of(file) == ".json" and not is_record(stream.readline()):
-            stream.seek(0)
+        one_value = kind_of(file) == ".json" and not is_record(stream.readline())
+        stream.seek(0)
+        if one_value:
             value = parse(stream.read(), str(file))
             for number, record in enumerate(value if isinstance(value, list) else [value], 1):
                 yield text_of(record, f"{file}, record {number}")
-            return
-        stream.seek(0)
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                where = f"{file}, line {number}"
-                yield text_of(parse(line, where), where)
+        else:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield text_of(parse(line, where), where)
 
 
 def is_record(line: bytes) -> bool:

@@ -23,7 +23,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them; others are 
 
 Found = dict[str, tuple[Path, str]]  # our name of a tensor -> its file and its name there
 
-# ---- safetensors -------------------------------------------------------------------------------
+# ---- finding -----------------------------------------------------------------------------------
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -79,19 +79,6 @@ def our_name(name: str) -> str:
     return f"model.{name}" if bare else name
 
 
-def has_own_head(path: Path) -> bool:
-    """Does the folder hold a head that is not its embedding? Then transformers leaves them untied,
-    whatever config.json says."""
-    files = weight_files(path)
-    if not files or not all(file.is_file() for file in files):  # --plan downloads config.json only
-        return False
-    found = find_tensors(path, tied=False)
-    if HEAD not in found or EMBEDDING not in found:
-        return False
-    head, embedding = (read_tensor(found, name) for name in (HEAD, EMBEDDING))
-    return head.shape != embedding.shape or not bool((head == embedding).all())
-
-
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator:
     """Raises BadInput, naming the file, if the library finds it damaged."""
@@ -101,6 +88,9 @@ def open_safetensors(path: Path) -> Iterator:
             yield file
     except SafetensorError as error:
         raise BadInput(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def not_finite(value, name: str = "") -> Iterator[str]:
@@ -132,12 +122,6 @@ def finite(file, key: str, path: Path) -> torch.Tensor:
     return tensor
 
 
-def read_tensor(found: Found, name: str) -> torch.Tensor:
-    path, key = found[name]
-    with open_safetensors(path) as file:
-        return finite(file, key, path)
-
-
 def iter_tensors(found: Found) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) one by one, file by file. BadInput for one that is not finite."""
     for path in sorted({path for path, _ in found.values()}):
@@ -146,82 +130,64 @@ def iter_tensors(found: Found) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, finite(file, found[name][1], path)
 
 
-def iter_pairs(
-    first: Path, second: Path, tied: bool
-) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-    """(name, (tensor of first, tensor of second)) for two folders with the same tensors."""
-    a_found, b_found = find_tensors(first, tied), find_tensors(second, tied)
-    for name in sorted(a_found.keys() ^ b_found.keys()):
-        has, lacks = (first, second) if name in a_found else (second, first)
-        raise BadInput(f"{lacks} lacks tensor {name}, which {has} has")
-    for name, b in iter_tensors(b_found):
-        a = read_tensor(a_found, name)
-        if a.shape != b.shape:
-            raise BadInput(f"{name}: {tuple(a.shape)} in {first}, {tuple(b.shape)} in {second}")
-        yield name, (a, b)
+def read_tensor(found: Found, name: str) -> torch.Tensor:
+    return dict(iter_tensors({name: found[name]}))[name]
 
 
-def read_tensors(
-    path: str | Path,
-    shapes: dict[str, torch.Size],
-    dtype: torch.dtype,
-    device: torch.device,
-    tied: bool,
-) -> dict[str, torch.Tensor]:
-    """All tensors of `shapes`, cast and moved one by one, after a check of all names."""
-    found = find_tensors(Path(path), tied)
-    missing, extra = (sorted(a.keys() - b.keys()) for a, b in ((shapes, found), (found, shapes)))
-    if missing or extra:
-        raise BadInput(
-            f"{path}: tensors do not fit config.json; missing {missing[:5] or 'none'},"
-            f" extra {extra[:5] or 'none'}"
-        )
-    state = {}
-    for name, tensor in iter_tensors(found):
-        if tensor.shape != shapes[name]:
-            raise BadInput(
-                f"{path}: tensor {name} has shape {tuple(tensor.shape)},"
-                f" config.json says {tuple(shapes[name])}"
-            )
-        # subtle: get_tensor may be a view of the mapped file; a copy releases the mapping
-        state[name] = tensor.to(device=device, dtype=dtype, copy=True)
-    return state
+def has_own_head(path: Path) -> bool:
+    """Does the folder hold a head that is not its embedding? Then transformers leaves them untied,
+    whatever config.json says."""
+    files = weight_files(path)
+    if not files or not all(file.is_file() for file in files):  # --plan downloads config.json only
+        return False
+    found = find_tensors(path, tied=False)
+    if HEAD not in found or EMBEDDING not in found:
+        return False
+    head, embedding = (read_tensor(found, name) for name in (HEAD, EMBEDDING))
+    return head.shape != embedding.shape or not bool((head == embedding).all())
+
+
+# ---- writing -----------------------------------------------------------------------------------
 
 
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """One file up to SHARD_BYTES, else shards and an index; holds one shard at a time."""
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    total = used = 0
-
-    def flush() -> None:
-        file = folder / f"shard-{len(shards)}"
-        file.touch()
-        mode = file.stat().st_mode
-        try:
-            save_file(shard, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, say
-            raise OSError(f"{file} could not be written: {error}") from error
-        # subtle: safetensors replaces our file by its private temporary file (mode 0600)
-        file.chmod(mode)
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and used + size > SHARD_BYTES:
-            flush()
-            used = 0
-        shard[name] = tensor.detach().to("cpu").contiguous()
-        used, total = used + size, total + size
-    flush()
-    if len(shards) == 1:
+    names: list[list[str]] = []  # of the tensors in each shard
+    total = 0
+    for shard in in_shards(tensors):
+        write_shard(folder / f"shard-{len(names)}", shard)
+        names.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(names) == 1:
         (folder / "shard-0").rename(folder / SINGLE)
         return
     weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    for i, in_shard in enumerate(names):
+        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
         (folder / f"shard-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(in_shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def in_shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in groups of up to SHARD_BYTES (or of one that is larger): the same dict each
+    time, emptied and filled again, so that no shard outlives its turn."""
+    shard: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in (tensor, *shard.values())) > SHARD_BYTES:
+            yield shard
+            shard.clear()
+        shard[name] = tensor.detach().to("cpu").contiguous()
+    yield shard
+
+
+def write_shard(file: Path, shard: dict[str, torch.Tensor]) -> None:
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        save_file(shard, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{file} could not be written: {error}") from error
+    # subtle: safetensors replaces our file by its private temporary file (mode 0600)
+    file.chmod(mode)

@@ -7,6 +7,45 @@ import torch
 
 from support.system.bad_input import BadInput, read_text
 
+# What transformers' code fixes for each family (qkv_bias, qk_norm), and its defaults for fields
+# that config.json leaves out. Every other field is read.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"qkv_bias": True, "num_key_value_heads": 32},
+    "qwen3": {"qk_norm": True, "num_key_value_heads": 32, "head_dim": 128},
+}
+# Fields that must have this value if they are given: nothing else is implemented.
+FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "is_causal": True}
+FIXED |= {"attention_bias": False, "mlp_bias": False}
+# Fields that appear only in folders that do not hold the plain weights of one model.
+UNKNOWN = ("quantization_config", "compression_config", "transformers_weights", "per_layer_config")
+L0 = "original_max_position_embeddings"  # of RoPE: the window before it was scaled
+ROPE_FIELDS = {  # RoPE type -> the fields of its formula that must be given
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", L0),
+    "yarn": ("factor", L0),
+}
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+CONVERT = "Convert it: AutoModelForCausalLM.from_pretrained(DIR{}).save_pretrained(DIR)"
+# Formats that are not supported, by the name of a file: what the format is, and what to do.
+OTHER_FORMATS = {
+    "adapter_config.json": "an adapter of PEFT, which only changes another model: merge it into"
+    " that model (merge_and_unload) and save the result",
+    "pytorch_model*.bin": "only safetensors are read. " + CONVERT.format(""),
+    "*.gguf": "GGUF is not read. " + CONVERT.format(", gguf_file=NAME"),
+    "consolidated*": "the format of the model's makers is not read; the same model is published"
+    " as a Hugging Face folder, too",
+    "*.safetensors": "the weights must be in model.safetensors, or in files that"
+    " model.safetensors.index.json names",
+    "tf_model.h5": "weights of TensorFlow are not read",
+    "flax_model.msgpack": "weights of Flax are not read",
+}
+NUMBER = (int, float)
+
+# ---- reading -----------------------------------------------------------------------------------
+
 
 def read_json(path: Path) -> dict:
     """The JSON object of a file. BadInput names the file and what it holds instead."""
@@ -28,49 +67,6 @@ def check_no_pointer(path: Path) -> None:
             raise BadInput(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` there")
 
 
-# What transformers' code fixes for each family (qkv_bias, qk_norm), and its defaults for fields
-# that config.json leaves out. Every other field is read.
-FAMILIES = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8},
-    "qwen2": {"qkv_bias": True, "num_key_value_heads": 32},
-    "qwen3": {"qk_norm": True, "num_key_value_heads": 32, "head_dim": 128},
-}
-# Fields that must have this value if they are given: nothing else is implemented.
-FIXED = {
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
-    "is_causal": True,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-# Fields that appear only in folders that do not hold the plain weights of one model.
-UNKNOWN = ("quantization_config", "compression_config", "transformers_weights", "per_layer_config")
-L0 = "original_max_position_embeddings"  # of RoPE: the window before it was scaled
-ROPE_FIELDS = {  # RoPE type -> the fields of its formula that must be given
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", L0),
-    "yarn": ("factor", L0),
-}
-YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-# Formats that are not supported, by the name of a file: what the format is, and what to do.
-OTHER_FORMATS = {
-    "adapter_config.json": "an adapter of PEFT, which only changes another model: merge it into"
-    " that model (merge_and_unload) and save the result",
-    "pytorch_model*.bin": "only safetensors are read. Convert it:"
-    " AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)",
-    "*.gguf": "GGUF is not read. Convert it:"
-    " AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME).save_pretrained(DIR)",
-    "consolidated*": "the format of the model's makers is not read; the same model is published"
-    " as a Hugging Face folder, too",
-    "*.safetensors": "the weights must be in model.safetensors, or in files that"
-    " model.safetensors.index.json names",
-    "tf_model.h5": "weights of TensorFlow are not read",
-    "flax_model.msgpack": "weights of Flax are not read",
-}
-
-
 def not_a_model(path: Path, lacks: str) -> BadInput:
     """The error for a folder without the file `lacks`: says what the folder is instead."""
     for pattern, meaning in OTHER_FORMATS.items():
@@ -79,19 +75,15 @@ def not_a_model(path: Path, lacks: str) -> BadInput:
     return BadInput(f"model folder {path} holds no {lacks}")
 
 
-LIMITS = {"num_hidden_layers": 1000, "max_position_embeddings": 2**31}  # others 2**24: see below
-
-
-def positive(raw: dict, name: str, kind: type | tuple = int) -> float:
+def positive(raw: dict, name: str, default=None, kind: type | tuple = int) -> float:
     """A field that must be a positive number of a plausible size: a config.json of a few bytes must
     not make us build 10^9 layers."""
-    value, limit = raw.get(name), LIMITS.get(name, 2**24) if kind is int else 1e15
+    value = raw.get(name, default)
+    largest = {"num_hidden_layers": 1000, "max_position_embeddings": 2**31}.get(name, 2**24)
+    limit, noun = (largest, "integer") if kind is int else (1e15, "number")
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= limit:
-        noun = "integer" if kind is int else "number"
-        shown = repr(value)[:50]
-        raise BadInput(
-            f"config.json: {name} must be a positive {noun} up to {limit:,}, found {shown}"
-        )
+        says = f"must be a positive {noun} up to {limit:,}, found {repr(value)[:50]}"
+        raise BadInput(f"config.json: {name} {says}")
     return value
 
 
@@ -120,28 +112,23 @@ def fields_of(raw: dict) -> dict:
     """The content of config.json -> the fields of LlamaConfig."""
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise BadInput(
-            f"config.json: model_type {family!r} is not supported ({', '.join(FAMILIES)} are)"
-        )
+        families = ", ".join(FAMILIES)
+        raise BadInput(f"config.json: model_type {family!r} is not supported ({families} are)")
     for name, expected in FIXED.items():
         if raw.get(name) not in (None, expected):
-            raise BadInput(
-                f"config.json: {name} {raw[name]!r} is not supported (only {expected!r})"
-            )
+            only = f"(only {expected!r})"
+            raise BadInput(f"config.json: {name} {raw[name]!r} is not supported {only}")
     for name in UNKNOWN:
         if raw.get(name):
             raise BadInput(f"config.json: {name} {raw[name]!r} is not supported")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     theta, scaling = read_rope(raw)
     return {
-        "vocab_size": positive(raw, "vocab_size"),
-        "hidden_size": positive(raw, "hidden_size"),
-        "intermediate_size": positive(raw, "intermediate_size"),
-        "num_hidden_layers": positive(raw, "num_hidden_layers"),
+        **{name: positive(raw, name) for name in (*sizes, "max_position_embeddings")},
         **read_heads(raw, FAMILIES[family]),
-        "max_position_embeddings": positive(raw, "max_position_embeddings"),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rms_norm_eps": float(positive({"rms_norm_eps": 1e-6} | raw, "rms_norm_eps", (int, float))),
+        "rms_norm_eps": float(positive(raw, "rms_norm_eps", 1e-6, NUMBER)),
         "tie_word_embeddings": flag(raw, "tie_word_embeddings"),
         "qkv_bias": "qkv_bias" in FAMILIES[family],
         "qk_norm": "qk_norm" in FAMILIES[family],
@@ -160,21 +147,19 @@ def read_window(path: str | Path) -> int | None:
 def read_rope(raw: dict) -> tuple[float, dict | None]:
     """RoPE's theta and scaling (None: default), from rope_theta + rope_scaling or from
     rope_parameters (transformers 5). Of a file with both, transformers takes rope_scaling alone."""
-    for spelling in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(spelling) or {}, dict):
-            raise BadInput(f"config.json: {spelling} must be an object, found {raw[spelling]!r}")
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise BadInput(f"config.json: RoPE's parameters must be an object, found {given!r}")
     rope = {"rope_theta": raw.get("rope_theta", 10_000.0)} | given
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        raise BadInput(
-            f"config.json: rope type {kind!r} is not supported ({', '.join(ROPE_FIELDS)} are)"
-        )
+        types = ", ".join(ROPE_FIELDS)
+        raise BadInput(f"config.json: rope type {kind!r} is not supported ({types} are)")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise BadInput("config.json: RoPE with a partial_rotary_factor is not supported")
     if layer_types := [name for name, value in rope.items() if isinstance(value, dict)]:
         raise BadInput(f"config.json: RoPE of its own for each of {layer_types} is not supported")
-    theta = float(positive(rope, "rope_theta", (int, float)))
+    theta = float(positive(rope, "rope_theta", kind=NUMBER))
     if theta <= 1:
         raise BadInput(f"config.json: rope_theta must be above 1, found {theta}")
     if kind == "default":
@@ -182,8 +167,8 @@ def read_rope(raw: dict) -> tuple[float, dict | None]:
     # config.json's own value goes before RoPE's
     rope[L0] = raw.get(L0, rope.get(L0, raw.get("max_position_embeddings")))
     if kind == "yarn" and rope.get("factor", 0) is None:  # null, as for transformers
-        rope["factor"] = positive(raw, "max_position_embeddings") / positive(rope, L0, (int, float))
-    fields = {name: positive(rope, name, (int, float)) for name in ROPE_FIELDS[kind]}
+        rope["factor"] = positive(raw, "max_position_embeddings") / positive(rope, L0, kind=NUMBER)
+    fields = {name: positive(rope, name, kind=NUMBER) for name in ROPE_FIELDS[kind]}
     if kind == "llama3" and fields["high_freq_factor"] <= fields["low_freq_factor"]:
         raise BadInput("config.json: high_freq_factor must be above low_freq_factor")
     return theta, {"rope_type": kind, **fields} | (yarn_options(rope) if kind == "yarn" else {})
@@ -192,10 +177,58 @@ def read_rope(raw: dict) -> tuple[float, dict | None]:
 def yarn_options(rope: dict) -> dict:
     """The fields of yarn that are given and need not be; yarn.py has the defaults of the rest."""
     given = [name for name in YARN_OPTIONS if rope.get(name) is not None]
-    options = {name: positive(rope, name, (int, float)) for name in given}
+    options = {name: positive(rope, name, kind=NUMBER) for name in given}
     if options.get("beta_fast", 32) < options.get("beta_slow", 1):
         raise BadInput("config.json: beta_fast of yarn must not be below beta_slow")
     return options | ({"truncate": flag(rope, "truncate")} if "truncate" in rope else {})
+
+
+def read_heads(raw: dict, defaults: dict) -> dict:
+    heads, width = positive(raw, "num_attention_heads"), positive(raw, "hidden_size")
+    # null means the derived value, a missing field means the family's default
+    given = {name: value for name, value in (defaults | raw).items() if value is not None}
+    kv_heads = positive(given, "num_key_value_heads", heads)
+    head_dim = positive(given, "head_dim", width // heads)
+    positive({"heads * head_dim": heads * head_dim}, "heads * head_dim")
+    if heads % kv_heads:
+        raise BadInput(
+            f"config.json: num_attention_heads {heads} is not a multiple of"
+            f" num_key_value_heads {kv_heads}"
+        )
+    if head_dim % 2 or ("head_dim" not in given and width % heads):
+        raise BadInput(
+            f"config.json: head_dim must be even, found {head_dim}, and hidden_size {width} a"
+            f" multiple of num_attention_heads {heads} where head_dim is not given"
+        )
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    return dict(zip(names, (heads, kv_heads, head_dim), strict=True))
+
+
+def read_sliding_window(raw: dict, family: str) -> int | None:
+    """Longest input that sees itself whole, None for no limit. (Longer inputs are refused.)"""
+    if family == "llama" or (family.startswith("qwen") and not flag(raw, "use_sliding_window")):
+        return None
+    window = raw.get("sliding_window", 4096)  # the default of these families
+    return None if window is None else positive({"sliding_window": window}, "sliding_window")
+
+
+def check_extendable(config, target_len: int, rope: str, rope_base: float | None) -> None:
+    """Raises BadInput if the model could not see a longer window, or the new theta cannot be
+    computed."""
+    if config.sliding_window is not None and config.sliding_window < target_len:
+        raise BadInput(
+            f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"
+            f" {target_len}: attention would never see the window this run is to reach"
+        )
+    if config.rope_scaling is not None and (rope == "yarn" or rope_base is None):
+        raise BadInput(
+            f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), which"
+            " --rope yarn would replace and the paper's formula for theta leaves out: give"
+            f" --rope_base (theta now is {config.rope_theta:g}) with --rope ntk; the scaling stays"
+        )
+
+
+# ---- writing -----------------------------------------------------------------------------------
 
 
 def yarn_scaling(old_len: int, new_len: int) -> dict:
@@ -207,39 +240,6 @@ def yarn_scaling(old_len: int, new_len: int) -> dict:
     return {"rope_type": "yarn", "factor": new_len / old_len, L0: old_len}
 
 
-def read_heads(raw: dict, defaults: dict) -> dict:
-    heads, width = positive(raw, "num_attention_heads"), positive(raw, "hidden_size")
-    # null means the derived value, a missing field means the family's default
-    given = {name: value for name, value in (defaults | raw).items() if value is not None}
-    kv_heads = positive({"num_key_value_heads": heads} | given, "num_key_value_heads")
-    if heads % kv_heads:
-        raise BadInput(
-            f"config.json: num_attention_heads {heads} is not a multiple of"
-            f" num_key_value_heads {kv_heads}"
-        )
-    head_dim = positive({"head_dim": width // heads} | given, "head_dim")
-    if heads * head_dim > 2**24:
-        raise BadInput(f"config.json: {heads} heads of {head_dim} are too wide to be meant")
-    if head_dim % 2 or ("head_dim" not in given and width % heads):
-        raise BadInput(
-            f"config.json: head_dim must be even and hidden_size {width} a multiple of"
-            f" num_attention_heads {heads} where it is not given, found {head_dim}"
-        )
-    return {
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-    }
-
-
-def read_sliding_window(raw: dict, family: str) -> int | None:
-    """Longest input that sees itself whole, None for no limit. (Longer inputs are refused.)"""
-    if family == "llama" or (family.startswith("qwen") and not flag(raw, "use_sliding_window")):
-        return None
-    window = raw.get("sliding_window", 4096)  # the default of these families
-    return None if window is None else positive({"sliding_window": window}, "sliding_window")
-
-
 def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
     """The inverse of fields_of: every field of the file that was read, ours on top, RoPE in both
     spellings. BadInput for a model that no supported family can express.
@@ -247,7 +247,7 @@ def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
     subtle: readers older than transformers 5 know only rope_theta and fall back to 10,000 without
     it; newer ones write rope_parameters. A file with only one of the two is misread by some
     reader."""
-    raw, scaling = fields["raw"], fields["rope_scaling"]
+    raw = fields["raw"]
     family = raw.get("model_type") or family_of(fields)
     out = {"architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family}
     if fields["sliding_window"] is not None:  # layers below max_window_layers see everything
@@ -256,9 +256,10 @@ def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
     out |= {"hidden_act": "silu"} | raw
     not_in_json = ("raw", "qkv_bias", "qk_norm", "sliding_window")  # known from the family or raw
     out |= {name: value for name, value in fields.items() if name not in not_in_json}
-    out.pop(L0, None)  # of the file that was read; `scaling` has it
-    out["rope_parameters"] = (scaling or {"rope_type": "default"}) | {
-        "rope_theta": out["rope_theta"]
+    out.pop(L0, None)  # of the file that was read; the scaling has it
+    out["rope_parameters"] = {
+        **(fields["rope_scaling"] or {"rope_type": "default"}),
+        "rope_theta": fields["rope_theta"],
     }
     out["dtype"] = out["torch_dtype"] = str(dtype).removeprefix("torch.")
     again = fields_of(out)
@@ -272,31 +273,9 @@ def config_to_json(fields: dict, dtype: torch.dtype) -> dict:
 
 
 def family_of(fields: dict) -> str:
-    """The model_type for a LlamaConfig that was not read from a folder."""
-    special = {name for name in ("qkv_bias", "qk_norm") if fields[name]}
-    if len(special) == 2:
-        raise BadInput("not saved: no supported model_type has both qkv_bias and qk_norm")
-    if special:
-        return {"qkv_bias": "qwen2", "qk_norm": "qwen3"}[special.pop()]
-    return "llama" if fields["sliding_window"] is None else "mistral"
-
-
-def check_extendable(config, target_len: int, rope: str, rope_base: float | None) -> None:
-    """Raises BadInput if the model could not see a longer window, or the new theta cannot be
-    computed."""
-    if config.sliding_window is not None and config.sliding_window < target_len:
-        raise BadInput(
-            f"config.json: sliding_window {config.sliding_window} is shorter than --target_len"
-            f" {target_len}: attention would never see the window this run is to reach"
-        )
-    if config.rope_scaling is not None and rope == "yarn":
-        raise BadInput(
-            f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), which"
-            " --rope yarn would replace: --rope ntk with --rope_base, and the scaling stays"
-        )
-    if config.rope_scaling is not None and rope_base is None:
-        raise BadInput(
-            f"this checkpoint scales its RoPE already ({config.rope_scaling['rope_type']}), and the"
-            " paper's formula for theta assumes that it does not: give --rope_base; the"
-            f" scaling stays, theta now is {config.rope_theta:g}"
-        )
+    """The first model_type that can express a LlamaConfig which was not read from a folder."""
+    for family, fixed in FAMILIES.items():
+        windows = family != "llama" or fields["sliding_window"] is None
+        if windows and all(fields[name] == (name in fixed) for name in ("qkv_bias", "qk_norm")):
+            return family
+    raise BadInput("not saved: no supported model_type has both qkv_bias and qk_norm")

@@ -4,7 +4,7 @@ room."""
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,32 +22,16 @@ __all__ = ["fill", "load_tokenizer", "merge", "read_config", "save", "write"]
 EDITED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TOKENIZER_FILES = (
     *EDITED,
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "needle.json",
+    *("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json", "needle.json"),
 )
 # What a save may replace. A folder that holds anything else is not touched.
 OURS = ("config.json", "model*.safetensors", checkpoint_files.INDEX, *TOKENIZER_FILES)
 # What extension changes in a config: a merged model has it from the tuned one.
 OF_THE_TUNED = {"raw", "rope_theta", "rope_scaling", "max_position_embeddings"}
 # Other names for the window in the small files; some engines take the smallest of all of them.
-WINDOWS = (
-    "model_max_length",
-    "tokenizer_model_max_length",
-    "max_len",
-    "max_seq_len",
-    "max_seq_length",
-    "max_sequence_length",
-    "seq_len",
-    "seq_length",
-    "n_ctx",
-    "n_positions",
-)
+WINDOWS = """model_max_length tokenizer_model_max_length max_len max_seq_len max_seq_length
+    max_sequence_length seq_len seq_length n_ctx n_positions""".split()
 
 # ---- reading -----------------------------------------------------------------------------------
 
@@ -63,11 +47,24 @@ def read_config(path: str | Path) -> dict:
 def fill(
     model: nn.Module, path: str | Path, dtype: torch.dtype | None, device: torch.device
 ) -> nn.Module:
-    """A Llama on the meta device -> the same with the folder's weights; see load_pretrained."""
+    """A Llama on the meta device -> the same with the folder's weights, cast and moved one by one
+    after a check of all names; see load_pretrained."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    tied = model.config.tie_word_embeddings
-    state = checkpoint_files.read_tensors(path, shapes, dtype, device, tied)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = checkpoint_files.find_tensors(Path(path), model.config.tie_word_embeddings)
+    missing, extra = (sorted(a.keys() - b.keys()) for a, b in ((shapes, found), (found, shapes)))
+    if missing or extra:
+        raise BadInput(
+            f"{path}: tensors do not fit config.json; missing {missing[:5] or 'none'},"
+            f" extra {extra[:5] or 'none'}"
+        )
+    state = {}
+    for name, tensor in checkpoint_files.iter_tensors(found):
+        if (shape := tuple(tensor.shape)) != shapes[name]:
+            differs = f"has shape {shape}, config.json says {shapes[name]}"
+            raise BadInput(f"{path}: tensor {name} {differs}")
+        # subtle: the tensor may be a view of the mapped file; a copy releases the mapping
+        state[name] = tensor.to(device=device, dtype=dtype, copy=True)
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     return model
@@ -96,9 +93,21 @@ def merge(
         if original[field] != tuned[field]:
             raise BadInput(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
     tied = tuned["tie_word_embeddings"]
-    pairs = checkpoint_files.iter_pairs(original_dir, tuned_dir, tied)
-    tensors = ((name, average(*pair)) for name, pair in pairs)
-    write(out_dir, tuned["raw"] | {"tie_word_embeddings": tied}, tensors, tuned_dir)
+    found, found_tuned = (checkpoint_files.find_tensors(d, tied) for d in (original_dir, tuned_dir))
+    for name in sorted(found.keys() ^ found_tuned.keys()):
+        dirs = (original_dir, tuned_dir)
+        has, lacks = dirs if name in found else reversed(dirs)
+        raise BadInput(f"{lacks} lacks tensor {name}, which {has} has")
+
+    def averages() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, b in checkpoint_files.iter_tensors(found_tuned):
+            a = checkpoint_files.read_tensor(found, name)
+            if a.shape != b.shape:
+                shapes = f"{tuple(a.shape)} in {original_dir}, {tuple(b.shape)} in {tuned_dir}"
+                raise BadInput(f"cannot merge: {name} is {shapes}")
+            yield name, average(a, b)
+
+    write(out_dir, tuned["raw"] | {"tie_word_embeddings": tied}, averages(), tuned_dir)
 
 
 def write(
@@ -163,8 +172,8 @@ def special_ids(source: Path) -> dict[str, int | None]:
         return {}
     settings, tokenizer = (read_json(file) for file in files)
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    ids = {}
-    for which in ("bos", "eos"):
-        token = settings.get(f"{which}_token")
-        ids[f"{which}_token_id"] = added.get(token["content"] if isinstance(token, dict) else token)
-    return ids
+
+    def id_of(token) -> int | None:
+        return added.get(token["content"] if isinstance(token, dict) else token)
+
+    return {f"{which}_token_id": id_of(settings.get(f"{which}_token")) for which in ("bos", "eos")}

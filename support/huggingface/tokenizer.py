@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import regex
@@ -29,6 +29,7 @@ LLAMA3_SPLIT = (
 )
 
 
+@functools.cache
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable substitutes for bytes: character -> byte.
 
@@ -95,10 +96,10 @@ class ByteLevelTokenizer(Tokenizer):
     def __init__(self, ranks, to_id: dict[bytes, int], pattern, nfc, added_tokens, settings):
         added = {token["content"]: token["id"] for token in added_tokens}
         super().__init__({i: t for t, i in to_id.items()}, added, settings)
-        self._added = [
+        self._before, self._after = (  # normalisation
             AddedTokens([t for t in added_tokens if bool(t.get("normalized")) == normalized])
             for normalized in (False, True)
-        ]
+        )
         # subtle: ranks are not ids. A byte that the vocabulary lacks needs a rank all the same
         # (tiktoken panics otherwise); it is taken out of the text before merging.
         self._rank_to_id = [to_id.get(token, -1) for token in sorted(ranks, key=ranks.get)]
@@ -110,20 +111,17 @@ class ByteLevelTokenizer(Tokenizer):
         self._nfc = nfc
 
     def _encode(self, text: str, continued: bool) -> list[int]:
-        ids: list[int] = []
-        before, within = self._added
-        for part in before.split(text):
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            part = unicodedata.normalize("NFC", part) if self._nfc else part
-            for run in within.split(part):
-                if isinstance(run, int):
-                    ids.append(run)
-                    continue
-                for match in self._pieces.finditer(run):
-                    piece = match.group()
-                    ids += self._ids_of_word(piece) if len(piece) < 32 else self._merge(piece)
+        return self._before.encode(text, self._encode_text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        return self._after.encode(text, self._encode_pieces)
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        ids = []
+        for match in self._pieces.finditer(text):
+            piece = match.group()
+            ids += self._ids_of_word(piece) if len(piece) < 32 else self._merge(piece)
         return ids
 
     def _merge(self, piece: str) -> list[int]:
@@ -141,21 +139,21 @@ class AddedTokens:
         texts = sorted((t["content"] for t in tokens if t["content"]), key=len, reverse=True)
         self._find = regex.compile("|".join(map(regex.escape, texts))) if self._ids else None
 
-    def split(self, text: str) -> Iterator[str | int]:
-        """The text between the tokens, and the ids of the tokens."""
-        done = 0
+    def encode(self, text: str, encode_rest: Callable[[str], list[int]]) -> list[int]:
+        """The ids of a text; encode_rest gives those of what lies between the tokens."""
+        ids, done = [], 0
         for match in self._find.finditer(text) if self._find else ():
             if match.group() in self._ids:
-                yield text[done : match.start()]
-                yield self._ids[match.group()]
+                ids += encode_rest(text[done : match.start()])
+                ids.append(self._ids[match.group()])
                 done = match.end()
-        yield text[done:]
+        return ids + encode_rest(text[done:])
 
 
 class LibraryTokenizer(Tokenizer):
     """Any other tokenizer.json, through the package `tokenizers`."""
 
-    def __init__(self, data: dict, added_tokens: list[dict], settings: dict, reason: str):
+    def __init__(self, data: dict, settings: dict, reason: str):
         try:
             from tokenizers import Tokenizer as Library
         except ImportError:
@@ -170,9 +168,11 @@ class LibraryTokenizer(Tokenizer):
             )
         for library in (self._whole, self._continued):
             library.encode_special_tokens = True  # text is data
-        self._spelling = Spelling(data)
+        parts = ("normalizer", "pre_tokenizer", "decoder")
+        kinds = {step.get("type") for name in parts for step in steps_of(data.get(name))}
+        self._byte_level = "ByteLevel" in kinds
         vocabulary = self._whole.get_vocab(with_added_tokens=False)
-        tokens = {i: self._spelling.bytes_of(token) for token, i in vocabulary.items()}
+        tokens = {i: bytes_of(token, data["model"], kinds) for token, i in vocabulary.items()}
         every = self._whole.get_added_tokens_decoder()
         super().__init__(tokens, {token.content: i for i, token in every.items()}, settings)
 
@@ -183,7 +183,7 @@ class LibraryTokenizer(Tokenizer):
             return library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids) -> str:
-        if self._spelling.byte_level:  # the library would read added tokens as bytes too
+        if self._byte_level:  # the library would read added tokens as bytes too
             return super().decode(ids)
         return self._whole.decode([int(i) for i in ids], skip_special_tokens=False)
 
@@ -209,30 +209,21 @@ def without_prefix(part):
     return {name: off.get(name, without_prefix(value)) for name, value in part.items()}
 
 
-class Spelling:
-    """How the tokens of a vocabulary spell their bytes."""
-
-    def __init__(self, data: dict):
-        model, names = data["model"], ("normalizer", "pre_tokenizer", "decoder")
-        kinds = {step.get("type") for name in names for step in steps_of(data.get(name))}
-        self.byte_level = "ByteLevel" in kinds
-        self._alphabet = byte_alphabet()
-        self._byte_fallback = "ByteFallback" in kinds or bool(model.get("byte_fallback"))
-        # "##ing" goes on with a word, "word</w>" ends one
-        self._go_on = model.get("continuing_subword_prefix") or ""
-        self._end = model.get("end_of_word_suffix") or ""
-        self._words = model.get("type") == "WordPiece"
-
-    def bytes_of(self, token: str) -> bytes:
-        if self.byte_level and all(c in self._alphabet for c in token):
-            return bytes(self._alphabet[c] for c in token)
-        if self._byte_fallback and regex.fullmatch("<0x[0-9A-F]{2}>", token):
-            return bytes.fromhex(token[3:5])
-        if self._words and not token.startswith(self._go_on):
-            token = " " + token
-        if self._end and token.endswith(self._end):
-            token = token.removesuffix(self._end) + " "
-        return token.removeprefix(self._go_on).replace("▁", " ").encode(errors="replace")
+def bytes_of(token: str, model: dict, kinds: set[str]) -> bytes:
+    """The bytes that a token of a vocabulary spells; kinds: of the steps of its tokenizer."""
+    alphabet = byte_alphabet()
+    if "ByteLevel" in kinds and all(c in alphabet for c in token):
+        return bytes(alphabet[c] for c in token)
+    by_bytes = "ByteFallback" in kinds or model.get("byte_fallback")
+    if by_bytes and regex.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes.fromhex(token[3:5])
+    go_on = model.get("continuing_subword_prefix") or ""  # "##ing" goes on with a word
+    end = model.get("end_of_word_suffix") or ""  # "word</w>" ends one
+    if model.get("type") == "WordPiece" and not token.startswith(go_on):
+        token = " " + token
+    if end and token.endswith(end):
+        token = token.removesuffix(end) + " "
+    return token.removeprefix(go_on).replace("▁", " ").encode(errors="replace")
 
 
 # ---- reading the files -------------------------------------------------------------------------
@@ -258,7 +249,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         pattern, reason = split_pattern(data)
         if pattern is None:
             reason = f"{path}: {reason} is beyond our byte-level BPE"
-            return LibraryTokenizer(data, data.get("added_tokens") or [], settings, reason)
+            return LibraryTokenizer(data, settings, reason)
         return from_bpe(data, pattern, settings)
     except BadInput:
         raise
@@ -269,13 +260,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """BadInput if the model's vocabulary lacks some of the tokenizer's ids."""
     if tokenizer.vocab_size > vocab_size:
-        beyond = {text: i for text, i in tokenizer.added.items() if i >= vocab_size}
-        added = ", ".join(f"{text!r} has id {i}" for text, i in list(beyond.items())[:3])
+        beyond = [f"{text!r} has id {i}" for text, i in tokenizer.added.items() if i >= vocab_size]
+        added = f", or the embedding was not resized for an added token ({', '.join(beyond[:3])})"
         raise BadInput(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only"
-            f" {vocab_size}: they do not belong together"
-            + f", or the embedding was not resized for an added token ({added})"
-            * bool(added)
+            f" {vocab_size}: they do not belong together{added if beyond else ''}"
         )
 
 

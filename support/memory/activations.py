@@ -102,12 +102,6 @@ class LayerInputsOnHost:
         self.ahead.clear()
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
-    def close(self) -> None:
-        """Give the host memory back (a run ends with its process and need not)."""
-        self.let_go()
-        self.ahead.clear()
-        self.buffers.clear()
-
     def buffer(self, i: int, like: Tensor) -> Tensor:
         """The host memory of layer i, shaped as `like`; page-locked where the device is a GPU."""
         size = like.numel() * like.element_size()
@@ -183,17 +177,14 @@ def host_memory(size: int, locked: bool) -> Tensor:
     array = np.frombuffer(pages, dtype=np.uint8)
     memory = torch.from_numpy(array)  # holds `array`, which holds `pages`
     if locked:
-        check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
-        weakref.finalize(array, unlock, memory.data_ptr(), pages).atexit = False
+        address, cuda = memory.data_ptr(), torch.cuda.cudart()
+        torch.cuda.check_error(int(cuda.cudaHostRegister(address, size, 0)))
+        weakref.finalize(array, unlock, address, pages).atexit = False
     return memory
 
 
 def unlock(address: int, pages: mmap.mmap) -> None:
-    check(torch.cuda.cudart().cudaHostUnregister(address))
-
-
-def check(code) -> None:
-    torch.cuda.check_error(int(code))
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
 
 
 def set_levers(model, settings) -> None:

@@ -3,7 +3,10 @@
 Counted by hand from model.py and train.py; tests/test_plan.py holds the bytes against what is
 alive in real runs and in a simulation of an 8B, the FLOPs against design figures.
 L layers, D width, F width of the MLP, H and KV heads of d numbers, V types, T tokens of a sample,
-N parameters, w bytes of a weight (2: bf16, 4: fp32)."""
+N parameters, w bytes of a weight (2: bf16, 4: fp32). `run`: anything that has the settings of
+train.py called dtype, optimizer, keep_attention, offload_inputs and split_mlp."""
+
+from types import SimpleNamespace
 
 import torch
 
@@ -13,19 +16,20 @@ GPUS = {  # dense bf16 FLOP/s, bytes to plan with
     "A100": (312e12, 80e9),
     "A800": (312e12, 80e9),
 }
-LLAMA3_8B = {  # the shape that was measured
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-    "qkv_bias": False,
-    "qk_norm": False,
-}
+LLAMA3_8B = SimpleNamespace(  # the shape that was measured
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=False,
+    qkv_bias=False,
+    qk_norm=False,
+)
 CHUNK = 2048  # tokens of the loss at a time, see model.linear_cross_entropy
+EIGHT_BIT = 1 + 4 / 256  # bytes of a number in m or v of adamw-8bit: a block of 256 has one scale
 
 # ---- parameters and FLOPs ----------------------------------------------------------------------
 
@@ -87,16 +91,15 @@ def noncausal_flops(config, tokens: int) -> float:
     return training_flops(config, tokens) + 6.0 * attention_flops(config, tokens)
 
 
-def peak_flops(device: str) -> float | None:
-    """FLOP/s of the GPU of this machine; None if it is not in GPUS."""
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((peak for key, (peak, _) in GPUS.items() if key in name), None)
+def peak_flops(gpu: str) -> float | None:
+    """FLOP/s of the GPU of this name; None if it is not in GPUS."""
+    return next((peak for key, (peak, _) in GPUS.items() if key in gpu), None)
 
 
 def speed(config, tokens: int, sequences: int, seconds: float, device: str) -> dict:
     """Tokens and FLOPs a second of one optimizer step; causal MFU where the GPU's peak is known."""
     flops = training_flops(config, tokens) * sequences / seconds
-    peak = peak_flops(device)
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     return {
         "tokens": tokens * sequences,
         "seconds": round(seconds, 3),
@@ -109,18 +112,23 @@ def speed(config, tokens: int, sequences: int, seconds: float, device: str) -> d
 # ---- bytes -------------------------------------------------------------------------------------
 
 
-def layer_bytes(config, T: int, w: int, keep_attention: bool, split_mlp: bool, kind: str) -> int:
+def weight_bytes(run) -> int:
+    """w: bytes of a weight."""
+    return 2 if run.dtype == "bfloat16" else 4
+
+
+def layer_bytes(config, run, T: int, kind: str) -> int:
     """Peak of one layer's backward pass, which is in its MLP: what the recomputation left, and the
     gradients of the widest product. With keep_attention, its output is counted elsewhere."""
-    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
+    D, F, d, w = config.hidden_size, config.intermediate_size, config.head_dim, weight_bytes(run)
     H, KV = config.num_attention_heads, config.num_key_value_heads
     # gate, up, silu(gate), their product, and two gradients; in pieces: the product, two gradients
-    mlp = (3 if split_mlp else 6) * F * w
+    mlp = (3 if run.split_mlp else 6) * F * w
     norms = 5 * D * w
     if kind == "cpu":  # there the norm is several operations, whose results are kept in fp32
         norms += 4 * D * (3 if w == 2 else 1)
     attention = (2 * H + 2 * KV) * d * w  # q, k, v, and the output in token order
-    again = 0 if keep_attention else H * d * w + 4 * H
+    again = 0 if run.keep_attention else H * d * w + 4 * H
     # subtle: autograd adds up the two gradients of a tied embedding before it passes them on, so
     # the head's gradient waits until the last layer is done
     tied = 4 * config.vocab_size * D if config.tie_word_embeddings else 0
@@ -136,61 +144,50 @@ def loss_bytes(config, T: int, w: int) -> int:
     return T * D * (4 + 3 * w) + max(head + chunk, backward)
 
 
-def device_bytes(
-    config,
-    T: int,
-    w: int,
-    optimizer: str,
-    keep_attention: bool,
-    offload_inputs: bool,
-    split_mlp: bool = False,
-    kind: str = "cpu",
-) -> dict[str, int]:
+def device_bytes(config, run, T: int, kind: str) -> dict[str, int]:
     """Bytes by part at the peak of a training step, the backward pass of the last layer. kind:
     "cuda" or "cpu"; on a CPU this is host memory."""
     matrices, vectors = parameters(config)
-    N, L = matrices + vectors, config.num_hidden_layers
-    attention = T * config.num_attention_heads * (config.head_dim * w + 4)
+    N, L, w = matrices + vectors, config.num_hidden_layers, weight_bytes(run)
     masters = 12 if w == 2 else 8  # fp32 weights are their own masters
-    eight_bit = 2 * matrices * (1 + 4 / 256) + masters * vectors
+    eight_bit = int(2 * matrices * EIGHT_BIT + masters * vectors)
+    optimizers = {"adamw": masters * N, "adamw-host": 0, "adamw-8bit": eight_bit}
+    inputs = min(2, L) if run.offload_inputs else L
+    attention = T * config.num_attention_heads * (config.head_dim * w + 4)
     return {
         "weights": w * N,
         "gradients": 4 * N,
-        "optimizer": {
-            "adamw": masters * N,
-            "adamw-host": 0,
-            "adamw-8bit": int(eight_bit),
-        }[optimizer],
-        "layer inputs": T * config.hidden_size * w * (min(2, L) if offload_inputs else L),
-        "attention outputs": L * attention if keep_attention else 0,
-        "working set": max(
-            layer_bytes(config, T, w, keep_attention, split_mlp, kind), loss_bytes(config, T, w)
-        ),
+        "optimizer": optimizers[run.optimizer],
+        "layer inputs": inputs * T * config.hidden_size * w,
+        "attention outputs": L * attention if run.keep_attention else 0,
+        "working set": max(layer_bytes(config, run, T, kind), loss_bytes(config, T, w)),
     }
 
 
-def host_bytes(config, T: int, w: int, optimizer: str, offload_inputs: bool) -> dict[str, int]:
-    matrices, vectors = parameters(config)
-    largest = max(config.vocab_size, config.intermediate_size) * config.hidden_size
-    staged = 12 * (matrices + vectors) + (4 + w) * largest
-    inputs = config.num_hidden_layers * T * config.hidden_size * w
+def host_bytes(config, run, T: int) -> dict[str, int]:
+    """Bytes by part that wait in the memory of the host."""
+    w, D = weight_bytes(run), config.hidden_size
+    largest = max(config.vocab_size, config.intermediate_size) * D
+    staged = 12 * sum(parameters(config)) + (4 + w) * largest
+    inputs = config.num_hidden_layers * T * D * w
     return {
-        "optimizer": staged if optimizer == "adamw-host" else 0,
-        "layer inputs": inputs if offload_inputs else 0,
+        "optimizer": staged if run.optimizer == "adamw-host" else 0,
+        "layer inputs": inputs if run.offload_inputs else 0,
     }
 
 
-def disk_bytes(config, w: int, optimizer: str, keep_stages: bool, saves: bool) -> dict[str, int]:
+def disk_bytes(config, run, options) -> dict[str, int]:
     """Bytes by part when the disk is fullest: while a state is written beside the last one, or at
-    the end, when replayed and merged weights lie beside the state."""
-    matrices, vectors = parameters(config)
-    weights = w * (matrices + vectors)
+    the end, when replayed and merged weights lie beside the state. options: no_saves and
+    keep_stages of train.py."""
+    (matrices, vectors), w = parameters(config), weight_bytes(run)
     state = 12 * (matrices + vectors)
-    if optimizer == "adamw-8bit":
-        state = int(matrices * (w + 2 * (1 + 4 / 256)) + 12 * vectors)
-    state = state if saves else 0
+    if run.optimizer == "adamw-8bit":
+        state = int(matrices * (w + 2 * EIGHT_BIT) + 12 * vectors)
+    state = 0 if options.no_saves else state
+    weights = w * (matrices + vectors)
     return {
         "training state": state,
         "state being written, or result": max(state, 2 * weights),
-        "extended weights": weights if keep_stages else 0,
+        "extended weights": weights if options.keep_stages else 0,
     }

@@ -6,7 +6,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -28,7 +27,7 @@ DISK_BYTES_PER_S = 1e9  # of another machine than this
 class Machine:
     """What there is. None: unknown (another machine), and so not checked."""
 
-    name: str
+    name: str  # of the GPU, or "the CPU"
     kind: str  # "cuda" or "cpu"
     device: float  # bytes of memory that training may take
     host: float | None  # bytes beside it; a CPU's device is its host
@@ -45,8 +44,7 @@ def machine(name: str, device: str, out: str) -> Machine:
         return Machine(name, "cuda", budget.GPUS[name][1], None, None)
     stat = os.statvfs(nearest_folder(out))
     ours = (f for name in OF_A_RUN for f in Path(out).glob(name) if f.is_file())
-    already = sum(file.stat().st_size for file in ours)
-    disk = stat.f_bavail * stat.f_frsize + already
+    disk = stat.f_bavail * stat.f_frsize + sum(file.stat().st_size for file in ours)
     if device == "cpu":
         return Machine("the CPU", "cpu", free_memory(), None, disk)
     gpu = torch.cuda.get_device_properties(0)
@@ -74,45 +72,39 @@ def free_memory() -> float:
     return free
 
 
-def measured_step(gpu: str) -> dict | None:
+# ---- speeds ------------------------------------------------------------------------------------
+
+
+def measured_step(there: Machine) -> dict | None:
     """Seconds of a sequence and of an optimizer step of MEASURED_STEP, if that holds for this GPU;
     None if not, or if the file is missing (support/ copied into another project)."""
-    if not MEASURED.is_file() or not any(name in gpu for name in MEASURED_ON):
+    if not MEASURED.is_file() or not any(name in there.name for name in MEASURED_ON):
         return None
     return json.loads(MEASURED.read_text())["parts"][MEASURED_STEP]
 
 
-def gpu_name(name: str) -> str:
-    """The GPU's name if name is HERE; empty if there is no GPU."""
-    if name != HERE:
-        return name
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def host_step_s(name: str, parameters: int, w: int) -> float:
+def host_step_s(there: Machine, parameters: int, w: int) -> float:
     """Seconds of an optimizer step of adamw-host: measured for an 8B and in proportion to the
     parameters, or else from the bytes that move. w: bytes of a weight."""
-    if step := measured_step(gpu_name(name)):
-        of_8b = sum(budget.parameters(SimpleNamespace(**budget.LLAMA3_8B)))
+    if step := measured_step(there):
+        of_8b = sum(budget.parameters(budget.LLAMA3_8B))
         return step["optimizer_step_s"] * parameters / of_8b
     # weights, m, v, gradient read, three written; gradient and weight over the link
     return parameters * (28 / HOST_BYTES_PER_S + (4 + w) / LINK_BYTES_PER_S)
 
 
-def training_rate(name: str, device: str, dtype: torch.dtype) -> tuple[float, str]:
+def training_rate(there: Machine, dtype: torch.dtype) -> tuple[float, str]:
     """(executed FLOP/s in training, where the number comes from). An H100 or H200: measured, for an
     8B; another GPU of the table: assumed; else a matrix product is timed."""
-    if device == "cuda" and (step := measured_step(gpu_name(name))):
-        shape, tokens = SimpleNamespace(**budget.LLAMA3_8B), step["tokens"]
-        flops = budget.executed_flops(shape, tokens, keep_attention=True)
+    if step := measured_step(there):
+        tokens = step["tokens"]
+        flops = budget.executed_flops(budget.LLAMA3_8B, tokens, keep_attention=True)
         source = f"measured: Llama-3-8B, {tokens:,} tokens, {step['about']['hardware']}"
         return flops / step["seconds_per_sequence"], source
-    peak = budget.GPUS[name][0] if name != HERE else budget.peak_flops(device)
-    if peak:
+    if peak := budget.peak_flops(there.name):
         return GPU_SHARE * peak, f"assumed: {GPU_SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s"
-    n = 1024 if device == "cpu" else 8192
-    a = torch.randn(n, n, dtype=dtype, device=device)
-    best = float("inf")
+    n, best = 1024 if there.kind == "cpu" else 8192, float("inf")
+    a = torch.randn(n, n, dtype=dtype, device=there.kind)
     for _ in range(4):
         started = time.perf_counter()
         float((a @ a)[0, 0])  # waits for the result
@@ -121,9 +113,9 @@ def training_rate(name: str, device: str, dtype: torch.dtype) -> tuple[float, st
     return rate, f"assumed: {CPU_SHARE:.0%} of a matrix product of {n}, timed just now"
 
 
-def disk_rate(name: str, out: str) -> tuple[float, str]:
+def disk_rate(there: Machine, out: str) -> tuple[float, str]:
     """(bytes a second written, where the number comes from)."""
-    if name != HERE:
+    if not there.here:
         return DISK_BYTES_PER_S, "assumed"
     block, n = os.urandom(1 << 24), 8
     with tempfile.TemporaryFile(dir=nearest_folder(out)) as file:

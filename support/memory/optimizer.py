@@ -10,10 +10,8 @@
 
 All three sum gradients in fp32, clip by the global norm and decay matrices only."""
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +30,6 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
     return kinds[name](model, lr, weight_decay)
 
 
-@contextlib.contextmanager
-def without_warnings(*loggers: str) -> Iterator[None]:
-    """Inside, Python's warnings and those of these loggers are not shown; errors are. torchao's
-    import warns of kernels for other GPUs and Pythons, which nothing here calls."""
-
-    def is_error(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
-
-    with warnings.catch_warnings(action="ignore"):
-        for name in loggers:
-            logging.getLogger(name).addFilter(is_error)
-        try:
-            yield
-        finally:
-            for name in loggers:
-                logging.getLogger(name).removeFilter(is_error)
-
-
 class MasterAdamW:
     """torch.optim.AdamW on fp32 master weights, all on the model's device.
 
@@ -63,16 +43,17 @@ class MasterAdamW:
             # subtle: otherwise bf16 gradients of 96 sequences are summed in bf16 (1 % off).
             # deepcopy and load_state_dict(assign=True) reset it
             p.grad_dtype = torch.float32
-        self.mastered = self.params  # those with a master
-        self.make_masters(lr, weight_decay)
-
-    def make_masters(self, lr: float, weight_decay: float) -> None:
+        self.mastered = self.with_master()
         self.masters = [self.master(p) for p in self.mastered]
         groups = [
             {"params": [m for m in self.masters if m.ndim > 1], "weight_decay": weight_decay},
             {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
+
+    def with_master(self) -> list[Tensor]:
+        """The parameters that this AdamW updates."""
+        return self.params
 
     def master(self, p: Tensor) -> Tensor:
         return p if p.dtype == torch.float32 else p.detach().float()
@@ -151,21 +132,15 @@ class EightBitAdamW(MasterAdamW):
     the last bit of bf16 is worth 0.4 %: rounded to nearest, v would never change."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float):
-        try:
-            with without_warnings("torchao", "torch.utils._pytree"):
-                from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise BadInput(f"{NEEDS_TORCHAO} ({error})") from None
-        self.kind = AdamW8bit
+        self.matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        options = {"betas": BETAS, "eps": EPS, "weight_decay": weight_decay}
+        kind = import_adamw8bit()
+        self.eight_bit = kind(self.matrices, lr, bf16_stochastic_round=True, **options)
+        self.steps = 0
         super().__init__(model, lr, weight_decay)
 
-    def make_masters(self, lr: float, weight_decay: float) -> None:
-        self.mastered = [p for p in self.params if p.ndim < 2]
-        super().make_masters(lr, weight_decay)
-        self.matrices = [p for p in self.params if p.ndim > 1]
-        options = {"betas": BETAS, "eps": EPS, "weight_decay": weight_decay}
-        self.eight_bit = self.kind(self.matrices, lr, bf16_stochastic_round=True, **options)
-        self.steps = 0
+    def with_master(self) -> list[Tensor]:
+        return [p for p in self.params if p.ndim < 2]
 
     def update(self) -> None:
         super().update()
@@ -187,3 +162,18 @@ class EightBitAdamW(MasterAdamW):
             p.copy_(saved)
         self.eight_bit.load_state_dict(state["8bit"])
         self.steps = state["steps"]
+
+
+def import_adamw8bit():
+    """torchao's AdamW8bit. BadInput if it cannot be imported. The warnings of that import, of
+    kernels for other GPUs and Pythons which nothing here calls, are not shown; errors are."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise BadInput(f"{NEEDS_TORCHAO} ({error})") from None
+    finally:
+        logging.disable(before)
+    return AdamW8bit

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from support.data.sources import standard_library_topics
-from support.data.text import SEPARATOR, find_files, log_folders, read_texts
+from support.data.text import SEPARATOR, find_files, read_texts
 from support.system.bad_input import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +44,7 @@ def load_haystack(path: str | None) -> tuple[str, str]:
     if path == REFERENCE or (path is None and not ESSAYS.is_dir()):
         return standard_library_topics(), "Python's language reference (--haystack for your own)"
     paths = [path or str(ESSAYS)]
-    text = SEPARATOR.join("".join(p) for p in read_texts(find_files(paths)))
-    log_folders(paths)
+    text = SEPARATOR.join("".join(p) for p in read_texts(find_files(paths, say=True)))
     source = path or str(ESSAYS.relative_to(ROOT))  # results must not name a machine's folders
     if not text.strip():
         raise BadInput(f"haystack {source} holds no text (--haystack)")

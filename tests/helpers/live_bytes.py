@@ -8,34 +8,31 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages that operations inside the `with` make, from birth to death, real or fake;
-    those of `known` tensors (parameters, gradients) are left out. `now`, `peak` in bytes, and `at`:
-    what was alive at the peak, (bytes, operation, shape) each."""
+    """Counts storages that operations inside the `with` make, from birth to death; those of `known`
+    tensors (parameters, gradients) are left out. `now`, `peak` in bytes."""
 
     def __init__(self, known=()):
         super().__init__()
         self.known = {t.untyped_storage()._cdata for t in known}
         self.alive, self.refs = {}, []
         self.now = self.peak = 0
-        self.at = []
 
-    def add(self, storage: torch.UntypedStorage, what: str, shape: tuple) -> None:
+    def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.alive or key in self.known:
             return
-        self.alive[key] = (storage.nbytes(), what, shape)
+        self.alive[key] = storage.nbytes()
         self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
 
         def gone(_):
-            self.now -= self.alive.pop(key)[0]
+            self.now -= self.alive.pop(key)
 
         self.refs.append(weakref.ref(storage, gone))
-        if self.now > self.peak:
-            self.peak, self.at = self.now, list(self.alive.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
-                self.add(t.untyped_storage(), str(func), tuple(t.shape))
+                self.add(t.untyped_storage())
         return out
