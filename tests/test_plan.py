@@ -66,9 +66,8 @@ def test_parameters_are_those_of_the_model(family, tied, tmp_path):
 def trainee(config, settings) -> Llama:
     """A model with the levers of these settings and fp32 gradients of zero."""
     model, dtype = Llama(config), getattr(torch, settings.dtype)
-    model = (
-        model if model.lm_head.weight.dtype == dtype else model.to(dtype)
-    )  # cannot be done in a simulation
+    if model.lm_head.weight.dtype != dtype:  # cannot be done in a simulation
+        model = model.to(dtype)
     set_levers(model, settings)
     for p in model.parameters():
         p.grad_dtype = torch.float32
