@@ -326,10 +326,9 @@ def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[f
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]
     targets = ids[1:].to(hidden.device)
     losses = []
-    for i in range(0, len(targets), bin_tokens):
-        loss, n = linear_cross_entropy(
-            hidden[i : i + bin_tokens], model.lm_head.weight, targets[i : i + bin_tokens]
-        )
+    bins = zip(hidden.split(bin_tokens), targets.split(bin_tokens), strict=True)
+    for hidden_of_bin, targets_of_bin in bins:
+        loss, n = linear_cross_entropy(hidden_of_bin, model.lm_head.weight, targets_of_bin)
         losses.append((float(loss) / n, n))
     return losses
 

@@ -66,6 +66,7 @@ from support.runs.settings import RunOptions, Settings, Stage, parse_settings, p
 from support.system.ahead import made_ahead
 from support.system.console import log, progress, provenance, report_errors
 from support.system.signals import unbroken
+from support.system.whole_files import only_writer
 
 # ---- 1. Settings: the paper's numbers are the defaults -----------------------------------------
 
@@ -306,7 +307,8 @@ def find_types(trainer: Trainer, corpus: Corpus) -> None:
     """Make the analysis, and give its impactful types to the trainer. H' is the model in training,
     or --extended."""
     settings, extended = trainer.settings, trainer.model
-    load = {"dtype": extended.dtype, "device": extended.lm_head.weight.device}
+    weight = extended.lm_head.weight
+    load = {"dtype": weight.dtype, "device": weight.device}
     original = load_pretrained(settings.model, **load)
     if settings.extended:
         extended = load_pretrained(settings.extended, **load)
@@ -359,7 +361,7 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
     check_fits(tokenizer, config.vocab_size)
     impactful = read_impactful(settings.impactful, config.vocab_size)
     texts = load_texts(settings, tokenizer)
-    write_samples(settings, options, tokenizer, texts, impactful, learning_rate, draw)
+    write_samples(settings, options.export, tokenizer, texts, impactful, learning_rate, draw)
 
 
 def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: str) -> None:
@@ -369,7 +371,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
         kernels.use_flash_package()
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, config.vocab_size)
-    run.check(kept, options.resume)
+    run.check_settings(kept, options.resume)
     if run.finished():
         log(f"{options.out} holds this run, finished: nothing to do")
         return
@@ -383,12 +385,11 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
 
     checks.log_run(device, settings, stages, corpus)
     # the original as it is trained: under the new RoPE, and with the memory options on
-    rope = settings.rope_base, settings.target_len, settings.new_scaling
-    model.config = config.with_rope(*rope)
+    model.config = config.with_rope(settings.rope_base, settings.target_len, settings.new_scaling)
     set_levers(model, settings)
     trainer = Trainer(model, tokenizer, settings, options, run)
     trainer.impactful = impactful
-    with run.running(kept, options.resume, trainer):
+    with run.running(kept, trainer):
         run_stages(trainer, corpus, replay_corpus)
         run.write_settings(kept, status="done", **provenance(started))
     checks.log_done(settings, options, device, time.time() - started)
@@ -410,7 +411,8 @@ def main(argv: list[str] | None = None) -> None:
         if not RunFolder(options.out).finished():
             fit.check(config, settings, options, there)
         if not options.plan:
-            train(config, settings, options, device)
+            with only_writer(options.out):
+                train(config, settings, options, device)
 
 
 if __name__ == "__main__":

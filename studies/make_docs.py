@@ -13,7 +13,8 @@ import re
 import statistics
 from collections.abc import Iterable
 
-from common import RESULTS, ROOT, WORDS, Table, cell, read_json, read_lines, share, texts_of
+import word_classes
+from common import RESULTS, ROOT, WORDS, cell, read_json, read_lines, share, texts_of
 from real_study import TABLE as REAL_STUDY
 from tiny_study import table_of
 
@@ -114,8 +115,8 @@ def windows_table() -> str:
     return table(["window", *shown, "minutes of training"], rows)
 
 
-def study_table(study: Table) -> str:
-    if not (rows := study.cells()):
+def cells_table(rows: list[dict[str, str]]) -> str:
+    if not rows:
         return "Not run yet."
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
     return table(columns, ([row[column] for column in columns] for row in rows))
@@ -149,9 +150,10 @@ REGIONS = {
     "main": main_table,
     "toy": lambda: needle_table(TOY),
     "windows": windows_table,
-    "study": lambda: study_table(STUDY),
-    "real study": lambda: study_table(REAL_STUDY),
+    "study": lambda: cells_table(STUDY.cells()),
+    "real study": lambda: cells_table(REAL_STUDY.cells()),
     "real": lambda: needle_table(*REAL),
+    "words": lambda: cells_table(word_classes.cells()),
     "merge": merge_table,
     "plan": plan_table,
 }

@@ -33,9 +33,8 @@ def make_hf_llama(family: str = "llama", **changes):
         "tie_word_embeddings": False,
     }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **(shape | changes))
-    ).eval()
+    config = AutoConfig.for_model(family, **(shape | changes))
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name))
@@ -64,6 +63,17 @@ def write_tokenizer(folder, text: str, vocab_size: int, digits: bool = True, **o
     return tokenizer
 
 
+def edit_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def snapshot(*folders) -> dict:
+    """Every file below the folders, with its bytes."""
+    files = [p for folder in folders for p in sorted(folder.rglob("*"))]
+    return {p: p.read_bytes() if p.is_file() else None for p in files}
+
+
 PROSE = " ".join(
     f"Line {i} of the story says that {name} had {i * 7 % 53} apples. Was it {name}? Nobody knew!\n"
     for i, name in enumerate(["Ada", "Bob", "Cleo", "Dan", "Eve", "Finn"] * 200)
@@ -86,6 +96,30 @@ def prose_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text(PROSE)
     return path
+
+
+def one_error(code: int, log: str) -> str:
+    """The one `error:` line, which is the last; exit code 2, no traceback."""
+    lines = log.splitlines()
+    assert code == 2 and "Traceback" not in log, log
+    assert [line for line in lines if "error:" in line] == lines[-1:], log
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+@pytest.fixture()
+def error_of(capsys):
+    """Call a command that has to refuse and to leave the folders `unchanged`: its error line."""
+
+    def call(main, argv: list[str], *unchanged) -> str:
+        before = snapshot(*unchanged)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert snapshot(*unchanged) == before
+        return one_error(stop.value.code, capsys.readouterr().err)
+
+    return call
 
 
 @pytest.fixture()

@@ -1,9 +1,10 @@
-"""Bad input to the commands, in one table: one `error:` line, exit code 2, nothing written.
+"""Bad input to the commands, in tables: one `error:` line, exit code 2, nothing written.
 
 (What the evaluation refuses in its grid and templates is in test_eval_needle.py.)"""
 
 import inspect
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -13,13 +14,13 @@ import prose
 import pytest
 import smollm2
 import torch
-from conftest import PROSE, write_tokenizer
+from conftest import PROSE, edit_config, write_tokenizer
 from safetensors.torch import load, load_file, save_file
-from test_train import edit_config, snapshot
 
 import eval_needle
 import recipe
 import train
+from eval_needle import Haystack, SharedPrefix, make_sample, needle_places
 from model import load_pretrained, load_tokenizer
 from support.data.sources import load_tokens
 from support.data.text import Corpus, Tokens
@@ -29,82 +30,85 @@ from support.system.bad_input import BadInput, read_text
 
 # ---- a model folder spoilt in one way, read by train.py and eval_needle.py ---------------------
 
-
-def edit_tensors(folder, **changes):
-    tensors = load_file(folder / "model.safetensors") | changes
-    save_file(tensors, folder / "model.safetensors")
+WEIGHTS = "model.safetensors"
 
 
-def edit_header(folder, change):
+def with_norm(folder, *values: float):
+    tensors = load_file(folder / WEIGHTS) | {"model.norm.weight": torch.tensor(values)}
+    save_file(tensors, folder / WEIGHTS)
+
+
+def offsets_past_the_end(folder):
     """A safetensors file whose header says something else."""
-    path = folder / "model.safetensors"
-    data = path.read_bytes()
+    data = (folder / WEIGHTS).read_bytes()
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(change(json.loads(data[8 : 8 + size]))).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
-
-
-def offsets_past_the_end(header: dict) -> dict:
+    header = json.loads(data[8 : 8 + size])
     header["model.norm.weight"]["data_offsets"] = [10**9, 10**9 + 192]
-    return header
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
-def longer_than_it_is(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+def header_too_long(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes((2**62).to_bytes(8, "little") + data[8:])
 
 
 def index_outside(folder):
-    (folder / "model.safetensors").unlink()
+    (folder / WEIGHTS).unlink()
     index = {"weight_map": {"a": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def truncate(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
 
 
 def other_tokenizer(folder):
     write_tokenizer(folder, PROSE + inspect.getsource(train), 430)
 
 
-def nan_weight(folder):
-    edit_tensors(folder, **{"model.norm.weight": torch.tensor([1.0, torch.nan] * 24)})
+def without(name: str):
+    return lambda folder: (folder / name).unlink()
 
 
+def holding(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def configured(**changes):
+    return lambda folder: edit_config(folder, **changes)
+
+
+OLD_ROPE = {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}
 BAD_FOLDERS = {
     "missing folder": (shutil.rmtree, "does not exist"),
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
-    "config no json": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
-    "truncated weights": (truncate, "damaged"),
-    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged"),
-    "wrong shape": (
-        lambda f: edit_tensors(f, **{"model.norm.weight": torch.ones(7)}),
-        "norm.weight has shape \\(7,\\)",
-    ),
-    "missing tensors": (lambda f: edit_config(f, num_hidden_layers=3), "missing"),
-    "extra tensors": (lambda f: edit_config(f, num_hidden_layers=1), "extra"),
-    "unknown family": (lambda f: edit_config(f, model_type="gpt_neox"), "model_type 'gpt_neox'"),
+    "no config": (without("config.json"), "holds no config.json"),
+    "config no json": (holding("config.json", "{"), "not valid JSON"),
+    "nested JSON": (holding("config.json", "[" * 10**5), "not valid JSON"),
+    "unknown family": (configured(model_type="gpt_neox"), "model_type 'gpt_neox'"),
+    "a billion layers": (configured(num_hidden_layers=10**9), "up to 1,000, found"),
+    "missing tensors": (configured(num_hidden_layers=3), "missing"),
+    "extra tensors": (configured(num_hidden_layers=1), "extra"),
     "unknown rope": (
-        lambda f: edit_config(f, rope_parameters={"rope_type": "su", "rope_theta": 1e4}),
+        configured(rope_parameters={"rope_type": "su"}),
         "rope type 'su' is not supported \\(default, linear, llama3, yarn are\\)",
     ),
-    "old spelling of rope": (
-        lambda f: edit_config(f, rope_parameters=None, rope_scaling={"type": "dynamic"}),
-        "rope type 'dynamic'",
+    "old spelling of rope": (configured(**OLD_ROPE), "rope type 'dynamic'"),
+    "short sliding window": (
+        configured(model_type="mistral", sliding_window=200),
+        "sliding_window 200 is shorter than --(target_len 512|lengths 300)",
     ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json"),
-    "tokenizer too large": (other_tokenizer, "the tokenizer has 430 tokens"),
-    "header too long": (longer_than_it_is, "damaged"),
-    "offsets past the end": (lambda f: edit_header(f, offsets_past_the_end), "damaged"),
+    "no weights": (without(WEIGHTS), "holds no model.safetensors"),
+    "empty weights": (holding(WEIGHTS, ""), "damaged"),
+    "truncated weights": (lambda f: os.truncate(f / WEIGHTS, 10_000), "damaged"),
+    "header too long": (header_too_long, "damaged"),
+    "offsets past the end": (offsets_past_the_end, "damaged"),
     "index outside": (index_outside, "points outside the folder: '../model.safetensors'"),
-    "NaN": (nan_weight, "tensor model.norm.weight holds NaN or infinity"),
-    "a billion layers": (lambda f: edit_config(f, num_hidden_layers=10**9), "up to 1,000, found"),
-    "nested JSON": (lambda f: (f / "config.json").write_text("[" * 10**5), "not valid JSON"),
-    "tokenizer no JSON": (lambda f: (f / "tokenizer.json").write_text("]"), "not valid JSON"),
-    "tokenizer without a model": (lambda f: (f / "tokenizer.json").write_text("{}"), "damaged"),
+    "wrong shape": (lambda f: with_norm(f, *[1.0] * 7), "norm.weight has shape \\(7,\\)"),
+    "NaN": (lambda f: with_norm(f, *[torch.nan] * 48), "model.norm.weight holds NaN or infinity"),
+    "no tokenizer": (without("tokenizer.json"), "holds no tokenizer.json"),
+    "tokenizer no JSON": (holding("tokenizer.json", "]"), "not valid JSON"),
+    "tokenizer without a model": (holding("tokenizer.json", "{}"), "damaged"),
+    "tokenizer too large": (
+        other_tokenizer,
+        "the tokenizer has 430 tokens|its tokenizer or vocabulary is not that of --model",
+    ),
 }
 
 
@@ -180,7 +184,11 @@ TRAIN = [
     ("--extended nowhere", "nowhere does not exist"),
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
     ("--out {tmp}/busy", "busy is not empty: another --out, or --resume"),
-    ("--out {tmp}/latin.txt", "latin.txt is not empty: another --out"),
+    ("--out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
+    (
+        "--base_len 505 --method pose",
+        "no position of the 1 samples of the analysis is past the old window 505.*--seed than 0",
+    ),
 ]
 RECIPE = [
     ("--target_len 0", "--target_len 0 must be above 1"),
@@ -225,9 +233,23 @@ EVAL = [
 ]
 
 
+COMMANDS = {m.__name__: m.main for m in (train, recipe, eval_needle, smollm2, prose)}
+SHORT = "--model {model} --target_len 512 --train_len 128"
+RUN = "--steps 6 --probe_steps 2 --replay_steps 1 --batch_sequences 1 --analysis_samples 1"
+FLAGS = {
+    "train": f"{SHORT} {RUN} --data {{prose}} --out {{tmp}}/out",
+    "recipe": f"{SHORT} --text {{prose}} --figure {{tmp}}/r.png",
+    "eval_needle": "--model {model} --haystack {prose} --lengths 300 --out {tmp}/out",
+    "smollm2": "--model_out {tmp}/new --essays_out {tmp}/essays",
+    "prose": "--out {tmp}/new",
+}
+TABLE = [("train", *row) for row in TRAIN] + [("recipe", *row) for row in RECIPE]
+TABLE += [("eval_needle", *row) for row in EVAL] + FETCHED
+
+
 @pytest.fixture()
-def refused(toy_dir, prose_file, tmp_path, capsys):
-    """Run a command: exit code 2, one error line that matches, nothing written."""
+def refused(toy_dir, prose_file, tmp_path, error_of):
+    """Run a command with these flags as well: its error line matches, nothing is written."""
     for name, content in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -236,50 +258,27 @@ def refused(toy_dir, prose_file, tmp_path, capsys):
     np.save(tmp_path / "objects.npy", np.array(["a"], dtype=object))
     (tmp_path / "empty").mkdir()
 
-    def run(command: str, more: str, match: str, model=toy_dir):
-        short = f"--model {model} --target_len 512 --train_len 128"
-        argv = {
-            "train": f"{short} --data {prose_file} --out {tmp_path}/out --steps 6 --probe_steps 2"
-            " --replay_steps 1 --batch_sequences 1 --analysis_samples 1",
-            "recipe": f"{short} --text {prose_file} --figure {tmp_path}/r.png",
-            "eval_needle": f"--model {model} --haystack {prose_file} --lengths 300 --out"
-            f" {tmp_path}/out",
-            "smollm2": f"--model_out {tmp_path}/new --essays_out {tmp_path}/essays",
-            "prose": f"--out {tmp_path}/new",
-        }[command]
-        before = snapshot(tmp_path, toy_dir)
-        main = {m.__name__: m for m in (train, recipe, eval_needle, smollm2, prose)}[command].main
-        with pytest.raises(SystemExit) as stop:
-            main(f"{argv} {more.format(tmp=tmp_path)}".split())
-        lines = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2, lines
-        assert [x for x in lines if "error" in x] == lines[-1:] and lines[-1].startswith("error: ")
-        assert re.search(match, lines[-1]), lines[-1]
-        assert snapshot(tmp_path, toy_dir) == before
+    def run(command: str, more: str, match: str, model=toy_dir) -> None:
+        argv = f"{FLAGS[command]} {more}".format(model=model, prose=prose_file, tmp=tmp_path)
+        error = error_of(COMMANDS[command], argv.split(), tmp_path, toy_dir)
+        assert re.search(match, error), error
 
     return run
 
 
-@pytest.mark.parametrize(("flags", "match"), TRAIN)
-def test_train(flags, match, refused):
-    refused("train", flags, match)
-
-
-@pytest.mark.parametrize(("flags", "match"), RECIPE)
-def test_recipe(flags, match, refused):
-    refused("recipe", flags, match)
-
-
-@pytest.mark.parametrize(("flags", "match"), EVAL)
-def test_eval_needle(flags, match, refused):
-    refused("eval_needle", flags, match)
-
-
-@pytest.mark.parametrize(("command", "flags", "match"), FETCHED)
-def test_what_fetches(command, flags, match, refused, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # no network
+@pytest.mark.parametrize(("command", "flags", "match"), TABLE)
+def test_flags_and_files(command, flags, match, refused, monkeypatch):
+    """Before the weights are loaded; there is no network."""
+    monkeypatch.setattr(train, "load_pretrained", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     refused(command, flags, match)
+
+
+def test_samples_of_the_toy(tmp_path, error_of):
+    argv = f"--replay_len 8 --target_len 9216 --out {tmp_path}/out".split()
+    error = error_of(train.main, argv, tmp_path)
+    assert re.search("8 tokens are too few.*--replay_len", error), error
 
 
 @pytest.mark.parametrize("command", ["train", "eval_needle"])
@@ -289,8 +288,6 @@ def test_bad_model_folders(case, command, toy_dir, tmp_path, refused):
     shutil.copytree(toy_dir, folder)
     spoil, match = BAD_FOLDERS[case]
     spoil(folder)
-    if command == "eval_needle" and case == "tokenizer too large":
-        match = "its tokenizer or vocabulary is not that of --model"
     refused(command, "", match, model=folder)
 
 
@@ -309,15 +306,11 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_bug_keeps_its_traceback(bug, toy_dir, prose_file, tmp_path, monkeypatch, capsys):
+def test_a_bug_keeps_its_traceback(bug, monkeypatch, capsys):
     """Errors of the commonest kinds, in a function of train.py that no input makes fail."""
-    monkeypatch.setattr(train, "learning_rate", BUGS[bug])
+    monkeypatch.setattr(train, "resolve", BUGS[bug])
     with pytest.raises(Exception) as error:  # not SystemExit
-        train.main(
-            f"--model {toy_dir} --data {prose_file} --out {tmp_path}/out --target_len 512"
-            " --train_len 128 --steps 1 --select random --replay_steps 0 --no_saves"
-            " --batch_sequences 1".split()
-        )
+        train.main([])
     assert not isinstance(error.value, BadInput | OSError)
     assert "test_bad_input.py" in "".join(map(str, error.traceback))
     assert "error: " not in capsys.readouterr().err
@@ -333,33 +326,34 @@ def test_what_a_library_says_of_a_file_becomes_bad_input_where_it_is_read(tmp_pa
 
 # ---- empty inputs to the functions of train.py and eval_needle.py -------------------------------
 
-NONE = torch.empty(0, dtype=torch.int64)
+NONE, NINE, RNG = torch.empty(0, dtype=torch.int64), torch.arange(9), torch.Generator()
+IGNORED = torch.full((1, 9), -100)
+STAGE = train.Stage("extend", 2, 64, 256, "longrecipe", "random", 1e-3)
 EMPTY = {
     "a step": lambda model, *_: train.accumulate(model, []),
     "sequences": lambda model, *_: train.accumulate(model, [(NONE[None],) * 3]),
+    "targets": lambda model, *_: train.accumulate(model, [(NINE[None], NINE[None], IGNORED)]),
     "a stage": lambda *_: train.learning_rate(replace(STAGE, name="replay", steps=0), 0, 2),
-    "a sample": lambda _, tok, data: train.sample(replace(STAGE, tokens=0), data, tok, None, RNG),
-    "a target": lambda _, tok, data: train.sample(
-        replace(STAGE, target_len=0), data, tok, None, RNG
-    ),
-    "paths": lambda _, tok, data: load_tokens([], tok),
+    "a sample": lambda _, *texts: sample(replace(STAGE, tokens=0), *texts),
+    "a target": lambda _, *texts: sample(replace(STAGE, target_len=0), *texts),
+    "paths": lambda _, tokenizer, corpus: load_tokens([], tokenizer),
     "documents": lambda *_: Corpus(Tokens("nothing"), 0),
     "answers": lambda *_: eval_needle.score([], "x"),
     "an answer": lambda *_: eval_needle.score(["Oslo", ""], "x"),
-    "a haystack": lambda _, tok, data: eval_needle.Haystack("", tok),
-    "a place": lambda _, tok, data: eval_needle.needle_places(NONE, tok, "spaces"),
-    "a prompt": lambda model, *_: eval_needle.SharedPrefix(model).answer(NONE, 3, ()),
-    "a prompt to score": lambda model, *_: eval_needle.SharedPrefix(model).log_probability(
-        NONE, NONE + 1
-    ),
-    "answer ids": lambda model, *_: eval_needle.SharedPrefix(model).log_probability(IDS, NONE),
+    "a haystack": lambda _, tokenizer, corpus: Haystack("", tokenizer),
+    "a place": lambda _, tokenizer, corpus: needle_places(NONE, tokenizer, "spaces"),
+    "a prompt": lambda model, *_: SharedPrefix(model).answer(NONE, 3, ()),
+    "a prompt to score": lambda model, *_: SharedPrefix(model).log_probability(NONE, NONE + 1),
+    "answer ids": lambda model, *_: SharedPrefix(model).log_probability(NINE, NONE),
     "a text": lambda model, *_: eval_needle.text_loss(model, NONE),
-    "a length": lambda _, tok, data: eval_needle.make_sample(
-        {}, eval_needle.Haystack(PROSE, tok), 0, 0.5, "0/task/0/0"
+    "a length": lambda _, tokenizer, corpus: make_sample(
+        {}, Haystack(PROSE, tokenizer), 0, 0.5, "0/task/0/0"
     ),
 }
-IDS, RNG = torch.arange(9), torch.Generator()
-STAGE = train.Stage("extend", 2, 64, 256, "longrecipe", "random", 1e-3)
+
+
+def sample(stage, tokenizer, corpus):
+    return train.sample(stage, corpus, tokenizer, None, RNG)
 
 
 @pytest.fixture(scope="module")

@@ -3,32 +3,48 @@
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from conftest import snapshot
 from safetensors.torch import load_file
-from test_train import command, record, snapshot
+from test_train import code_of, command, read_metrics, watched
 
 import train
+from support.runs import export as module
 from support.runs.export import INDEX
+from support.runs.flags import settings_of
 from support.system.whole_files import only_writer
+
+
+def run_and_record(argv: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Run train.py: (input_ids, position_ids), both (B, T), of every step that it took."""
+    with watched(train, "accumulate") as accumulated:
+        train.main(argv)
+    batches = [call.args[1] for call in accumulated.call_args_list]
+    return [
+        (torch.cat([ids for ids, _, _ in batch]), torch.cat([places for _, places, _ in batch]))
+        for batch in batches
+    ]
 
 
 @pytest.fixture(scope="module")
 def trained(toy_dir, prose_file, tmp_path_factory):
-    """A tiny run of train.py (probe, analysis, extend, replay): its folder, and every micro-batch
-    that it trained on."""
+    """A tiny run of train.py (probe, analysis, extend, replay): its folder, and what it saw."""
     out = tmp_path_factory.mktemp("run") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        seen = record(patch)
-        train.main(command(toy_dir, prose_file, out))
-    return out, [[(ids[0], positions[0]) for ids, positions, _ in batch] for batch in seen]
+    return out, run_and_record(command(toy_dir, prose_file, out))
 
 
-def flags(toy_dir, prose_file, trained, *more: str) -> list[str]:
+@pytest.fixture(scope="module")
+def flags(toy_dir, prose_file, trained):
     """Those of the run, with the types that its analysis found."""
-    argv = command(toy_dir, prose_file, "unused", *more)
-    return [*argv, "--impactful", str(trained[0] / "impactful.json")]
+
+    def make(*more: str, data=prose_file) -> list[str]:
+        found = str(trained[0] / "impactful.json")
+        return command(toy_dir, data, "unused", "--impactful", found, *more)
+
+    return make
 
 
 def export(folder, argv: list[str]) -> dict:
@@ -36,181 +52,134 @@ def export(folder, argv: list[str]) -> dict:
     return json.loads((folder / INDEX).read_text())
 
 
-def test_the_exported_samples_are_those_that_train_py_sees(trained, toy_dir, prose_file, tmp_path):
-    """Token for token and position for position, in every stage; and the learning rates."""
-    index = export(tmp_path / "samples", flags(toy_dir, prose_file, trained))
+def assert_samples(folder, index: dict, seen: list) -> None:
+    """The files hold what was seen, token for token and position for position."""
+    for step, pair in zip(index["steps"], seen, strict=True):
+        tensors = load_file(folder / step["file"])
+        assert pair[0].shape == (step["samples"], step["tokens"])
+        for name, expected in zip(("input_ids", "position_ids"), pair, strict=True):
+            assert tensors[name].dtype == torch.int32
+            assert torch.equal(tensors[name].long(), expected)
+
+
+def test_the_exported_samples_are_those_that_train_py_sees(trained, flags, tmp_path):
+    """In every stage; and the learning rates."""
+    index = export(tmp_path / "samples", flags())
     assert index["status"] == "done" and index["torch"] and index["seconds"] >= 0
-    assert len(index["steps"]) == len(trained[1]) == 9
-    rows = [json.loads(x) for x in (trained[0] / "metrics.jsonl").read_text().splitlines()]
-    for step, batch, row in zip(index["steps"], trained[1], rows, strict=True):
-        tensors = load_file(tmp_path / "samples" / step["file"])
-        assert {k: v.dtype for k, v in tensors.items()} == dict.fromkeys(tensors, torch.int32)
-        assert tensors["input_ids"].shape == (step["samples"], step["tokens"])
-        for i, (ids, positions) in enumerate(batch):
-            assert torch.equal(tensors["input_ids"][i].long(), ids)
-            assert torch.equal(tensors["position_ids"][i].long(), positions)
+    assert_samples(tmp_path / "samples", index, trained[1])
+    for step, row in zip(index["steps"], read_metrics(trained[0]), strict=True):
         assert (step["stage"], step["lr"]) == (row["stage"], row["lr"])
         assert step["samples"] * step["tokens"] == row["tokens"]
-    assert [s["stage"] for s in index["steps"]] == ["probe"] * 2 + ["extend"] * 4 + ["replay"] * 3
-    run = json.loads((trained[0] / "run.json").read_text())["settings"]
+    run = settings_of(trained[0])
     same = ("model", "target_len", "rope_base", "lr", "weight_decay", "clip", "seed", "data")
     assert all(index["settings"][k] == run[k] for k in same)
-    yarn = export(tmp_path / "yarn", [*flags(toy_dir, prose_file, trained), "--rope", "yarn"])
+    yarn = export(tmp_path / "yarn", flags("--rope", "yarn"))
     assert index["settings"]["rope_scaling"] is None
     assert yarn["settings"]["rope_scaling"]["rope_type"] == "yarn"
     assert yarn["settings"]["rope_base"] == 10_000.0
 
 
 @pytest.mark.parametrize("method", ["pose", "full"])
-def test_other_flags_too(method, toy_dir, prose_file, tmp_path, monkeypatch):
+def test_other_flags_too(method, toy_dir, prose_file, tmp_path):
     """Selection without an analysis, other positions, another text for the replay."""
-    other = tmp_path / "other.txt"
+    other, out = tmp_path / "other.txt", tmp_path / "out"
     other.write_text("Zoe sings. " * 400)
     more = f"--method {method} --select digits --seed 5 --replay_data {other}".split()
     more += ["--train_len", "512"] if method == "full" else []
-    seen = record(monkeypatch)
-    train.main(command(toy_dir, prose_file, tmp_path / "out", *more))
+    seen = run_and_record(command(toy_dir, prose_file, out, *more))
+    length = 512 if method == "full" else 128
+    assert [r["tokens"] for r in read_metrics(out)] == [2 * length] * 6 + [128] * 3
     index = export(tmp_path / "samples", command(toy_dir, prose_file, "unused", *more))
-    for step, batch in zip(index["steps"], seen, strict=True):
-        tensors = load_file(tmp_path / "samples" / step["file"])
-        for number, name in enumerate(("input_ids", "position_ids")):
-            assert torch.equal(tensors[name].long(), torch.cat([b[number] for b in batch]))
+    assert_samples(tmp_path / "samples", index, seen)
     assert index["settings"]["impactful_types"] is None
 
 
-def test_an_export_that_was_stopped_goes_on(
-    trained, toy_dir, prose_file, tmp_path, monkeypatch, capsys
-):
+def test_an_export_that_was_stopped_goes_on(flags, tmp_path, capsys):
     """Ctrl-C within the fifth step: four files are whole, and the same command makes the rest."""
-    argv = flags(toy_dir, prose_file, trained)
-    export(tmp_path / "whole", argv)
-    folder, calls, original = tmp_path / "samples", [], train.draw
-
-    def stopping(stage, step, *rest):
-        calls.append(step)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return original(stage, step, *rest)
-
-    monkeypatch.setattr(train, "draw", stopping)
-    with pytest.raises(SystemExit) as stop:
-        export(folder, argv)
+    folder, whole = tmp_path / "samples", tmp_path / "whole"
+    export(whole, flags())
+    with watched(train, "draw", [mock.DEFAULT] * 4 + [KeyboardInterrupt]):
+        assert code_of(["--export", str(folder), *flags()]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     told = f"4 of 9 steps are whole in {folder}; the same command goes on"
-    assert stop.value.code == 130 and last == f"interrupted; {told}"
+    assert last == f"interrupted; {told}"
     assert json.loads((folder / INDEX).read_text())["status"] == "running"
     (folder / "step_00004.safetensors.writing").write_bytes(b"half")  # of a kill -9
-    calls[:] = range(10)
     before = {f.name: f.stat().st_mtime_ns for f in folder.glob("step_0000[0-3].safetensors")}
-    index = export(folder, argv)
-    assert calls[10:] == [4, 5, 6, 7, 8] and index["status"] == "done"
+    with watched(train, "draw") as drawn:
+        index = export(folder, flags())
+    assert [call.args[1] for call in drawn.call_args_list] == [4, 5, 6, 7, 8]
+    assert len(before) == 4 and index["status"] == "done"
     assert all((folder / name).stat().st_mtime_ns == at for name, at in before.items())
     files = {f.name: f.read_bytes() for f in folder.glob("step_*")}
-    assert files == {f.name: f.read_bytes() for f in (tmp_path / "whole").glob("step_*")}
+    assert files == {f.name: f.read_bytes() for f in whole.glob("step_*")}
     before = snapshot(folder)
-    assert export(folder, argv) == index and snapshot(folder) == before  # all is there
+    assert export(folder, flags()) == index and snapshot(folder) == before  # all is there
 
 
-def test_an_export_goes_on_in_another_working_directory(
-    trained, toy_dir, prose_file, tmp_path, monkeypatch
+def test_an_export_goes_on_elsewhere_but_not_with_other_data(
+    flags, prose_file, tmp_path, monkeypatch, error_of
 ):
-    """The same files under other names: paths are kept as absolute ones."""
-    here = tmp_path / "here"
+    """The same files under other names: paths are kept as absolute ones. Then the same path and as
+    many tokens, another text."""
+    here, text = tmp_path / "here", tmp_path / "prose.txt"
     here.mkdir()
     monkeypatch.chdir(here)
-    (tmp_path / "prose.txt").write_bytes(prose_file.read_bytes())
-    argv = flags(toy_dir, "../prose.txt", trained)
-    index = export(Path("samples"), argv)
-    assert index["settings"]["data"] == [str(tmp_path / "prose.txt")]
-    (here / "samples" / "step_00003.safetensors").unlink()
+    text.write_bytes(prose_file.read_bytes())
+    index = export(Path("samples"), flags(data="../prose.txt"))
+    assert index["settings"]["data"] == [str(text)]
+    (here / "samples/step_00003.safetensors").unlink()
     monkeypatch.chdir(tmp_path)
-    argv[argv.index("../prose.txt")] = "prose.txt"
-    export(Path("here/samples"), argv)
-    assert (here / "samples" / "step_00003.safetensors").is_file()
-
-
-def test_an_export_does_not_go_on_with_other_data(trained, toy_dir, prose_file, tmp_path, capsys):
-    """The same path and as many tokens, another text."""
-    text = tmp_path / "prose.txt"
-    text.write_bytes(prose_file.read_bytes())
-    argv = flags(toy_dir, text, trained)
-    index = export(tmp_path / "samples", argv)
-    (tmp_path / "samples" / "step_00003.safetensors").unlink()
     text.write_text(text.read_text().replace("7", "8"))
-    before = snapshot(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        export(tmp_path / "samples", argv)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and snapshot(tmp_path) == before
-    assert error.startswith(f"error: {text} has changed since the start (sha256: ")
+    argv = ["--export", "here/samples", *flags(data="prose.txt")]
+    error = error_of(train.main, argv, tmp_path)
+    assert error.startswith("error: prose.txt has changed since the start (sha256: ")
     text.write_bytes(prose_file.read_bytes())
-    assert export(tmp_path / "samples", argv) == index
+    train.main(argv)
+    assert (here / "samples/step_00003.safetensors").is_file()
 
 
-def test_what_an_export_refuses(trained, toy_dir, prose_file, tmp_path, capsys):
-    """One line, exit code 2, nothing written."""
+def test_what_an_export_refuses(flags, toy_dir, prose_file, tmp_path, error_of):
+    """One line, exit code 2, nothing written. Flags that change no sample may differ, and settings
+    that an older version did not write down have their defaults."""
     plain = command(toy_dir, prose_file, "unused")
-    argv = flags(toy_dir, prose_file, trained)
-    done, busy = tmp_path / "done", tmp_path / "busy"
-    export(done, argv)
-    busy.mkdir()
-    (busy / "note.txt").write_text("mine")
-    for folder, given, match in (
-        (tmp_path / "new", plain, r"needs the impactful types beforehand: --impactful FILE.*--out"),
-        (tmp_path / "new", [*argv, "--plan"], "goes with neither --resume nor --plan"),
-        (tmp_path / "new", [*argv, "--train_len", "1"], "--train_len 1 must be between 2"),
-        (tmp_path / "new", [*argv, "--figure", "r.png"], "unrecognized arguments: --figure r.png"),
-        (done, [*argv, "--seed", "1"], r"samples with another seed \(0, now 1\)"),
-        (done, [*argv, "--data", str(busy / "note.txt")], "no document reaches"),
-        (busy, argv, f"--export {busy} is not empty"),
-        (busy / "note.txt", argv, "is not empty"),
-    ):
-        before = snapshot(tmp_path)
-        with pytest.raises(SystemExit) as stop:
-            train.main(["--export", str(folder), *given])
-        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
-        assert stop.value.code == 2 and len(lines) == 1 and re.search(match, lines[0]), lines
-        assert snapshot(tmp_path) == before
-
-
-def test_flags_that_change_no_sample_may_differ(trained, toy_dir, prose_file, tmp_path):
-    argv = flags(toy_dir, prose_file, trained)
-    index = export(tmp_path, argv)
-    assert export(tmp_path, [*argv, "--dtype", "bfloat16", "--save_minutes", "1"]) == index
-
-
-def test_an_export_of_an_older_version_goes_on(trained, toy_dir, prose_file, tmp_path, capsys):
-    """Settings that it does not name have their defaults."""
-    argv = flags(toy_dir, prose_file, trained)
-    index = export(tmp_path, argv)
+    new, done, busy = (tmp_path / name for name in ("new", "done", "busy"))
+    index = export(done, flags())
     for name in ("rope", "rope_scaling", "min_segment_tokens"):
         del index["settings"][name]
-    (tmp_path / INDEX).write_text(json.dumps(index))
-    assert export(tmp_path, argv) == index
-    with pytest.raises(SystemExit):
-        export(tmp_path, [*argv, "--min_segment_tokens", "9"])
-    assert "another min_segment_tokens (1, now 9)" in capsys.readouterr().err
+    (done / INDEX).write_text(json.dumps(index))
+    assert export(done, flags("--dtype", "bfloat16", "--save_minutes", "1")) == index
+    busy.mkdir()
+    (busy / "note.txt").write_text("mine")
+    for folder, argv, match in (
+        (new, plain, r"needs the impactful types beforehand: --impactful FILE.*--out"),
+        (new, flags("--plan"), "goes with neither --resume nor --plan"),
+        (new, flags("--train_len", "1"), "--train_len 1 must be between 2"),
+        (new, flags("--figure", "r.png"), "unrecognized arguments: --figure r.png"),
+        (done, flags("--seed", "1"), r"samples with another seed \(0, now 1\)"),
+        (done, flags("--min_segment_tokens", "9"), r"another min_segment_tokens \(1, now 9\)"),
+        (done, flags("--data", str(busy / "note.txt")), "no document reaches"),
+        (busy, flags(), f"--export {busy} is not empty"),
+        (busy / "note.txt", flags(), "is a file; a folder is needed"),
+    ):
+        error = error_of(train.main, ["--export", str(folder), *argv], tmp_path)
+        assert re.search(match, error), error
+    with only_writer(new):
+        error = error_of(train.main, ["--export", str(new), *flags()], tmp_path)
+    assert "another run is writing to" in error
 
 
-def test_one_writer_at_a_time(trained, toy_dir, prose_file, tmp_path, capsys):
-    with only_writer(tmp_path / "samples"), pytest.raises(SystemExit):
-        export(tmp_path / "samples", flags(toy_dir, prose_file, trained))
-    assert "another run is writing to" in capsys.readouterr().err
-
-
-def test_the_data_set_of_the_docstring_reads_them(trained, toy_dir, prose_file, tmp_path):
+def test_the_data_set_of_the_docstring_reads_them(trained, flags, tmp_path):
     import safetensors
 
-    from support.runs import export as module
-
-    folder = tmp_path / "samples"
-    export(folder, flags(toy_dir, prose_file, trained))
+    export(tmp_path, flags())
     code = re.search(r"\n(    class Samples.*?)\n\n", module.__doc__, re.DOTALL)[1]
     names = {"torch": torch, "json": json, "safetensors": safetensors}
     exec("if True:\n" + code, names)
-    samples = names["Samples"](folder)
-    assert len(samples) == 18
-    for n, (ids, positions) in enumerate(x for batch in trained[1] for x in batch):
+    samples = names["Samples"](tmp_path)
+    rows = [row for ids, places in trained[1] for row in zip(ids, places, strict=True)]
+    assert len(samples) == len(rows) == 18
+    for n, (ids, positions) in enumerate(rows):
         sample = samples[n]
         assert torch.equal(sample["input_ids"], ids) and torch.equal(sample["labels"], ids)
         assert torch.equal(sample["position_ids"], positions)

@@ -568,7 +568,7 @@ def test_without_text_the_sample_is_prose(toy_dir, monkeypatch, drawn):
     seen = []
     monkeypatch.setattr(words, "tell_types", lambda *found: seen.append(found))
     recipe.main(f"--model {toy_dir} --target_len 9000".split())
-    _, _, ids, _, tokenizer = seen[0]
+    _, _, ids, tokenizer = seen[0]
     assert tokenizer.decode(ids.tolist()) in standard_library_topics()
 
 
@@ -589,8 +589,7 @@ def test_the_types_that_the_analysis_found_are_shown_within_the_text(tmp_path, e
     expected = [row for row in expected if row[1]][:8]
     shown = [(m[1], int(m[2].replace(",", "")), m[4].strip()) for m in TYPE.finditer(out)]
     assert shown == expected and len(shown) >= 3
-    for m in TYPE.finditer(out):
-        assert (m[3] + m[4] + m[5]).strip() in text.read_text()
+    assert all((m[3] + m[4] + m[5]).strip() in text.read_text() for m in TYPE.finditer(out))
     share = sum(int(count[int(i)]) for i in types) / len(ids)
     assert f"{share:.1%} of this text's tokens" in out
 
@@ -696,8 +695,8 @@ def test_angles_of_a_folder_or_why_there_are_none(toy_dir, tmp_path, explain):
 # ---- its figures -------------------------------------------------------------------------------
 
 
-def number(pattern: str, text: str) -> int:
-    return int(re.search(pattern, text)[1].replace(",", ""))
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
 
 
 def test_what_is_said_and_what_is_drawn_agree(explain, drawn, tmp_path):
@@ -715,32 +714,44 @@ def test_what_is_said_and_what_is_drawn_agree(explain, drawn, tmp_path):
     above, below = drawn[0].subfigs
     assert "1,280 tokens for a window of 4,000 positions" in above.get_suptitle()
     selection, covered, angles = below.axes[:3]
-    assert all(p.get_title() and p.get_xlabel() for p in below.axes[:3])
+    assert all(panel.get_title() and panel.get_xlabel() for panel in (selection, covered, angles))
 
     # selection: the tokens of the bars are those of the sample and of the text
-    bars = [sum(bar.get_height() for bar in c) for c in selection.containers]
-    text, sample = number("text: ([\\d,]+) tokens", out), number("sample: ([\\d,]+) tok", out)
+    bars = [round(1000 * sum(bar.get_height() for bar in c)) for c in selection.containers]
     labels = [t.get_text() for t in selection.get_legend().get_texts()]
-    taken, dropped = (number("segments, ([\\d,]+) tok", x) for x in labels)
-    assert abs(1000 * sum(bars) - text) < 1e-6 and taken + dropped == text and taken == sample
-    assert f"keep: {labels[0].split(':')[1].split()[0]} that hold" in out
+    segments, tokens = zip(*(re.findall(r"\d[\d,]*", label) for label in labels), strict=True)
+    assert bars == [number(n) for n in tokens] and sum(bars) == number(
+        re.search(r"text: ([\d,]+) tokens", out)[1]
+    )
+    assert f"sample: {tokens[0]} tokens in {segments[0]} segments" in out
 
-    # by method: last position, jumps, distances
+    # by method: where its tokens are, and which distances they train
     row = r"^ *([a-z]+)  0\.\.([\d,]+) +([\d,]+) +[\d,]+ +([\d.]+%) +([\d.]+%)$"
-    table = {name: found for name, *found in re.findall(row, out, re.MULTILINE)}
-    ticks = [t.get_text().split("\n") for t in covered.get_yticklabels()]
-    image = covered.images[0].get_array()
-    assert list(table) == [name for name, *_ in ticks] == list(recipe.METHODS)
-    for axis, (name, one, many), shares in zip(above.axes, ticks, image, strict=False):
-        last, jumps, by_one, by_many = table[name]
-        assert (one, many) == (f"one: {by_one}", f"{distances.DRAWS}: {by_many}")
-        if name in ("none", "full"):  # every sample is the same one
-            assert abs(shares.mean() - float(by_one.rstrip("%")) / 100) < 0.01
-        points = [y for line in axis.lines[1:] for y in line.get_ydata()]
-        assert axis.get_title() == name and round(1000 * points[-1]) == number("(.*)", last)
-        assert sum(b - a > 0.0015 for a, b in zip(points, points[1:], strict=False)) == number(
-            "(.*)", jumps
-        )
+    table = re.findall(row, out, re.MULTILINE)
+    methods = list(recipe.METHODS)
+    assert [name for name, *_ in table] == methods
+    ticks = [t.get_text() for t in covered.get_yticklabels()]
+    panels = zip(above.axes[: len(methods)], above.axes[len(methods) :], strict=True)
+    for (name, last, jumps, one, many), (whole, zoom), tick in zip(
+        table, panels, ticks, strict=True
+    ):
+        assert tick == f"{name}\none: {one}\n{distances.DRAWS}: {many}"
+        points = [round(1000 * y) for line in whole.lines[1:] for y in line.get_ydata()]
+        jump_at = [i for i in range(1, len(points)) if points[i] - points[i - 1] > 1]
+        assert (points[-1], len(jump_at)) == (number(last), number(jumps))
+        said = [text.get_text() for text in whole.texts]
+        assert f"{len(points):,} tokens" in said and "old window 64" in said
+        assert whole.get_title() == name and recipe.METHODS[name][0] in said
+        first = zoom.lines[0].get_ydata().tolist()
+        assert first == points[: len(first)] and "token" in zoom.get_xlabel()
+        bands = [(p.get_x() + 0.5, p.get_x() + p.get_width() + 0.5) for p in zoom.patches]
+        assert len(bands) > 2
+        if name == "longrecipe":  # positions jump at borders of sentences only
+            near = {i for i in jump_at if i < len(first)}
+            assert near and near <= {int(x) for band in bands for x in band}
+    for i in (0, -1):  # none and full: every sample is the same one
+        share = covered.images[0].get_array()[i].mean()
+        assert abs(share - float(table[i][3].rstrip("%")) / 100) < 0.01
 
     # RoPE: the circled pairs
     circled = [len(line.get_xdata()) for line in angles.lines if line.get_marker() == "o"]
@@ -748,34 +759,10 @@ def test_what_is_said_and_what_is_drawn_agree(explain, drawn, tmp_path):
     assert circled == said and said[0] > 0 and "n = 6" in angles.get_xlabel()
 
 
-def test_the_first_figure_of_readme(explain, drawn):
-    """--positions: a column for each method; in it the very position ids, the sentences, the old
-    window, and how many tokens."""
-    out = explain("--target_len", 4000, "--positions", "a.png")
-    assert out == "figure: a.png\n"
-    axes, methods = drawn[0].axes, list(recipe.METHODS)
-    whole, zoom = axes[: len(methods)], axes[len(methods) :]
-    assert [axis.get_title() for axis in whole] == methods and len(zoom) == len(methods)
-    assert "1,280 tokens for a window of 4,000 positions" in drawn[0].get_suptitle()
-    for name, axis, near in zip(methods, whole, zoom, strict=True):
-        tokens = 4000 if name == "full" else 1280
-        said = [t.get_text() for t in axis.texts]
-        assert f"{tokens:,} tokens" in said and "old window 64" in said
-        assert recipe.METHODS[name][0] in said and "token" in near.get_xlabel()
-        points = [y for line in axis.lines[1:] for y in line.get_ydata()]
-        first = near.lines[0].get_ydata().tolist()
-        assert len(points) == tokens and [round(1000 * y) for y in points][: len(first)] == first
-        bands = [(p.get_x() + 0.5, p.get_x() + p.get_width() + 0.5) for p in near.patches]
-        assert len(bands) > 2
-        if name == "longrecipe":  # positions jump at borders of sentences only
-            jumps = [i for i in range(1, len(first)) if first[i] - first[i - 1] > 1]
-            assert jumps and set(jumps) <= {int(x) for band in bands for x in band}
-    explain("--target_len", 4000, "--positions", "b.png", "--train_len", 60)  # fewer than below
-    assert len(drawn[1].axes[-2].lines[0].get_ydata()) == 60
-
-
-def test_a_figure_has_the_same_bytes_when_drawn_again(explain, tmp_path):
+def test_the_first_figure_of_readme(explain, tmp_path):
+    """--positions; the same bytes when drawn again, and a sample shorter than its lower row."""
     for name in ("a.png", "b.png"):
-        explain("--target_len", 4000, "--positions", tmp_path / name)
+        out = explain("--target_len", 4000, "--positions", tmp_path / name, "--train_len", 60)
+        assert out == f"figure: {tmp_path / name}\n"
     first, second = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
     assert first == second and first[:4] == b"\x89PNG"

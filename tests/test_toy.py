@@ -4,7 +4,6 @@ held out, and the lessons are those of the recorded model."""
 import hashlib
 import json
 import re
-from pathlib import Path
 
 import make_tiny
 import pytest
@@ -14,13 +13,9 @@ import recipe
 from eval_needle import TASKS, Haystack, make_sample
 from model import LlamaConfig, load_pretrained, load_tokenizer
 from support.data import toy
-from support.data.sources import (
-    load_toy_text,
-    standard_library_sources,
-    standard_library_topics,
-)
+from support.data.sources import load_toy_text, standard_library_sources, standard_library_topics
 
-TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+TINY = toy.ROOT / "assets" / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -38,44 +33,37 @@ def corpus(tokenizer):
     return toy.ToyCorpus(load_toy_text(tokenizer), 4992, tokenizer)
 
 
-def draw_from(text):
-    return lambda n: text[:n]
-
-
-def test_every_word_is_one_piece_and_in_no_haystack(tokenizer):
+def test_every_word_is_one_piece_in_no_haystack_and_the_test_has_its_own(tokenizer):
+    """Its own keys, and its own wording but for "the"."""
+    needle = toy.needle()
     everything = "\n".join([*standard_library_sources(), standard_library_topics()]).lower()
     seen = set(re.findall("[a-z]+", everything))
-    for word in toy.KEYS + toy.needle()["values"] + toy.needle()["keys"]:
+    for word in toy.KEYS + needle["values"] + needle["keys"]:
         assert len(tokenizer.encode(" " + word)) == 1 and word not in seen, word
-
-
-def test_the_test_has_its_own_keys_and_wording():
-    needle = toy.needle()
     assert not set(needle["keys"]) & set(toy.KEYS)
     wording = (needle["needle"] + needle["question"]).format(key="", value="")
-    pairs = [before + after for before, after in toy.PAIRS]
-    training = " ".join([*pairs, *toy.QUESTIONS])
-    shared = set(re.findall("[a-z]+", wording.lower())) & set(
-        re.findall("[a-z]+", training.lower())
-    )
-    assert shared <= {"the"}, shared
+    training = " ".join([*(part for pair in toy.PAIRS for part in pair), *toy.QUESTIONS])
+    words = (set(re.findall("[a-z]+", told.lower())) for told in (wording, training))
+    assert set.intersection(*words) <= {"the"}
 
 
 def test_what_is_scored_can_be_looked_up(tokenizer, text):
     """Slow twin: each scored token has its bigram somewhere before; all else stays in place."""
-    weaver = make_tiny.LessonWeaver(tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    ids, role = weaver.weave(draw_from(text), 3000, 24, generator, any_piece=0.25, blocks=3)
+    weaver, generator = make_tiny.LessonWeaver(tokenizer), torch.Generator().manual_seed(0)
+
+    def weave(**options):
+        return weaver.weave(lambda n: text[:n], 3000, 24, generator, **options)
+
+    ids, role = weave(any_piece=0.25, blocks=3)
     assert len(ids) == len(role) == 3000
     plain = ids[role == make_tiny.TEXT]
     assert torch.equal(plain, text[: len(plain)])  # the text itself, in order, nothing lost
     pairs = list(zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True))
     scored = (role == make_tiny.SCORED).nonzero()[:, 0].tolist()
     assert len(scored) >= 24 + 3 * 5
-    for t in scored:
-        assert pairs[t - 1] in pairs[: t - 1]
+    assert all(pairs[t - 1] in pairs[: t - 1] for t in scored)
     held_out = {tokenizer.encode(" " + w)[0] for w in toy.needle()["keys"]}
-    no_blocks, role = weaver.weave(draw_from(text), 3000, 24, generator, any_piece=0.5)
+    no_blocks, role = weave(any_piece=0.5)
     assert not held_out & set(no_blocks[role != make_tiny.TEXT].tolist())
 
 
@@ -107,16 +95,14 @@ def test_the_lessons_are_those_of_the_recorded_model(tokenizer):
     assert found == BATCHES
 
 
-def test_each_pair_is_told_once_anywhere_and_asked_for_at_the_end(tokenizer, corpus):
-    generator = torch.Generator().manual_seed(1)
-    ids = corpus.window(16_384, generator).tolist()
+def test_each_pair_is_told_once_anywhere_and_asked_for_at_the_end(corpus):
+    ids = corpus.window(16_384, torch.Generator().manual_seed(1)).tolist()
     keys, values = set(corpus.keys.tolist()), set(corpus.weaver.values.tolist())
     places: dict[tuple, list[int]] = {}
     for t in range(1, len(ids)):
         if ids[t - 1] in keys and ids[t] in values:
             places.setdefault((ids[t - 1], ids[t]), []).append(t)
-    assert len(places) == 4992 // toy.TOKENS_A_PAIR
-    assert len({key for key, _ in places}) == len(places)
+    assert len(places) == len({key for key, _ in places}) == 4992 // toy.TOKENS_A_PAIR
     told, asked = zip(*places.values(), strict=True)  # twice each
     assert min(told) < 0.2 * len(ids) and 0.6 * len(ids) < max(told) < min(asked)
     assert min(asked) > 0.9 * len(ids)
@@ -135,24 +121,16 @@ def test_keys_are_words_or_rare_pieces_and_none_is_of_the_test(tokenizer, corpus
 def test_selection_keeps_pairs_with_their_questions(tokenizer, corpus):
     """By recipe.py, which knows nothing of the task: with the values as impactful types all that
     was told and asked stays (to reach: 95 %), at random no more than the share of the sample."""
-    generator = torch.Generator().manual_seed(0)
+    generator, counts = torch.Generator().manual_seed(0), {}
     impactful = torch.zeros(2048, dtype=torch.bool)
     impactful[corpus.weaver.values] = True
-    counts, window = {}, corpus.window(16_384, generator)
+    window, pairs = corpus.window(16_384, generator), 4992 // toy.TOKENS_A_PAIR
     assert len(window) == 16_384
     for select in ("impact", "random"):
-        ids, _ = recipe.make_example(
-            window,
-            tokenizer,
-            4992,
-            16_384,
-            method="longrecipe",
-            select=select,
-            impactful=impactful,
-            generator=generator,
-        )
+        options = {"select": select, "impactful": impactful, "generator": generator}
+        lengths = (window, tokenizer, 4992, 16_384)
+        ids, _ = recipe.make_example(*lengths, method="longrecipe", **options)
         counts[select] = toy.answerable(tokenizer.decode(ids.tolist()))
-    pairs = 4992 // toy.TOKENS_A_PAIR
     known, questions = counts["impact"]
     assert questions >= pairs - 8 and known >= 0.95 * questions  # the end is cut to fit
     known, questions = counts["random"]
@@ -164,13 +142,10 @@ def test_the_tiny_model_is_small_and_reads_keys_it_never_had(tokenizer):
     among the eight values is 12.5 %. (At 8,192: assets/results/tiny.)"""
     assert sum(f.stat().st_size for f in TINY.iterdir()) < 4e6
     assert LlamaConfig.from_dir(TINY).max_position_embeddings == 8192
-    model = load_pretrained(TINY)
-    task = TASKS["multiquery"]
+    model, task, right = load_pretrained(TINY), TASKS["multiquery"], 0
     fields = {k: v for k, v in toy.needle().items() if k in vars(task) and k != "haystack"}
-    words = {k: tuple(fields[k]) for k in ("keys", "values")}
-    task = type(task)(**fields | words)
+    task = type(task)(**fields | {k: tuple(fields[k]) for k in ("keys", "values")})
     haystack = Haystack(standard_library_topics()[:100_000], tokenizer)
-    right = 0
     for repeat in range(4):
         for depth in task.depths([]):
             sample = make_sample(task, haystack, 2048, depth, f"t/{repeat}")

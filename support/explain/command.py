@@ -102,7 +102,7 @@ def explain(args, folder: str, model: ModuleType, recipe: ModuleType) -> None:
         select, impactful = "impact", read_impactful(file, tokenizer.vocab_size)
     else:
         select, impactful = "digits", digit_types(tokenizer)
-    words.tell_types(file, impactful, ids, starts, tokenizer)
+    words.tell_types(file, impactful, ids, tokenizer)
 
     share = recipe.impactful_share(ids, starts, impactful)
     sizes = recipe.segment_lengths(starts, len(ids))

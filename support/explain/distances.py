@@ -75,14 +75,8 @@ class Angles:
     thetas: tuple[float, float]
     old: Tensor  # (d/2,) radians per position
     new: Tensor
-
-    @property
-    def before(self) -> Tensor:
-        return meets_new_angles(self.old, self.old, self.old_len, self.target_len)
-
-    @property
-    def after(self) -> Tensor:
-        return meets_new_angles(self.old, self.new, self.old_len, self.target_len)
+    before: Tensor  # (d/2,) bool: pairs that meet new angles under the old theta
+    after: Tensor  # under the new one
 
 
 def angles_of(
@@ -100,4 +94,6 @@ def angles_of(
     if target_len <= old_len:
         return f"nothing to say of the RoPE: the model reaches {old_len:,} tokens as it is"
     thetas = theta, new_theta(theta, head_dim, old_len, target_len)
-    return Angles(old_len, target_len, thetas, *(frequencies(head_dim, t) for t in thetas))
+    old, new = (frequencies(head_dim, t) for t in thetas)
+    met = (meets_new_angles(old, now, old_len, target_len) for now in (old, new))
+    return Angles(old_len, target_len, thetas, old, new, *met)

@@ -37,10 +37,8 @@ def mean_shifts(file: str | Path) -> dict[int, str]:
     return shifts
 
 
-def tell_types(
-    file: str | Path | None, impactful: Tensor, ids: Tensor, starts: Tensor, tokenizer
-) -> None:
-    """Print the first impactful types, bool (V,), that occur in the text, each with a sentence.
+def tell_types(file: str | Path | None, impactful: Tensor, ids: Tensor, tokenizer) -> None:
+    """Print the first impactful types, bool (V,), that occur in the text, with what is around them.
     file: where they are from, in order of mean shift; None: types with a digit, by count."""
     count = torch.bincount(ids, minlength=len(impactful))
     if file is None:
@@ -52,17 +50,14 @@ def tell_types(
         f"impactful types: {int(impactful.sum()):,} of {len(impactful):,}"
         f" ({file or 'those with a digit'}); {impactful[ids].double().mean():.1%} of this text's"
         " tokens are of them\n"
-        "   shift  times  type, in [] within a sentence of the text (shift: mean, in logits, or in"
+        "   shift  times  type, in [] where the text has it first (shift: mean, in logits, or in"
         " nats after --log_softmax)"
     )
     for v in [v for v in shifts if count[v] and impactful[v]][:8]:
         first = int((ids == v).nonzero()[0])
-        begin = int(starts[starts <= first][-1])
-        end = int(torch.cat((starts, torch.tensor([len(ids)])))[(starts <= first).sum()])
-        spans = ((begin, first), (first, first + 1), (first + 1, end))
-        before, own, after = (tokenizer.decode(ids[a:b].tolist()) for a, b in spans)
-        sentence = " ".join(f"{before[-30:]}[{own}]{after[:30]}".split())
-        print(f"{shifts[v]:>8}  {count[v]:>5,}  {sentence}")
+        parts = ids[max(0, first - 8) : first], ids[first : first + 1], ids[first + 1 : first + 9]
+        before, own, after = (tokenizer.decode(part.tolist()) for part in parts)
+        print(f"{shifts[v]:>8}  {count[v]:>5,}  {' '.join(f'{before}[{own}]{after}'.split())}")
 
 
 def tell_selection(

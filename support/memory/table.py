@@ -21,9 +21,9 @@ CONVENTIONS = {  # FLOPs of a sample of t tokens, forward and backward
 
 
 def make_plan(config, settings, options, stages, there: Machine, given: dict) -> dict:
-    """All numbers of the plan, for the table and as JSON: bytes, FLOPs, seconds. Beside them those
-    of --method full with the same steps, samples and replay, but with levers of its own, except for
-    those that are given (name -> value)."""
+    """All numbers of the plan, for the table and as JSON: bytes, FLOPs, seconds. "full_length" has
+    those of --method full with the same steps, samples and replay, but with levers of its own where
+    `given` (name -> value) does not have them."""
     full = replace(settings, method="full", train_len=settings.target_len)
     full = fit.choose(config, full, there, given)
     long = [s if s.name == "replay" else replace(s, tokens=full.train_len) for s in stages]
@@ -60,8 +60,8 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
     steps, trained_s = (sum(r[k] for r in rows.values()) for k in ("steps", "seconds"))
     saves = int(min(steps, trained_s // (60 * max(options.save_minutes, 1e-3)))) if state else 0
     weights = budget.weight_bytes(settings) * sum(budget.parameters(config))
-    rows["merge"] = row(0, 0, 0, 0, 4 * weights / disk)
-    rows["saves"] = row(saves, 0, 0, 0, saves * state / disk)
+    rows["merge"] = row(4 * weights / disk)
+    rows["saves"] = row(saves * state / disk, steps=saves)
     return {
         "levers": {k: getattr(settings, k) for k in LEVERS},
         "bytes": {"device": device, "host": host, "disk": on_disk},
@@ -72,10 +72,10 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
     }
 
 
-def row(steps: int, sequences: int, tokens: int, flops: float, seconds: float) -> dict:
-    """A line of the table of stages; FLOPs are those of one sample, seconds those of all."""
-    numbers = {"steps": steps, "sequences": sequences, "tokens": tokens, "flops": flops}
-    return numbers | {"seconds": seconds}
+def row(seconds: float, steps=0, sequences=0, tokens=0, flops=0) -> dict:
+    """A line of the table of stages: FLOPs of one sample, seconds of all."""
+    counts = {"steps": steps, "sequences": sequences, "tokens": tokens}
+    return counts | {"flops": flops, "seconds": seconds}
 
 
 def by_stage(config, settings, stages, there: Machine, rate: float) -> dict[str, dict]:
@@ -87,11 +87,11 @@ def by_stage(config, settings, stages, there: Machine, rate: float) -> dict[str,
     for s in stages:
         flops = flops_of(config, settings, s.tokens)
         seconds = s.steps * (B * flops / rate + step_s)
-        rows[s.name] = row(s.steps, s.steps * B, s.tokens, flops, seconds)
+        rows[s.name] = row(seconds, s.steps, s.steps * B, s.tokens, flops)
         if s.name == "probe" and settings.analyses:
             # H' and H, forward only
             n, flops = settings.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
-            rows["analysis"] = row(0, n, s.tokens, flops, n * flops / rate)
+            rows["analysis"] = row(n * flops / rate, 0, n, s.tokens, flops)
     return rows
 
 

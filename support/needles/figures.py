@@ -1,6 +1,7 @@
 """Figures, all with axes, units and n. matplotlib is imported only where something is drawn."""
 
 import textwrap
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -26,39 +27,32 @@ def draw_heatmap(
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
+    value, digits, shown, limits = itemgetter("score"), ".0%", "share of answers found", (0, 1)
     results = [r for r in results if r["task"] == task]
-    cells = grouped(results, ("model", "length", "depth"))
+    if in_nats:
+        value, digits, shown = nats, ".2f", "log-probability of an answer, nats"
+        limits = (min(map(nats, results)), 0)
     lengths, depths = (sorted({r[k] for r in results}) for k in ("length", "depth"))
     width = max(2.1, 0.8 * len(lengths))  # of a panel, inches: its title needs some room
     figure = Figure(figsize=(1.9 + width * len(windows), 3.9), layout="constrained")
     axes = figure.subplots(1, len(windows), squeeze=False, sharey=True)[0]
+    colors = LinearSegmentedColormap.from_list("found", LIGHT)
     caption = "context length, tokens"
-    worst = min(map(nats, results)) if in_nats else 0
     for axis, (label, window) in zip(axes, windows.items(), strict=True):
-        grid = np.full((len(depths), len(lengths)), np.nan)
-        n = set()
-        for row, depth in enumerate(depths):
-            for column, length in enumerate(lengths):
-                if cell := cells.get((label, length, depth)):
-                    mean = np.mean([nats(r) if in_nats else r["score"] for r in cell])
-                    grid[row, column] = mean
-                    n.add(len(cell))
-                    number = f"{mean:.2f}" if in_nats else f"{mean:.0%}"
-                    axis.text(column, row, number, ha="center", va="center", fontsize=8)
-        image = axis.imshow(
-            grid,
-            cmap=LinearSegmentedColormap.from_list("found", LIGHT),
-            aspect="auto",
-            vmin=worst,
-            vmax=0 if in_nats else 1,
-        )
-        inside = sum(length <= window for length in lengths)
+        cells = grouped((r for r in results if r["model"] == label), ("length", "depth"))
+        means = {cell: np.mean([value(r) for r in found]) for cell, found in cells.items()}
+        grid = [[means.get((n, d), np.nan) for n in lengths] for d in depths]
+        image = axis.imshow(grid, cmap=colors, aspect="auto", vmin=limits[0], vmax=limits[1])
+        for (n, d), mean in means.items():
+            place = (lengths.index(n), depths.index(d))
+            axis.text(*place, f"{mean:{digits}}", ha="center", va="center", fontsize=8)
+        inside = sum(n <= window for n in lengths)
         if 0 < inside < len(lengths):
             axis.axvline(inside - 0.5, color="black", linestyle="--")
             caption = "context length, tokens; dashed line: end of the trained window"
         axis.set_xticks(range(len(lengths)), [f"{n / 1024:.3g}k" for n in lengths], fontsize=8)
         title = textwrap.fill(label, int(14 * width / 1.6))
-        each = "-".join(map(str, sorted(n)))
+        each = "-".join(map(str, sorted({len(found) for found in cells.values()})))
         axis.set_title(f"{title}\ntrained to {window / 1024:.3g}k, n = {each} per cell", fontsize=8)
     labels = [f"{round(100 * d, 1):g}%" for d in depths]
     if parts:
@@ -67,7 +61,6 @@ def draw_heatmap(
     where = "part of the text with the needle asked for" if parts else "depth of the (first) needle"
     axes[0].set_ylabel(where)
     figure.supxlabel(caption, fontsize=9)
-    shown = "log-probability of an answer, nats" if in_nats else "share of answers found"
     figure.colorbar(image, ax=axes, label=f"{task}: {shown}")
     figure.savefig(path, dpi=130)
 
@@ -79,7 +72,7 @@ def draw_curves(path: Path, results: list[dict], task: str) -> None:
     from matplotlib.figure import Figure
 
     longest = max(r["length"] for r in results if r["task"] == task)
-    measured = any(r["task"] == "loss" for r in results)
+    measured = any((r["task"], r["length"]) == ("loss", longest) for r in results)
     labels = list(dict.fromkeys(r["model"] for r in results))
     size = (10 if measured else 5.5, 3.5 + 0.2 * len(labels))
     figure = Figure(figsize=size, layout="constrained")

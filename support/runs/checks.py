@@ -9,17 +9,15 @@ from support.data.sources import is_toy_model
 from support.huggingface.config import read_config
 from support.memory import kernels
 from support.system.bad_input import BadInput
-from support.system.console import check_ranges, log, log_device
+from support.system.console import check_ranges, log
 
 
 def check_numbers(settings) -> None:
     """Raises BadInput for a number that makes no sense by itself."""
+    counts = ("base_len", "steps", "batch_sequences", "analysis_samples", "min_count")
     check_ranges(
         settings,
-        at_least_1=(
-            *("base_len", "steps", "batch_sequences", "analysis_samples", "min_count"),
-            "min_segment_tokens",
-        ),
+        at_least_1=(*counts, "min_segment_tokens"),
         above_1=("rope_base",),
         positive=("lr", "clip", "top"),
         not_negative=("replay_steps", "replay_lr", "weight_decay", "warmup_steps"),
@@ -30,39 +28,33 @@ def check_numbers(settings) -> None:
 
 def check_lengths(settings) -> None:
     """Raises BadInput for lengths that do not fit together."""
-    target = f"--target_len {settings.target_len}"
-    if settings.target_len <= settings.base_len:
-        raise BadInput(f"{target} must exceed the window {settings.base_len} (--base_len)")
-    if not 2 <= settings.train_len <= settings.target_len:
-        raise BadInput(f"--train_len {settings.train_len} must be between 2 and {target}")
-    if settings.method == "full" and settings.train_len != settings.target_len:
-        raise BadInput(
-            f"--method full needs --train_len {settings.target_len}, the whole --target_len"
-        )
+    target, window = settings.target_len, settings.base_len
+    if target <= window:
+        raise BadInput(f"--target_len {target} must exceed the window {window} (--base_len)")
+    for name in ("train_len", "replay_len"):
+        length = getattr(settings, name)
+        if not 2 <= length <= target:
+            raise BadInput(f"--{name} {length} must be between 2 and --target_len {target}")
+    if settings.method == "full" and settings.train_len != target:
+        raise BadInput(f"--method full needs --train_len {target}, the whole --target_len")
     if settings.prefix and settings.method != "longrecipe":
         raise BadInput(f"--prefix belongs to --method longrecipe, not to {settings.method}")
-    if settings.min_segment_tokens >= settings.train_len:
-        raise BadInput(
-            f"--min_segment_tokens {settings.min_segment_tokens} must be below --train_len"
-            f" {settings.train_len}: a sample needs two segments"
-        )
-    if not 2 <= settings.replay_len <= settings.target_len:
-        raise BadInput(f"--replay_len {settings.replay_len} must be between 2 and --target_len")
+    least, most = settings.min_segment_tokens, settings.train_len - 1  # two segments are needed
+    if least > most:
+        raise BadInput(f"--min_segment_tokens {least} must be below --train_len {most + 1}")
 
 
 def check_analysis(settings) -> None:
+    """Raises BadInput for an analysis that would see nothing, and for a wrong --probe_steps."""
     needs_probe = settings.analyses and not settings.extended
     if needs_probe and settings.method == "none" and settings.train_len <= settings.base_len:
         raise BadInput(
             "--method none never leaves the old window, so its analysis would see nothing:"
             " --impactful FILE of another run, or another --select"
         )
-    if not 0 <= settings.probe_steps <= settings.steps or (
-        needs_probe and settings.probe_steps == 0
-    ):
-        raise BadInput(
-            f"--probe_steps {settings.probe_steps} must be between 1 and --steps {settings.steps}"
-        )
+    probe, steps = settings.probe_steps, settings.steps
+    if not int(needs_probe) <= probe <= steps:
+        raise BadInput(f"--probe_steps {probe} must be between 1 and --steps {steps}")
 
 
 def check_extended(folder: str | None, vocab_size: int) -> None:
@@ -77,36 +69,42 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
         waits = settings.analyses and stage.select == "impact"  # for the analysis
         if stage.steps and not waits:
             sample(stage, text, tokenizer, impactful, torch.Generator())
-    if settings.analyses and not any(
-        (
-            analysis_sample(i, stages[0], texts[0], tokenizer, settings)[1][1:] >= settings.base_len
-        ).any()
-        for i in range(settings.analysis_samples)
-    ):
+    if not settings.analyses:
+        return
+    n, window = settings.analysis_samples, settings.base_len
+    drawn = (analysis_sample(i, stages[0], texts[0], tokenizer, settings) for i in range(n))
+    if not any((positions[1:] >= window).any() for _, positions in drawn):
         raise BadInput(
-            f"no position of the {settings.analysis_samples} samples of the analysis is past the"
-            f" old window {settings.base_len}: more --analysis_samples, a longer --train_len, or"
-            f" another --seed than {settings.seed}"
+            f"no position of the {n} samples of the analysis is past the old window {window}: more"
+            f" --analysis_samples, a longer --train_len, or another --seed than {settings.seed}"
         )
 
 
 def log_run(device: str, settings, stages, corpus) -> None:
     """Log the device, what is read, the stages, and every setting that has a value."""
-    log_device(device, kernels.in_words(), is_toy_model(settings.model))
+    if device != "cpu":
+        log(f"{torch.cuda.get_device_name()}; attention: {kernels.in_words()}")
+    elif is_toy_model(settings.model):
+        log("no CUDA device: going on with the CPU, for which the toy's numbers are made")
+    else:
+        log(
+            "no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:\n"
+            "--steps, --replay_steps, --batch_sequences and --train_len make less of it"
+        )
     log(f"data: {corpus.summary()}")
     batch = settings.batch_sequences
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
     log(f"plan, steps x samples x tokens: {', '.join(plan)}")
     if settings.select == "impact" and settings.probe_steps == settings.steps:
         log("warning: the probe takes all --steps: no sample is selected by the analysis")
-    line = ""
+    shown = "settings"
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if group := field.metadata["group"]:
-            line += f"\n  {group.split(' (')[0]}:"
+            shown += f"\n  {group.split(' (')[0]}:"
         if value is not None:
-            line += f" {field.name} {f'{value:.6g}' if isinstance(value, float) else value}"
-    log(f"settings{line}")
+            shown += f" {field.name} {f'{value:.6g}' if isinstance(value, float) else value}"
+    log(shown)
 
 
 def log_done(settings, options, device: str, seconds: float) -> None:

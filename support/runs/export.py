@@ -30,7 +30,6 @@ the seed's. A file is whole or not there, the same command goes on where it was 
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -41,25 +40,15 @@ from support.data import sources as corpora
 from support.data.text import Corpus
 from support.huggingface.config import read_json
 from support.runs.flags import as_kept, settings_of
-from support.runs.settings import Settings, plan_stages
+from support.runs.settings import difference, plan_stages
 from support.system.bad_input import BadInput
 from support.system.console import log, progress, provenance, telling
-from support.system.whole_files import LOCK, only_writer, replacing, write_atomically
+from support.system.whole_files import is_fresh, only_writer, replacing, write_atomically
 
 INDEX = "samples.json"
 # settings of train.py that change no sample and say nothing an engine should know
-OTHER = (
-    "dtype",
-    "optimizer",
-    "keep_attention",
-    "offload_inputs",
-    "split_mlp",
-    "analysis_samples",
-    "log_softmax",
-    "rebased_analysis",
-    "top",
-    "min_count",
-)
+OTHER = ("dtype", "optimizer", "keep_attention", "offload_inputs", "split_mlp")
+OTHER += ("analysis_samples", "log_softmax", "rebased_analysis", "top", "min_count")
 
 
 def check_exportable(settings, options) -> None:
@@ -74,17 +63,18 @@ def check_exportable(settings, options) -> None:
         )
 
 
-def sample_settings(settings, impactful: Tensor | None, texts: tuple[Corpus, Corpus]) -> dict:
-    """What the samples depend on, and what an engine needs beside them."""
+def describe(settings, impactful: Tensor | None, texts: tuple[Corpus, Corpus]) -> dict:
+    """What the samples depend on, and what an engine needs beside them: goes to samples.json."""
     kept = {k: v for k, v in as_kept(settings).items() if k not in OTHER}
-    types = None if impactful is None else impactful.nonzero()[:, 0].tolist()
-    kept |= {"impactful_types": types, "data_tokens": [text.tokens for text in texts]}
-    return kept | {"rope_scaling": settings.new_scaling}
+    kept["impactful_types"] = None if impactful is None else impactful.nonzero()[:, 0].tolist()
+    kept["data_tokens"] = [text.tokens for text in texts]
+    kept["rope_scaling"] = settings.new_scaling
+    return {"settings": kept, "data": corpora.contents(settings)}
 
 
 def write_samples(
     settings,
-    options,
+    folder: str | Path,
     tokenizer,
     texts: tuple[Corpus, Corpus],
     impactful: Tensor | None,
@@ -93,8 +83,8 @@ def write_samples(
 ) -> None:
     """texts: of the extension and of the replay; learning_rate, draw: those of train.py. BadInput
     if the folder holds anything else than samples of these settings and texts."""
-    started = time.time()
-    folder, data = Path(options.export), corpora.contents(settings)
+    folder, started = Path(folder), time.time()
+    about = describe(settings, impactful, texts)
     plan = [(stage, i) for stage in plan_stages(settings) for i in range(stage.steps)]
     steps = [
         {
@@ -106,54 +96,44 @@ def write_samples(
         }
         for step, (stage, i) in enumerate(plan)
     ]
-    about = sample_settings(settings, impactful, texts)
-    index = {"settings": about, "data": data, "steps": steps}
-    check_folder(folder, index)
-    with only_writer(folder), telling(lambda: whole(folder, steps)):
-        check_folder(folder, index)  # once more: another one may have ended just now
-        if not (folder / INDEX).is_file():
-            write_index(folder, index, status="running")
-        for i, row in enumerate(progress(steps, "export", unit="step")):
-            if (folder / row["file"]).is_file():
-                continue
-            stage, _ = plan[i]
-            text = texts[stage.name == "replay"]
-            samples = draw(stage, i, text, tokenizer, settings, impactful)
-            ids, positions = (torch.stack(column).int() for column in zip(*samples, strict=True))
-            with replacing(folder / row["file"]) as file:
-                file.write(save({"input_ids": ids, "position_ids": positions}))
-        if read_json(folder / INDEX)["status"] != "done":
-            write_index(folder, index, status="done", **provenance(started))
-    log(f"{whole(folder, steps)}; format: support/runs/export.py")
+
+    def whole() -> str:
+        done = sum((folder / row["file"]).is_file() for row in steps)
+        more = "" if done == len(steps) else "; the same command goes on"
+        return f"{done} of {len(steps)} steps are whole in {folder}{more}"
+
+    def write_index(**more) -> None:
+        index = json.dumps(about | {"steps": steps} | more, indent=1)
+        write_atomically(folder / INDEX, index + "\n")
+
+    with only_writer(folder):
+        status = status_of(folder, about)
+        with telling(whole):
+            if status is None:
+                write_index(status="running")
+            for step, row in enumerate(progress(steps, "export", unit="step")):
+                if (folder / row["file"]).is_file():
+                    continue
+                text = texts[row["stage"] == "replay"]
+                samples = draw(plan[step][0], step, text, tokenizer, settings, impactful)
+                ids, positions = (torch.stack(part).int() for part in zip(*samples, strict=True))
+                with replacing(folder / row["file"]) as file:
+                    file.write(save({"input_ids": ids, "position_ids": positions}))
+            if status != "done":
+                write_index(status="done", **provenance(started))
+    log(f"{whole()}; format: support/runs/export.py")
 
 
-def write_index(folder: Path, index: dict, **more) -> None:
-    write_atomically(folder / INDEX, json.dumps(index | more, indent=1) + "\n")
-
-
-def whole(folder: Path, steps: list[dict]) -> str:
-    done = sum((folder / row["file"]).is_file() for row in steps)
-    return f"{done} of {len(steps)} steps are whole in {folder}" + (
-        "" if done == len(steps) else "; the same command goes on"
-    )
-
-
-def check_folder(folder: Path, index: dict) -> None:
-    if (folder / INDEX).is_file():
-        defaults = {field.name: field.default for field in fields(Settings)}  # of newer settings
-        old, new = settings_of(folder, INDEX), json.loads(json.dumps(index["settings"]))
-        old = {name: defaults.get(name) for name in new} | old
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                shown = [str(x.get(name))[:60] for x in (old, new)]
-                raise BadInput(
-                    f"{folder} holds samples with another {name} ({shown[0]}, now {shown[1]}):"
-                    " another --export"
-                )
-        if change := corpora.changed(read_json(folder / INDEX).get("data", []), index["data"]):
-            raise BadInput(f"{change}; put it back, or another --export than {folder}")
-    elif folder.exists() and (
-        not folder.is_dir()
-        or any(f.name not in (LOCK, INDEX + ".writing") for f in folder.iterdir())
-    ):
-        raise BadInput(f"--export {folder} is not empty: another folder for the samples")
+def status_of(folder: Path, about: dict) -> str | None:
+    """ "running" or "done", None for a new folder. BadInput if it holds anything else than samples
+    that are described like these."""
+    if not (folder / INDEX).is_file():
+        if not is_fresh(folder, INDEX):
+            raise BadInput(f"--export {folder} is not empty: another folder for the samples")
+        return None
+    if found := difference(settings_of(folder, INDEX), about["settings"]):
+        raise BadInput(f"{folder} holds samples with {found}: another --export")
+    index = read_json(folder / INDEX)
+    if change := corpora.changed(index.get("data", []), about["data"]):
+        raise BadInput(f"{change}; put it back, or another --export than {folder}")
+    return index["status"]

@@ -17,21 +17,19 @@ from support.huggingface.checkpoint import not_finite
 from support.huggingface.config import read_json
 from support.huggingface.hashes import Hashes
 from support.runs.analysis import IMPACTFUL
-from support.runs.flags import BEFORE_THE_ANALYSIS, MAY_DIFFER, check_same, settings_to_resume
+from support.runs.flags import settings_to_resume
+from support.runs.settings import difference
 from support.system.bad_input import BadInput
 from support.system.console import telling
 from support.system.signals import unbroken
-from support.system.whole_files import (
-    LOCK,
-    check_unlocked,
-    only_writer,
-    replacing,
-    sync,
-    write_atomically,
-)
+from support.system.whole_files import is_fresh, replacing, sync, write_atomically
 
 STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
 SKIPS = 3  # so many steps in a row without a finite loss and gradient end a run
+# settings that --resume may change, because none of them changes a bit of the result
+MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves")
+MAY_DIFFER += ("keep_attention", "offload_inputs", "split_mlp")
+BEFORE_THE_ANALYSIS = ("top", "min_count")  # may be others as long as they have not been used
 
 
 class RunFolder:
@@ -46,37 +44,31 @@ class RunFolder:
 
     # ---- settings ----
 
-    def check(self, settings: dict, resume: bool) -> None:
-        """BadInput if another process writes to the folder, or it holds something else, or a run
-        with other settings. Writes nothing."""
-        check_unlocked(self.path)
-        self.check_settings(settings, resume)
-
     def check_settings(self, settings: dict, resume: bool) -> None:
+        """BadInput if the folder holds something else, or a run with other settings."""
         if not resume:
-            # left by a run that was killed before its first file was whole: nothing to resume
-            nothing = {LOCK, "run.json.writing"}
-            if self.path.exists() and (
-                not self.path.is_dir() or any(f.name not in nothing for f in self.path.iterdir())
-            ):
-                kind, remedy = "is not empty", "--resume to go on"
-                if self.finished():
-                    kind, remedy = "holds a finished run", "move it away"
-                raise BadInput(f"output folder {self.path} {kind}: another --out, or {remedy}")
-            return
-        analysed = (self.path / IMPACTFUL).is_file()
-        may_differ = MAY_DIFFER if analysed else MAY_DIFFER + BEFORE_THE_ANALYSIS
-        check_same(settings_to_resume(self.path), settings, may_differ)
+            if is_fresh(self.path, "run.json"):
+                return
+            kind, remedy = "is not empty", "--resume to go on"
+            if self.finished():
+                kind, remedy = "holds a finished run", "move it away"
+            raise BadInput(f"output folder {self.path} {kind}: another --out, or {remedy}")
+        may_differ = MAY_DIFFER
+        if not (self.path / IMPACTFUL).is_file():
+            may_differ += BEFORE_THE_ANALYSIS
+        if found := difference(settings_to_resume(self.path), settings, may_differ):
+            raise BadInput(
+                f"{self.path} holds a run with {found}: without the flag, --resume takes the run's"
+            )
 
     def check_data(self, settings, resume: bool) -> None:
         """BadInput that names a text, or the model, that is another one than when the run began
         (an older version did not write that down). Writes nothing; write_settings will."""
         hashes, folder = Hashes(self.path / "hashes.json"), Path(settings.model)
-        original = {"path": settings.model, "sha256": hashes.of_model(folder)}
-        original["tokenizer"] = hashes.of_tokenizer(folder)
-        self.data = data = [*corpora.contents(settings), original]
+        original = {"sha256": hashes.of_model(folder), "tokenizer": hashes.of_tokenizer(folder)}
+        self.data = [*corpora.contents(settings), {"path": settings.model, **original}]
         began = read_json(self.path / "run.json").get("data", []) if resume else []
-        if change := corpora.changed(began, data):
+        if change := corpora.changed(began, self.data):
             raise BadInput(f"--resume: {change}; put it back, or begin again in another --out")
 
     def finished(self) -> bool:
@@ -107,10 +99,9 @@ class RunFolder:
 
     def give_up(self, batch: list[tuple[torch.Tensor, ...]], step: int) -> None:
         """BadInput that says where the last skipped batch is: input_ids, position_ids (B, T)."""
-        tensors = [torch.cat(parts) for parts in zip(*batch, strict=True)]
-        names = ("input_ids", "position_ids", "targets")
+        ids, positions, targets = (torch.cat(parts) for parts in zip(*batch, strict=True))
         with replacing(self.path / BATCH) as file:
-            file.write(save(dict(zip(names, tensors, strict=True))))
+            file.write(save({"input_ids": ids, "position_ids": positions, "targets": targets}))
         raise BadInput(
             f"steps {step - SKIPS + 1} to {step} had no finite loss and gradient and changed no"
             f" weight; the last batch is in {self.path / BATCH}: lower --lr in another --out, or"
@@ -147,19 +138,17 @@ class RunFolder:
             raise BadInput(f"{path} is damaged: {error}") from error
         metrics = self.path / METRICS
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-        kept = lines[: state["step"]]
-        write_atomically(metrics, "".join(line + "\n" for line in kept))
+        write_atomically(metrics, "".join(line + "\n" for line in lines[: state["step"]]))
         self.saved_step, self.skips = state["step"], state["skips"]
         return state
 
     # ---- beginning and end ----
 
     @contextlib.contextmanager
-    def running(self, settings: dict, resume: bool, trainer) -> Iterator[None]:
-        """Around the training, alone in the folder. Stopped by a signal it saves first; whatever
-        stops it, the last line says what is saved and which command goes on."""
-        with only_writer(self.path), telling(self.what_is_saved):
-            self.check_settings(settings, resume)  # again: another run may have ended just now
+    def running(self, settings: dict, trainer) -> Iterator[None]:
+        """Around the training. Stopped by a signal it saves first; whatever stops it, the last line
+        says what is saved and which command goes on."""
+        with telling(self.what_is_saved):
             self.write_settings(settings, status="running")
             try:
                 yield

@@ -2,13 +2,15 @@
 same name; its text here is its help text."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
+from support.data.sources import is_toy_model
 from support.data.toy import TINY
 from support.huggingface.config import yarn_scaling
 from support.memory import count as budget
 from support.memory.machine import HERE
 from support.memory.optimizer import NAMES as OPTIMIZERS
-from support.runs.flags import flag, parse_or_resume
+from support.runs.flags import Parser, add_flags, flag, settings_to_resume
 from support.system.console import check_ranges
 
 
@@ -21,11 +23,10 @@ class Settings:
         TINY, "folder of the original, or its name on the hub", "model", metavar="DIR"
     )
     target_len: int = flag(131_072, "the new window, tokens")
-    base_len: int = flag(8_192, "window of the original, tokens", derived="its config's")
+    base_len: int = flag(8_192, "window of the original, tokens (default: its config's)")
     rope_base: float = flag(
         1.315e8,
-        "the new theta (rope_theta)",
-        derived="the paper's NTK formula; with --rope yarn the original's",
+        "the new rope_theta (default: by the paper's NTK formula; with --rope yarn the original's)",
     )
     rope: str = flag(
         "ntk",
@@ -40,11 +41,11 @@ class Settings:
     min_segment_tokens: int = flag(
         1, "sentences shorter than this are joined with the next ones (1: none, as in the paper)"
     )
-    train_len: int = flag(39_424, "length of a sample, tokens", derived="30 %% of --target_len")
+    train_len: int = flag(39_424, "length of a sample, tokens (default: 30 %% of --target_len)")
     probe_steps: int = flag(
         10,
-        "steps on randomly chosen sentences before the analysis",
-        derived="a tenth of --steps, but at least 5, or a quarter of --steps if that is less",
+        "steps on randomly chosen sentences before the analysis (default: a tenth of --steps, but"
+        " at least 5, or a quarter of --steps if that is less)",
     )
     extended: str | None = flag(
         None, "a trained H' to analyse instead of the probe's", metavar="DIR"
@@ -65,11 +66,10 @@ class Settings:
     merge_weight: float = flag(0.5, "share of the tuned model in the result")
 
     steps: int = flag(104, "optimizer steps of the extension, probe included", "training")
-    replay_steps: int = flag(87, "steps of the replay", derived="as many as make 68M tokens")
+    replay_steps: int = flag(87, "steps of the replay (default: as many as make 68M tokens)")
     replay_len: int = flag(
         8_192,
-        "length of a replay sample, tokens",
-        derived="the old window, or --train_len if that is less",
+        "length of a replay sample, tokens (default: the old window, or --train_len if less)",
     )
     batch_sequences: int = flag(96, "samples per optimizer step")
     lr: float = flag(5e-5, "learning rate of the extension")
@@ -81,35 +81,32 @@ class Settings:
 
     dtype: str = flag(
         "bfloat16",
-        "type of weights and activations",
+        "type of weights and activations (default: bfloat16 on CUDA, float32 on a CPU)",
         "memory (the plan chooses what is not given)",
-        derived="bfloat16 on CUDA, float32 on a CPU",
         choices=("bfloat16", "float32"),
     )
     optimizer: str = flag(
         "adamw",
-        "AdamW: where its state is kept, and in how many bits",
-        derived="the fastest that fits",
+        "AdamW: where its state is kept, and in how many bits (default: the fastest that fits)",
         choices=OPTIMIZERS,
     )
     keep_attention: bool = flag(
-        False, "keep attention's outputs for the backward pass", derived="if they fit"
+        False, "keep attention's outputs for the backward pass (default: if they fit)"
     )
     offload_inputs: bool = flag(
-        False, "keep each layer's input on the host", derived="if nothing fits without"
+        False, "keep each layer's input on the host (default: if nothing fits without)"
     )
-    split_mlp: bool = flag(False, "run the MLP in pieces of tokens", derived="if nothing else fits")
+    split_mlp: bool = flag(False, "run the MLP in pieces of tokens (default: if nothing else fits)")
 
     data: list[str] | None = flag(
         None,
-        "files of text or of token ids, or folders",
+        "files of text or of token ids, or folders (default: the Python standard library)",
         "data",
-        derived="the Python standard library",
         nargs="+",
         metavar="PATH",
     )
     replay_data: list[str] | None = flag(
-        None, "the same for the replay", derived="--data", nargs="+", metavar="PATH"
+        None, "the same for the replay (default: --data)", nargs="+", metavar="PATH"
     )
     join: bool = flag(False, "join the documents of --data into one")
 
@@ -122,42 +119,6 @@ class Settings:
     def analyses(self) -> bool:
         """Does the run make an analysis itself?"""
         return self.select == "impact" and self.impactful is None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training: how many steps, and what their samples look like."""
-
-    name: str
-    steps: int
-    tokens: int  # of one sample
-    target_len: int
-    method: str
-    select: str
-    lr: float
-    prefix: bool = False
-    min_segment_tokens: int = 1
-    two_segments: bool = False  # if a text leaves only one, another is drawn
-
-
-def plan_stages(settings: Settings) -> list[Stage]:
-    """probe, extend, replay."""
-    first_select = "random" if settings.select == "impact" else settings.select  # no types yet
-    long = (settings.train_len, settings.target_len, settings.method)
-    short = (settings.replay_len, settings.replay_len, "none", "first")
-    more = {
-        "lr": settings.lr,
-        "prefix": settings.prefix,
-        "min_segment_tokens": settings.min_segment_tokens,
-        # A text that longrecipe cannot use is left out for all methods, so that all see the same
-        # tokens.
-        "two_segments": settings.method != "full",
-    }
-    return [
-        Stage("probe", settings.probe_steps, *long, first_select, **more),
-        Stage("extend", settings.steps - settings.probe_steps, *long, settings.select, **more),
-        Stage("replay", settings.replay_steps, *short, settings.replay_lr),
-    ]
 
 
 @dataclass(frozen=True)
@@ -207,10 +168,75 @@ TOY = {
 
 
 def parse_settings(doc: str, argv: list[str] | None, choices: dict) -> tuple[dict, RunOptions]:
-    """(the fields of Settings that are given, name -> value; the options): see parse_or_resume.
-    doc: of train.py."""
-    flags = parse_or_resume("train.py", doc, argv, (Settings, RunOptions), TOY, choices)
-    names = [field.name for field in fields(RunOptions) if field.name in flags]
-    options = RunOptions(**{name: flags.pop(name) for name in names})
+    """(the fields of Settings that have a value, name -> value; the options). doc: of train.py;
+    choices: see add_flags.
+
+    Flags missing from the command line are taken from the run (--resume), or from TOY for the toy
+    model (no --model, or its folder, however written)."""
+    names = [field.name for field in fields(RunOptions)]
+    p = Parser("train.py", doc)
+    add_flags(p, [*fields(Settings), *fields(RunOptions)], choices)
+    p.epilog = "Without --model, for the toy: " + " ".join(
+        f"--{k}" if v is True else f"--{k} {v}" for k, v in TOY.items() if k != "model"
+    )
+    given, before = vars(p.parse_args(argv)), {}
+    if given.get("resume"):
+        before = settings_to_resume(Path(given.get("out", RunOptions.out)))
+    elif is_toy_model(given.get("model", TINY)):
+        before, given = TOY, given | {"model": TINY}
+    known = {*names, *(field.name for field in fields(Settings))}
+    flags = {k: v for k, v in before.items() if k in known and v is not None} | given
+    options = RunOptions(**{name: flags.pop(name) for name in names if name in flags})
     check_ranges(options, not_negative=("save_minutes",))
     return flags, options
+
+
+def difference(before: dict, now: dict, may_differ: tuple[str, ...] = ()) -> str | None:
+    """The first setting in which the two differ, in words; both as they are kept (as_kept). One
+    that an older version did not know has its default.
+
+    >>> difference({"lr": 0.1}, {"lr": 0.2, "seed": 0})
+    'another lr (0.1, now 0.2)'
+    """
+    defaults = {field.name: field.default for field in fields(Settings)}
+    for name in sorted((before.keys() | now.keys()) - {*may_differ}):
+        old, new = before.get(name, defaults.get(name)), now.get(name)
+        if old != new:
+            return f"another {name} ({str(old)[:60]}, now {str(new)[:60]})"
+    return None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: how many steps, and what their samples look like."""
+
+    name: str
+    steps: int
+    tokens: int  # of one sample
+    target_len: int
+    method: str
+    select: str
+    lr: float
+    prefix: bool = False
+    min_segment_tokens: int = 1
+    two_segments: bool = False  # if a text leaves only one, another is drawn
+
+
+def plan_stages(settings: Settings) -> list[Stage]:
+    """probe, extend, replay."""
+    first_select = "random" if settings.select == "impact" else settings.select  # no types yet
+    long = (settings.train_len, settings.target_len, settings.method)
+    short = (settings.replay_len, settings.replay_len, "none", "first")
+    more = {
+        "lr": settings.lr,
+        "prefix": settings.prefix,
+        "min_segment_tokens": settings.min_segment_tokens,
+        # A text that longrecipe cannot use is left out for all methods, so that all see the same
+        # tokens.
+        "two_segments": settings.method != "full",
+    }
+    return [
+        Stage("probe", settings.probe_steps, *long, first_select, **more),
+        Stage("extend", settings.steps - settings.probe_steps, *long, settings.select, **more),
+        Stage("replay", settings.replay_steps, *short, settings.replay_lr),
+    ]

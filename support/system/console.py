@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -42,8 +43,10 @@ def report_errors() -> Iterator[None]:
     except (BadInput, OSError) as error:
         last_line(f"error: {error}", error)
         raise SystemExit(2) from None
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:  # torch has its own class for CUDA's memory only
+        said = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(words in str(error) for words in said):
             raise
         reason = str(error).split("DefaultCPUAllocator: ")[-1].splitlines()
         last_line(f"error: out of memory: {' '.join(reason)}", error)
@@ -52,13 +55,6 @@ def report_errors() -> Iterator[None]:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         last_line(word, stop)
         raise SystemExit(code) from None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """By its message as well: torch has an error class for CUDA's memory only."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    said = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
-    return known or any(words in str(error) for words in said)
 
 
 def last_line(message: str, error: BaseException) -> None:
@@ -101,15 +97,9 @@ def check_ranges(
 
 def progress(iterable, description: str, **options):
     """tqdm with our settings: elapsed time and ETA, few redraws where there is no terminal."""
-    quiet = not sys.stderr.isatty()
-    bar = tqdm(
-        iterable,
-        desc=description,
-        dynamic_ncols=True,
-        mininterval=30 if quiet else 0.5,
-        smoothing=0.1,
-        **options,
-    )
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    look = {"dynamic_ncols": True, "mininterval": seconds, "smoothing": 0.1}
+    bar = tqdm(iterable, desc=description, **look, **options)
     BARS.add(bar)
     return bar
 
@@ -119,28 +109,15 @@ def log(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
-def log_device(device: str, attention: str, toy: bool) -> None:
-    """attention: the kernels that a GPU runs it on, in words."""
-    if device == "cpu" and toy:
-        log("no CUDA device: going on with the CPU, for which the toy's numbers are made")
-    elif device == "cpu":
-        log("no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:")
-        log("--steps, --replay_steps, --batch_sequences and --train_len make less of it")
-    else:
-        log(f"{torch.cuda.get_device_name()}; attention: {attention}")
-
-
 def provenance(started: float) -> dict:
     """What a number needs beside it: commit, hardware, versions, seconds, peak memory."""
-    root = Path(__file__).resolve().parents[2]
-    commit = None
+    commit, cuda = None, torch.cuda.is_available()
     if shutil.which("git"):
-        # nothing is written, not even the index that `git describe` would refresh
-        options = ["--no-optional-locks", "-C", str(root)]
-        command = ["git", *options, "describe", "--always", "--dirty"]
-        git = subprocess.run(command, check=False, capture_output=True, text=True)
+        # without optional locks nothing is written: `git describe` would refresh the index
+        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
+        root = Path(__file__).parent
+        git = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root)
         commit = git.stdout.strip() or None
-    cuda = torch.cuda.is_available()
     return {
         "commit": commit,
         "torch": torch.__version__,
@@ -162,9 +139,6 @@ def peak_gib() -> float:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = info.read_text().split("\n") if info.is_file() else []
-    name = next(
-        (line.split(":")[1].strip() for line in names if line.startswith("model name")), "CPU"
-    )
-    amx = any("amx_bf16" in line for line in names)
-    return f"{name}{' with AMX' if amx else ''}"
+    text = info.read_text() if info.is_file() else ""
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return (name[1] if name else "CPU") + (" with AMX" if "amx_bf16" in text else "")

@@ -26,18 +26,16 @@ def _on_signal(number: int, frame) -> None:
 def signals_raise() -> Iterator[None]:
     """Inside, both signals raise. One that is ignored (nohup, a job begun with &) stays ignored;
     outside the main thread Python hands out no signals, and nothing is changed."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in RAISES}
+    on_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in RAISES} if on_main else {}
+    caught = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
-        for number, handler in before.items():
-            if handler not in (signal.SIG_IGN, None):
-                signal.signal(number, _on_signal)
+        for number in caught:
+            signal.signal(number, _on_signal)
         yield
     finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
+        for number, handler in caught.items():
+            signal.signal(number, handler)
         _waiting.clear()
 
 

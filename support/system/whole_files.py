@@ -81,12 +81,16 @@ def write_folder(path: str | Path, replaces: tuple[str, ...] = ()) -> Iterator[P
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Raises BadInput if another process is inside this for the same folder. The kernel releases
-    the lock when a process ends, however it ends: a .lock file that a kill left behind locks
-    nothing."""
-    made, lock = not folder.exists(), folder / LOCK
+def only_writer(folder: str | Path) -> Iterator[None]:
+    """Raises BadInput if another process is inside this for the same folder, which is made, and
+    removed again if nothing is in it afterwards. The kernel releases the lock when a process ends,
+    however it ends: a .lock file that a kill left behind locks nothing."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file; a folder is needed")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
     with open(lock, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,8 +104,17 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
+            for path in made:
+                if not any(path.iterdir()):
+                    path.rmdir()
+
+
+def is_fresh(folder: Path, first: str) -> bool:
+    """Does the folder hold nothing, except what a run leaves that is killed before `first`, its
+    first file, is whole?"""
+    if not folder.is_dir():
+        return not folder.exists()
+    return {file.name for file in folder.iterdir()} <= {LOCK, first + ".writing"}
 
 
 def check_unlocked(folder: Path) -> None:

@@ -71,11 +71,11 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def damage_json(text: str, rng: random.Random) -> bytes:
+def damage_json(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.25:
-        return damage_bytes(text.encode(), rng)
+        return damage_bytes(data, rng)
     # surrogates are written as \ud800 in the file
-    return json.dumps(damage_value(json.loads(text), rng)).encode()
+    return json.dumps(damage_value(json.loads(data), rng)).encode()
 
 
 def damage_safetensors(data: bytes, rng: random.Random) -> bytes:
@@ -90,7 +90,7 @@ def damage_safetensors(data: bytes, rng: random.Random) -> bytes:
         return damage_bytes(data, rng)
     if kind < 0.4:
         return data[: rng.randrange(len(data))]
-    header = damage_json(header.decode(), rng)
+    header = damage_json(header, rng)
     return len(header).to_bytes(8, "little") + header + rest
 
 
