@@ -261,38 +261,29 @@ def test_tiktokens_own_format(tmp_path):
             load_tokenizer(tmp_path)
 
 
-PREPEND = {"type": "Prepend", "prepend": "▁"}
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-METASPACE = {"type": "Metaspace", "replacement": "▁"}
-BACK = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+REPLACE = normalizers.Replace(" ", "▁")
+PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), REPLACE])
 
 
-@pytest.fixture()
-def sentencepiece_style(tmp_path):
-    """Like Llama 2's and Mistral's: spaces as an underscore, unknown characters as byte tokens."""
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    vocab += ["▁", "h", "e", "l", "o", "▁h", "he", "ll", "▁he", "▁hell", "▁hello"]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    model = {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True}
-    model["vocab"] = {t: i for i, t in enumerate(vocab)}
-    model["merges"] = ["▁ h", "h e", "l l", "▁h e", "▁he ll", "▁hell o"]
-    steps = [BACK, {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP]
-    data = {
-        "added_tokens": [{"id": i, "content": vocab[i], "special": True} | flags for i in range(3)],
-        "normalizer": PREPEND,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": steps},
-        "model": model,
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    return tmp_path
+def sentencepiece_style(folder, normalizer=PREPEND, prepend_scheme=None):
+    """Like Llama 2's and Mistral's: spaces as an underscore, unknown characters as byte tokens;
+    (ours, that of `tokenizers`)."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    tokens += ["▁", "h", "e", "l", "o", "▁h", "he", "ll", "▁he", "▁hell", "▁hello"]
+    merges = [("▁", "h"), ("h", "e"), ("l", "l"), ("▁h", "e"), ("▁he", "ll"), ("▁hell", "o")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer, tokenizer.decoder = normalizer, DECODERS["metaspace"]
+    if prepend_scheme:
+        tokenizer.pre_tokenizer = pre.Metaspace(prepend_scheme=prepend_scheme)
+    tokenizer.add_special_tokens(tokens[:3])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder), tokenizer
 
 
-def test_sentencepiece_style_goes_through_the_library(sentencepiece_style, monkeypatch):
-    ours = load_tokenizer(sentencepiece_style)
-    theirs = Tokenizer.from_file(str(sentencepiece_style / "tokenizer.json"))
+def test_sentencepiece_style_goes_through_the_library(tmp_path, monkeypatch):
+    ours, theirs = sentencepiece_style(tmp_path)
     assert isinstance(ours, LibraryTokenizer)
     ids = ours.encode("hello é")
     assert ids == theirs.encode("hello é", add_special_tokens=False).ids
@@ -301,37 +292,28 @@ def test_sentencepiece_style_goes_through_the_library(sentencepiece_style, monke
     assert ours.added["<s>"] not in ours.encode("<s>")  # text is data here too
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(BadInput, match="pip install tokenizers"):
-        load_tokenizer(sentencepiece_style)
+        load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        {"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}},
-        {"normalizer": REPLACE, "pre_tokenizer": METASPACE | {"prepend_scheme": "always"}},
-        {"normalizer": REPLACE, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}},
-    ],
-)
-def test_parts_of_a_text_that_are_encoded_apart_give_the_ids_of_the_whole(
-    steps, sentencepiece_style
-):
+@pytest.mark.parametrize("steps", [(PREPEND,), (REPLACE, "always"), (REPLACE, "first")])
+def test_parts_of_a_text_that_are_encoded_apart_give_the_ids_of_the_whole(steps, tmp_path):
     """Only the first begins with the space that these tokenizers put in front of a text."""
-    edit_tokenizer(sentencepiece_style, **steps)
-    tokenizer = load_tokenizer(sentencepiece_style)
+    tokenizer, _ = sentencepiece_style(tmp_path, *steps)
     parts = ["hello", " hello", "\n", "hell", " oh", "é"]
     ids = [i for n, part in enumerate(parts) for i in tokenizer.encode(part, continued=n > 0)]
     assert ids == tokenizer.encode("".join(parts))
     assert tokenizer.encode("hello") != tokenizer.encode("hello", continued=True)
 
 
-def test_truncation_padding_and_dropout_of_the_file_are_switched_off(sentencepiece_style):
-    ids = load_tokenizer(sentencepiece_style).encode("hello hello hello")
-    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    pad = {"strategy": {"Fixed": 90}, "direction": "Right", "pad_to_multiple_of": None}
-    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
-    model = edit_tokenizer(sentencepiece_style, truncation=cut, padding=pad)["model"]
-    edit_tokenizer(sentencepiece_style, model=model | {"dropout": 0.9})
-    assert load_tokenizer(sentencepiece_style).encode("hello hello hello") == ids and len(ids) > 3
+def test_truncation_padding_and_dropout_of_the_file_are_switched_off(tmp_path):
+    ours, theirs = sentencepiece_style(tmp_path)
+    theirs.enable_truncation(3)
+    theirs.enable_padding(length=90, pad_token="<unk>")
+    theirs.model.dropout = 0.9
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["dropout"] > 0.8
+    text = "hello hello hello hello"
+    assert load_tokenizer(tmp_path).encode(text) == ours.encode(text) and len(ours.encode(text)) > 3
 
 
 @pytest.mark.parametrize("pair", ["smollm2", "llama3"], indirect=True)
