@@ -24,11 +24,6 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def text(tokenizer):
-    return torch.tensor(tokenizer.encode("".join(standard_library_sources()[:20])))
-
-
-@pytest.fixture(scope="module")
 def corpus(tokenizer):
     return toy.ToyCorpus(load_toy_text(tokenizer), 4992, tokenizer)
 
@@ -47,8 +42,9 @@ def test_every_word_is_one_piece_in_no_haystack_and_the_test_has_its_own(tokeniz
     assert set.intersection(*words) <= {"the"}
 
 
-def test_what_is_scored_can_be_looked_up(tokenizer, text):
+def test_what_is_scored_can_be_looked_up(tokenizer):
     """Slow twin: each scored token has its bigram somewhere before; all else stays in place."""
+    text = torch.tensor(tokenizer.encode("".join(standard_library_sources()[:20])))
     weaver, generator = make_tiny.LessonWeaver(tokenizer), torch.Generator().manual_seed(0)
 
     def weave(**options):

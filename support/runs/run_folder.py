@@ -57,9 +57,8 @@ class RunFolder:
         if not (self.path / IMPACTFUL).is_file():
             may_differ += BEFORE_THE_ANALYSIS
         if found := difference(settings_to_resume(self.path), settings, may_differ):
-            raise BadInput(
-                f"{self.path} holds a run with {found}: without the flag, --resume takes the run's"
-            )
+            own = "without the flag, --resume takes the run's own"
+            raise BadInput(f"{self.path} holds a run with {found}: {own}")
 
     def check_data(self, settings, resume: bool) -> None:
         """BadInput that names a text, or the model, that is another one than when the run began
