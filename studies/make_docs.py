@@ -25,6 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STUDY = table_of(32_768)
 ROWS = ["original", "untrained", *WORDS.values()]  # of every table, in this order
 TOY = "tiny_128k/needle_results.json"
+TASKS = "smollm2_tasks/needle_results.json"
 REAL = [f"smollm2_16k/{part}/needle_results.json" for part in ("rows", "stages")]
 
 
@@ -103,6 +104,18 @@ def main_table() -> str:
     return table(header, [*rows, ["n = answers a row", *counts]])
 
 
+def tasks_table() -> str:
+    """Variable tracking and common words, a row a task; hits, and nats an answer."""
+    if not (found := read_json(RESULTS / TASKS).get("table")):
+        return "Not run yet."
+    lengths, n = sorted({e["length"] for e in found}), statistics.mode(e["n"] for e in found)
+    rows = []
+    for task in dict.fromkeys(e["task"] for e in found):
+        cells = [share(e, n) for e in found if e["task"] == task]
+        rows.append([task.replace("_", " "), *cells])
+    return table([f"n = {n} answers", *(f"{length:,} tokens" for length in lengths)], rows)
+
+
 def windows_table() -> str:
     """train.py and eval_needle.py with other --target_len (readme_runs.py default --target N)."""
     rows, shown = [], ("original", "untrained", "LongRecipe")
@@ -154,6 +167,7 @@ REGIONS = {
     "real study": lambda: cells_table(REAL_STUDY.cells()),
     "real": lambda: needle_table(*REAL),
     "words": lambda: cells_table(word_classes.cells()),
+    "tasks": tasks_table,
     "merge": merge_table,
     "plan": plan_table,
 }
