@@ -4,6 +4,7 @@ measured, and the table and figure of the rows.
 Importing this file lets a study import the repository's own files and tests/helpers.
 """
 
+import abc
 import argparse
 import dataclasses
 import json
@@ -343,7 +344,7 @@ def parser(doc: str, target: int, seeds: list[int]) -> argparse.ArgumentParser:
     return p
 
 
-class Study:
+class Study(abc.ABC):
     """Makes the model of each row, has it judged, and keeps the row. What differs between studies
     is left to them: which rows are not trained, the flags of the others, and the judge.
 
@@ -353,14 +354,14 @@ class Study:
     def __init__(self, args: argparse.Namespace, table: Table):
         self.args, self.table = args, table
 
+    @abc.abstractmethod
     def flags_of(self, name: str, seed: int) -> str | None:
         """All flags that train.py is given for a row, but for --out and --resume. None: the row is
         not trained, only its theta is changed."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def judge(self, name: str, seed: int) -> list[dict]:
         """The results (lines of needle.jsonl) of the row's model."""
-        raise NotImplementedError
 
     def folder(self, name: str, seed: int) -> Path:
         """Of the row's model, as in DIR/none__paper_s_theta_1."""
