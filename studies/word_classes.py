@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         original = load_pretrained(args.model, torch.bfloat16)
         theta = extended.config.rope_theta
         original.config = replace(original.config, rope_theta=theta)
-        settings, _ = resolved(FLAGS.format(model=args.model, theta=theta).split())
+        settings = resolved(FLAGS.format(model=args.model, theta=theta))
         tokenizer = load_tokenizer(args.model)
         corpus, _ = load_texts(settings, tokenizer)
         probe = train.plan_stages(settings)[0]
