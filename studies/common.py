@@ -84,13 +84,16 @@ def resolved(flags: str) -> train.Settings:
     return train.resolve(given, config, machine(HERE, "cpu", options.out))
 
 
+def naming_no_machine(record: dict) -> dict:
+    """With paths relative to the repository."""
+    return json.loads(json.dumps(record).replace(f"{ROOT}/", ""))
+
+
 def recipe_in(settings: dict) -> dict:
-    """The settings (as a run keeps them) that a result depends on, whatever the machine; paths
-    relative to the repository, so that a record names no machine."""
+    """The settings (as a run keeps them) that a result depends on, whatever the machine."""
     own = ("impactful", "model", "out", "plan", "resume", "device", "save_minutes", "no_saves")
     own += ("keep_stages", "optimizer", "keep_attention", "offload_inputs")  # change no result
-    kept = {k: v for k, v in settings.items() if k not in own}
-    return json.loads(json.dumps(kept).replace(f"{ROOT}/", ""))
+    return naming_no_machine({k: v for k, v in settings.items() if k not in own})
 
 
 def recipe_of(flags: str) -> dict:

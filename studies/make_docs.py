@@ -34,6 +34,7 @@ from support.needles.settings import default_lengths
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STUDY, REAL_STUDY = (study.study_of([]) for study in (tiny_study, real_study))
+MERGES = ["merge weight 0.25", "longrecipe", "merge weight 0.75", "no merge"]  # by weight
 ROWS = ["original", "untrained", *WORDS.values()]  # of every table, in this order
 TOY = "tiny_128k/needle_results.json"
 TASKS = "smollm2_tasks/needle_results.json"
@@ -134,19 +135,6 @@ def windows_table() -> str:
     return table(["window", *shown, "minutes of training"], rows)
 
 
-def merge_table() -> str:
-    """The curve over --merge_weight, on the same trainings; LongRecipe's own weight is 0.5."""
-    runs, lengths, rows = STUDY.runs(), (8192, STUDY.target), []
-    weights = {"merge weight 0.25": 0.25, "longrecipe": 0.5, "merge weight 0.75": 0.75}
-    for name, weight in (weights | {"no merge": 1}).items():
-        row = [f"{weight}", f"{len(runs[name])}"]
-        row += [f"{100 * mean_of(texts_of(runs[name], n)):.0f}" for n in lengths]
-        row += [f"{mean_of(texts_of(runs[name], n, 'nats')):.2f}" for n in lengths]
-        rows.append(row)
-    columns = [f"{what} at {n:,}" for what in ("found, %,", "nats") for n in lengths]
-    return table(["merge weight", "seeds", *columns], rows)
-
-
 def plan_table() -> str:
     rows = []
     for name, r in read("plan_8b.json")["rows"].items():
@@ -167,7 +155,7 @@ REGIONS = {
     "real": lambda: needle_table(*REAL),
     "words": lambda: cells_table(word_classes.cells()),
     "tasks": tasks_table,
-    "merge": merge_table,
+    "merge": lambda: cells_table([STUDY.cells_of(name, STUDY.runs()) for name in MERGES]),
     "plan": plan_table,
 }
 
