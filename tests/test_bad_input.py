@@ -27,7 +27,7 @@ from support.data.sources import load_tokens
 from support.data.text import Corpus, Tokens
 from support.system.bad_input import BadInput
 
-# ---- a model folder spoilt in one way, read by train.py and eval_needle.py ---------------------
+# ---- a model folder spoilt in one way (more of them: test_checkpoint_files.py) ------------------
 
 WEIGHTS = "model.safetensors"
 
@@ -35,12 +35,6 @@ WEIGHTS = "model.safetensors"
 def with_norm(folder, *values: float):
     tensors = load_file(folder / WEIGHTS) | {"model.norm.weight": torch.tensor(values)}
     save_file(tensors, folder / WEIGHTS)
-
-
-def index_outside(folder):
-    (folder / WEIGHTS).unlink()
-    index = {"weight_map": {"a": "../model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def other_tokenizer(folder):
@@ -62,7 +56,6 @@ def configured(**changes):
 
 HEADER = b'{"x": {"dtype": "F32", "shape": [48], "data_offsets": [1000000000, 1000000192]}}'
 PAST_THE_END = len(HEADER).to_bytes(8, "little") + HEADER  # of the file
-OLD_ROPE = {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}
 BAD_FOLDERS = {
     "missing folder": (shutil.rmtree, "does not exist"),
     "no config": (without("config.json"), "holds no config.json"),
@@ -76,7 +69,6 @@ BAD_FOLDERS = {
         configured(rope_parameters={"rope_type": "su"}),
         "rope type 'su' is not supported \\(default, linear, llama3, yarn are\\)",
     ),
-    "old spelling of rope": (configured(**OLD_ROPE), "rope type 'dynamic'"),
     "short sliding window": (
         configured(model_type="mistral", sliding_window=200),
         "sliding_window 200 is shorter than --(target_len 512|lengths 300)",
@@ -86,7 +78,6 @@ BAD_FOLDERS = {
     "truncated weights": (lambda f: os.truncate(f / WEIGHTS, 10_000), "damaged"),
     "header too long": (holding(WEIGHTS, (2**62).to_bytes(8, "little") + HEADER), "damaged"),
     "offsets past the end": (holding(WEIGHTS, PAST_THE_END), "damaged"),
-    "index outside": (index_outside, "points outside the folder: '../model.safetensors'"),
     "wrong shape": (lambda f: with_norm(f, *[1.0] * 7), "norm.weight has shape \\(7,\\)"),
     "NaN": (lambda f: with_norm(f, *[torch.nan] * 48), "model.norm.weight holds NaN or infinity"),
     "no tokenizer": (without("tokenizer.json"), "holds no tokenizer.json"),
@@ -113,6 +104,8 @@ FILES = {
     "deep/needle.jsonl": "[" * 10**5 + "\n{}\n",
     "zip.npy": b"PK\x03\x04 a .npz",
     "old/run.json": "{}",
+    "zero/run.json": r'{"settings": {"model": "a\u0000b"}}',
+    "half/run.json": r'{"settings": {"model": "m", "data": ["a\ud800"]}}',
     "busy/note.txt": "mine",
 }
 TRAIN = [
@@ -155,6 +148,8 @@ TRAIN = [
     ("--impactful {tmp}/latin.txt", "latin.txt is not UTF-8"),
     ("--extended nowhere", "nowhere does not exist"),
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
+    ("--resume --out {tmp}/zero", r"no file can have the path 'a\\x00b'"),
+    ("--resume --out {tmp}/half", r"no file can have the path 'a\\ud800'"),
     ("--out {tmp}/busy", "busy is not empty: another --out, or --resume"),
     ("--out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
     (
