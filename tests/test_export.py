@@ -87,45 +87,35 @@ def test_an_export_with_another_rope_or_selection_says_so(flags, toy_dir, prose_
     assert digits["settings"]["impactful_types"] is None and digits["status"] == "done"
 
 
-def test_an_export_that_was_stopped_goes_on(flags, tmp_path, capsys):
-    """Ctrl-C within the fifth step: four files are whole, and the same command makes the rest."""
-    folder, whole = tmp_path / "samples", tmp_path / "whole"
-    export(whole, flags())
-    with watched(train, "draw", [mock.DEFAULT] * 4 + [KeyboardInterrupt]):
-        assert code_of(["--export", str(folder), *flags()]) == 130
-    last = capsys.readouterr().err.splitlines()[-1]
-    told = f"4 of 9 steps are whole in {folder}; the same command goes on"
-    assert last == f"interrupted; {told}"
-    assert json.loads((folder / INDEX).read_text())["status"] == "running"
-    (folder / "step_00004.safetensors.writing").write_bytes(b"half")  # of a kill -9
-    with watched(train, "draw") as drawn:
-        index = export(folder, flags())
-    assert [call.args[1] for call in drawn.call_args_list] == [4, 5, 6, 7, 8]
-    assert index["status"] == "done"
-    files = {f.name: f.read_bytes() for f in folder.glob("step_*")}
-    assert files == {f.name: f.read_bytes() for f in whole.glob("step_*")}
-    before = snapshot(folder)
-    assert export(folder, flags()) == index and snapshot(folder) == before  # all is there
-
-
-def test_an_export_goes_on_elsewhere_but_not_with_other_data(
-    flags, prose_file, tmp_path, monkeypatch, error_of
-):
-    """The same files under other names: paths are kept as absolute ones. Then the same path and as
-    many tokens, another text."""
+def test_an_export_that_was_stopped_goes_on(flags, tmp_path, monkeypatch, capsys, error_of):
+    """Ctrl-C within the fifth step: four files are whole, and the same command makes the rest, from
+    another folder too (paths are kept as absolute ones), but not with another text of that name."""
     here, text = tmp_path / "here", tmp_path / "prose.txt"
     here.mkdir()
+    text.write_text(PROSE)
+    whole = export(tmp_path / "whole", flags(data=text))
     monkeypatch.chdir(here)
-    text.write_bytes(prose_file.read_bytes())
-    index = export(Path("samples"), flags(data="../prose.txt"))
-    assert index["settings"]["data"] == [str(text)]
+    with watched(train, "draw", [mock.DEFAULT] * 4 + [KeyboardInterrupt]):
+        assert code_of(["--export", "samples", *flags(data="../prose.txt")]) == 130
+    told = "4 of 9 steps are whole in samples; the same command goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; {told}"
+    assert json.loads((here / "samples" / INDEX).read_text())["status"] == "running"
+    (here / "samples/step_00004.safetensors.writing").write_bytes(b"half")  # of a kill -9
+
     monkeypatch.chdir(tmp_path)
+    folder, argv = Path("here/samples"), flags(data="prose.txt")
     text.write_text(PROSE.replace("7", "8"))
-    argv = ["--export", "here/samples", *flags(data="prose.txt")]
-    error = error_of(train.main, argv, tmp_path)
+    error = error_of(train.main, ["--export", str(folder), *argv], tmp_path)
     assert error.startswith("error: prose.txt has changed since the start (sha256: ")
     text.write_text(PROSE)
-    train.main(argv)
+    with watched(train, "draw") as drawn:
+        index = export(folder, argv)
+    assert [call.args[1] for call in drawn.call_args_list] == [4, 5, 6, 7, 8]
+    assert index["status"] == "done" and index["settings"] == whole["settings"]
+    files = {f.name: f.read_bytes() for f in folder.glob("step_*")}
+    assert files == {f.name: f.read_bytes() for f in Path("whole").glob("step_*")}
+    before = snapshot(folder)
+    assert export(folder, argv) == index and snapshot(folder) == before  # all is there
 
 
 def test_what_an_export_refuses(flags, toy_dir, prose_file, tmp_path, error_of):

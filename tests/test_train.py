@@ -47,15 +47,15 @@ def test_four_times_one_equals_one_times_four_at_unequal_lengths():
     )
     logits = model(input_ids, positions).flatten(0, 1)
     mean = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100)
-    gradients = torch.autograd.grad(mean, list(model.parameters()))
+    gradients, mean = torch.autograd.grad(mean, list(model.parameters())), float(mean.detach())
     for batch in (singles, [(input_ids, positions, targets)]):
         model.zero_grad()
-        assert abs(train.accumulate(model, batch) - float(mean)) < 1e-10
+        assert abs(train.accumulate(model, batch) - mean) < 1e-10
         for p, gradient in zip(model.parameters(), gradients, strict=True):
             assert (p.grad - gradient).abs().max() < 1e-10
     # the usual mistake, the mean of the four means, is far away
     means = [train.accumulate(model, [single]) for single in singles]
-    assert abs(sum(means) / 4 - float(mean)) > 1e-4
+    assert abs(sum(means) / 4 - mean) > 1e-4
 
 
 def test_an_update_of_1e_5_does_not_vanish_in_bf16():
@@ -291,6 +291,14 @@ def test_windows_without_sentences_are_drawn_again(toy_dir, tmp_path):
         assert corpus.at_spaces == ("." not in content)
         different.append(len({tuple(ids.tolist()) for ids, _ in samples}))
     assert different[0] > 20 > different[1]  # of 24: most begin elsewhere
+
+
+def test_short_documents_are_counted_and_joined_only_on_request(toy_dir, tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(PROSE[: 300 if i else 9000])
+    for more, short in (("", 3), ("--join", 0)):
+        corpus, _ = extension(toy_dir, tmp_path, f"--select random {more}")
+        assert f" {short} documents too short" in corpus.summary()
 
 
 # ---- stopped and resumed -----------------------------------------------------------------------
