@@ -26,17 +26,18 @@ from common import RESULTS, in_processes, write_json
 
 from eval_needle import TASKS, Haystack, SharedPrefix, make_sample
 from model import linear_cross_entropy, load_pretrained, load_tokenizer
+from support.memory.activations import set_levers
 from support.memory.optimizer import MasterAdamW
 from support.needles.haystack import load_haystack
 from support.system.bad_input import BadInput
 from support.system.console import provenance, report_errors
-from train import next_token_targets
+from train import Settings, next_token_targets
 
 
 class Ours:
     def __init__(self, folder: str, dtype: torch.dtype):
         self.model = load_pretrained(folder, dtype)
-        self.model.activation_checkpointing = self.model.keep_attention = True
+        set_levers(self.model, Settings(keep_attention=True))
         self.optimizer = MasterAdamW(self.model, 1e-5, 0.1)
 
     def forward_backward(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
