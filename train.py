@@ -86,28 +86,24 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
         return replace(settings, **{k: v for k, v in values.items() if k not in flags})
 
     settings = Settings(**flags)
-    checks.check_numbers(settings)
-    full = settings.method == "full"
+    full, steps = settings.method == "full", settings.steps
+    # H' must have learnt something: five steps, or a quarter where there are few
+    probe_steps = max(1, steps // 10, min(5, steps // 4))
     settings = fill_in(
         base_len=config.max_position_embeddings,
         train_len=settings.target_len if full else recipe.train_length(settings.target_len),
+        probe_steps=probe_steps if settings.has_probe else 0,
+        dtype="bfloat16" if there.kind == "cuda" else "float32",
     )
     settings = fill_in(replay_len=min(settings.base_len, settings.train_len))
-    checks.check_lengths(settings)
+    checks.check_settings(settings)
     check_extendable(config, settings.target_len, settings.rope, flags.get("rope_base"))
     theta = config.rope_theta
     if settings.rope == "ntk" and "rope_base" not in flags:
         lengths = settings.base_len, settings.target_len
         theta = recipe.ntk_rope_base(theta, config.head_dim, *lengths)
-    settings = fill_in(rope_base=theta)
-    # H' must have learnt something: five steps, or a quarter where there are few
-    probe_steps = max(1, settings.steps // 10, min(5, settings.steps // 4))
-    settings = fill_in(
-        replay_steps=math.ceil(68e6 / (settings.replay_len * settings.batch_sequences)),
-        probe_steps=probe_steps if settings.analyses and not settings.extended else 0,
-        dtype="bfloat16" if there.kind == "cuda" else "float32",
-    )
-    checks.check_analysis(settings)
+    tokens_per_step = settings.replay_len * settings.batch_sequences
+    settings = fill_in(rope_base=theta, replay_steps=math.ceil(68e6 / tokens_per_step))
     return fit.choose(config, settings, there, flags)
 
 

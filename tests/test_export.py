@@ -6,8 +6,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import safetensors
 import torch
-from conftest import snapshot
+from conftest import PROSE, snapshot
 from safetensors.torch import load_file
 from test_train import code_of, command, read_metrics, watched
 
@@ -18,31 +19,31 @@ from support.runs.flags import settings_of
 from support.system.whole_files import only_writer
 
 
-def run_and_record(argv: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Run train.py: (input_ids, position_ids), both (B, T), of every step that it took."""
-    with watched(train, "accumulate") as accumulated:
-        train.main(argv)
-    batches = [call.args[1] for call in accumulated.call_args_list]
-    return [
-        (torch.cat([ids for ids, _, _ in batch]), torch.cat([places for _, places, _ in batch]))
-        for batch in batches
-    ]
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "other.txt"
+    path.write_text("Zoe sings. " * 400)
+    return path
 
 
 @pytest.fixture(scope="module")
-def trained(toy_dir, prose_file, tmp_path_factory):
-    """A tiny run of train.py (probe, analysis, extend, replay): its folder, and what it saw."""
+def trained(toy_dir, prose_file, other, tmp_path_factory):
+    """A tiny run of train.py (probe, analysis, extend, replay of another text): its folder, and
+    (ids, positions) of every sample that it saw, in order."""
     out = tmp_path_factory.mktemp("run") / "out"
-    return out, run_and_record(command(toy_dir, prose_file, out))
+    with watched(train, "accumulate") as accumulated:
+        train.main(command(toy_dir, prose_file, out, "--replay_data", str(other)))
+    batches = [call.args[1] for call in accumulated.call_args_list]
+    return out, [(ids[0], places[0]) for batch in batches for ids, places, _ in batch]
 
 
 @pytest.fixture(scope="module")
-def flags(toy_dir, prose_file, trained):
+def flags(toy_dir, prose_file, other, trained):
     """Those of the run, with the types that its analysis found."""
 
     def make(*more: str, data=prose_file) -> list[str]:
-        found = str(trained[0] / "impactful.json")
-        return command(toy_dir, data, "unused", "--impactful", found, *more)
+        found = ["--impactful", str(trained[0] / "impactful.json"), "--replay_data", str(other)]
+        return command(toy_dir, data, "unused", *found, *more)
 
     return make
 
@@ -52,91 +53,69 @@ def export(folder, argv: list[str]) -> dict:
     return json.loads((folder / INDEX).read_text())
 
 
-def assert_samples(folder, index: dict, seen: list) -> None:
-    """The files hold what was seen, token for token and position for position."""
-    for step, pair in zip(index["steps"], seen, strict=True):
-        tensors = load_file(folder / step["file"])
-        assert pair[0].shape == (step["samples"], step["tokens"])
-        for name, expected in zip(("input_ids", "position_ids"), pair, strict=True):
-            assert tensors[name].dtype == torch.int32
-            assert torch.equal(tensors[name].long(), expected)
-
-
 def test_the_exported_samples_are_those_that_train_py_sees(trained, flags, tmp_path):
-    """In every stage; and the learning rates."""
-    index = export(tmp_path / "samples", flags())
+    """In every stage, read by the data set of the docstring; and the learning rates."""
+    index = export(tmp_path, flags())
+    code = re.search(r"\n(    class Samples.*?)\n\n", module.__doc__, re.DOTALL)[1]
+    names = {"torch": torch, "json": json, "safetensors": safetensors}
+    exec("if True:\n" + code, names)
+    samples, (out, seen) = names["Samples"](tmp_path), trained
+    assert len(samples) == len(seen) == 18
+    for n, (ids, positions) in enumerate(seen):
+        sample = samples[n]
+        assert torch.equal(sample["input_ids"], ids) and torch.equal(sample["labels"], ids)
+        assert torch.equal(sample["position_ids"], positions)
+        assert sample["attention_mask"].tolist() == [1] * len(ids)
+    tensors = load_file(tmp_path / "step_00000.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.int32}
+
     assert index["status"] == "done" and index["torch"] and index["seconds"] >= 0
-    assert_samples(tmp_path / "samples", index, trained[1])
-    for step, row in zip(index["steps"], read_metrics(trained[0]), strict=True):
+    for step, row in zip(index["steps"], read_metrics(out), strict=True):
         assert (step["stage"], step["lr"]) == (row["stage"], row["lr"])
         assert step["samples"] * step["tokens"] == row["tokens"]
-    run = settings_of(trained[0])
+    run = settings_of(out)
     same = ("model", "target_len", "rope_base", "lr", "weight_decay", "clip", "seed", "data")
     assert all(index["settings"][k] == run[k] for k in same)
-    yarn = export(tmp_path / "yarn", flags("--rope", "yarn"))
     assert index["settings"]["rope_scaling"] is None
-    assert yarn["settings"]["rope_scaling"]["rope_type"] == "yarn"
-    assert yarn["settings"]["rope_base"] == 10_000.0
 
 
-@pytest.mark.parametrize("method", ["pose", "full"])
-def test_other_flags_too(method, toy_dir, prose_file, tmp_path):
-    """Selection without an analysis, other positions, another text for the replay."""
-    other, out = tmp_path / "other.txt", tmp_path / "out"
-    other.write_text("Zoe sings. " * 400)
-    more = f"--method {method} --select digits --seed 5 --replay_data {other}".split()
-    more += ["--train_len", "512"] if method == "full" else []
-    seen = run_and_record(command(toy_dir, prose_file, out, *more))
-    length = 512 if method == "full" else 128
-    assert [r["tokens"] for r in read_metrics(out)] == [2 * length] * 6 + [128] * 3
-    index = export(tmp_path / "samples", command(toy_dir, prose_file, "unused", *more))
-    assert_samples(tmp_path / "samples", index, seen)
-    assert index["settings"]["impactful_types"] is None
+def test_an_export_with_another_rope_or_selection_says_so(flags, toy_dir, prose_file, tmp_path):
+    yarn = export(tmp_path / "yarn", flags("--rope", "yarn"))["settings"]
+    assert yarn["rope_scaling"]["rope_type"] == "yarn" and yarn["rope_base"] == 10_000.0
+    argv = command(toy_dir, prose_file, "unused", *"--select digits --method pose".split())
+    digits = export(tmp_path / "digits", argv)
+    assert digits["settings"]["impactful_types"] is None and digits["status"] == "done"
 
 
-def test_an_export_that_was_stopped_goes_on(flags, tmp_path, capsys):
-    """Ctrl-C within the fifth step: four files are whole, and the same command makes the rest."""
-    folder, whole = tmp_path / "samples", tmp_path / "whole"
-    export(whole, flags())
-    with watched(train, "draw", [mock.DEFAULT] * 4 + [KeyboardInterrupt]):
-        assert code_of(["--export", str(folder), *flags()]) == 130
-    last = capsys.readouterr().err.splitlines()[-1]
-    told = f"4 of 9 steps are whole in {folder}; the same command goes on"
-    assert last == f"interrupted; {told}"
-    assert json.loads((folder / INDEX).read_text())["status"] == "running"
-    (folder / "step_00004.safetensors.writing").write_bytes(b"half")  # of a kill -9
-    before = {f.name: f.stat().st_mtime_ns for f in folder.glob("step_0000[0-3].safetensors")}
-    with watched(train, "draw") as drawn:
-        index = export(folder, flags())
-    assert [call.args[1] for call in drawn.call_args_list] == [4, 5, 6, 7, 8]
-    assert len(before) == 4 and index["status"] == "done"
-    assert all((folder / name).stat().st_mtime_ns == at for name, at in before.items())
-    files = {f.name: f.read_bytes() for f in folder.glob("step_*")}
-    assert files == {f.name: f.read_bytes() for f in whole.glob("step_*")}
-    before = snapshot(folder)
-    assert export(folder, flags()) == index and snapshot(folder) == before  # all is there
-
-
-def test_an_export_goes_on_elsewhere_but_not_with_other_data(
-    flags, prose_file, tmp_path, monkeypatch, error_of
-):
-    """The same files under other names: paths are kept as absolute ones. Then the same path and as
-    many tokens, another text."""
+def test_an_export_that_was_stopped_goes_on(flags, tmp_path, monkeypatch, capsys, error_of):
+    """Ctrl-C within the fifth step: four files are whole, and the same command makes the rest, from
+    another folder too (paths are kept as absolute ones), but not with another text of that name."""
     here, text = tmp_path / "here", tmp_path / "prose.txt"
     here.mkdir()
+    text.write_text(PROSE)
+    whole = export(tmp_path / "whole", flags(data=text))
     monkeypatch.chdir(here)
-    text.write_bytes(prose_file.read_bytes())
-    index = export(Path("samples"), flags(data="../prose.txt"))
-    assert index["settings"]["data"] == [str(text)]
-    (here / "samples/step_00003.safetensors").unlink()
+    with watched(train, "draw", [mock.DEFAULT] * 4 + [KeyboardInterrupt]):
+        assert code_of(["--export", "samples", *flags(data="../prose.txt")]) == 130
+    told = "4 of 9 steps are whole in samples; the same command goes on"
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; {told}"
+    assert json.loads((here / "samples" / INDEX).read_text())["status"] == "running"
+    (here / "samples/step_00004.safetensors.writing").write_bytes(b"half")  # of a kill -9
+
     monkeypatch.chdir(tmp_path)
-    text.write_text(text.read_text().replace("7", "8"))
-    argv = ["--export", "here/samples", *flags(data="prose.txt")]
-    error = error_of(train.main, argv, tmp_path)
+    folder, argv = Path("here/samples"), flags(data="prose.txt")
+    text.write_text(PROSE.replace("7", "8"))
+    error = error_of(train.main, ["--export", str(folder), *argv], tmp_path)
     assert error.startswith("error: prose.txt has changed since the start (sha256: ")
-    text.write_bytes(prose_file.read_bytes())
-    train.main(argv)
-    assert (here / "samples/step_00003.safetensors").is_file()
+    text.write_text(PROSE)
+    with watched(train, "draw") as drawn:
+        index = export(folder, argv)
+    assert [call.args[1] for call in drawn.call_args_list] == [4, 5, 6, 7, 8]
+    assert index["status"] == "done" and index["settings"] == whole["settings"]
+    files = {f.name: f.read_bytes() for f in folder.glob("step_*")}
+    assert files == {f.name: f.read_bytes() for f in Path("whole").glob("step_*")}
+    before = snapshot(folder)
+    assert export(folder, argv) == index and snapshot(folder) == before  # all is there
 
 
 def test_what_an_export_refuses(flags, toy_dir, prose_file, tmp_path, error_of):
@@ -167,20 +146,3 @@ def test_what_an_export_refuses(flags, toy_dir, prose_file, tmp_path, error_of):
     with only_writer(new):
         error = error_of(train.main, ["--export", str(new), *flags()], tmp_path)
     assert "another run is writing to" in error
-
-
-def test_the_data_set_of_the_docstring_reads_them(trained, flags, tmp_path):
-    import safetensors
-
-    export(tmp_path, flags())
-    code = re.search(r"\n(    class Samples.*?)\n\n", module.__doc__, re.DOTALL)[1]
-    names = {"torch": torch, "json": json, "safetensors": safetensors}
-    exec("if True:\n" + code, names)
-    samples = names["Samples"](tmp_path)
-    rows = [row for ids, places in trained[1] for row in zip(ids, places, strict=True)]
-    assert len(samples) == len(rows) == 18
-    for n, (ids, positions) in enumerate(rows):
-        sample = samples[n]
-        assert torch.equal(sample["input_ids"], ids) and torch.equal(sample["labels"], ids)
-        assert torch.equal(sample["position_ids"], positions)
-        assert sample["attention_mask"].tolist() == [1] * len(ids)

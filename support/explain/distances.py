@@ -79,20 +79,13 @@ class Angles:
     after: Tensor  # under the new one
 
 
-def angles_of(
-    folder: str, target_len: int, frequencies: Callable, new_theta: Callable
-) -> Angles | str:
-    """Those of a model folder, by inverse_frequencies of model.py and ntk_rope_base of recipe.py;
-    or a line that says why there are none."""
-    try:
-        c = read_config(folder)
-    except BadInput as error:
-        return f"nothing to say of the RoPE: {error}"
-    head_dim, theta, old_len = c["head_dim"], c["rope_theta"], c["max_position_embeddings"]
+def angles_of(folder: str, target_len: int, frequencies: Callable, new_theta: Callable) -> Angles:
+    """Those of a model folder, by inverse_frequencies of model.py and ntk_rope_base of recipe.py.
+    BadInput says why there are none."""
+    c = read_config(folder)
     if c["rope_scaling"]:
-        return "nothing to say of the RoPE: the model scales it already (train.py: --rope_base)"
-    if target_len <= old_len:
-        return f"nothing to say of the RoPE: the model reaches {old_len:,} tokens as it is"
+        raise BadInput("the model scales it already (train.py: --rope_base)")
+    head_dim, theta, old_len = c["head_dim"], c["rope_theta"], c["max_position_embeddings"]
     thetas = theta, new_theta(theta, head_dim, old_len, target_len)
     old, new = (frequencies(head_dim, t) for t in thetas)
     met = (meets_new_angles(old, now, old_len, target_len) for now in (old, new))

@@ -16,17 +16,18 @@ ZOOM = 120  # tokens that the lower row shows
 BINS = 128  # of the distances
 
 
+@matplotlib.rc_context(FONT)
 def draw_positions(
     samples: Samples, starts: Tensor, target_len: int, old_window: int | None = None
 ) -> Figure:
     """A column for each method: the whole sample above, its first tokens below. starts (M,): where
     the sentences of the sample begin."""
-    with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(2.75 * len(samples), 6.8), layout="constrained")
-        position_panels(figure, samples, starts, target_len, old_window)
+    figure = Figure(figsize=(2.75 * len(samples), 6.8), layout="constrained")
+    position_panels(figure, samples, starts, target_len, old_window)
     return figure
 
 
+@matplotlib.rc_context(FONT)
 def draw(
     samples: Samples,
     starts: Tensor,
@@ -39,13 +40,16 @@ def draw(
     segments (N,), their sizes, and how many of their tokens the sample holds. distances: of each
     method. angles: or why there are none."""
     target_len = len(samples["full"][1])
-    with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(2.75 * len(samples), 13), layout="constrained")
-        above, below = figure.subfigures(2, 1)
-        position_panels(above, samples, starts, target_len, old_window)
-        panels = below.subplots(1, 3)
-        draw_selection(panels[0], *selection)
-        draw_coverage(panels[1], distances, target_len)
+    figure = Figure(figsize=(2.75 * len(samples), 13), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    position_panels(above, samples, starts, target_len, old_window)
+    panels = below.subplots(1, 3)
+    draw_selection(panels[0], *selection)
+    draw_coverage(panels[1], distances, target_len)
+    if isinstance(angles, str):
+        panels[2].text(0.5, 0.5, angles, ha="center", va="center", wrap=True)
+        panels[2].set_axis_off()
+    else:
         draw_angles(panels[2], angles)
     return figure
 
@@ -54,15 +58,17 @@ def position_panels(
     figure, samples: Samples, starts: Tensor, target_len: int, old_window: int | None
 ) -> None:
     whole, zoom = figure.subplots(2, len(samples), sharex="row", sharey="row")
-    for i, (name, (label, positions)) in enumerate(samples.items()):
-        color = OURS if name == "longrecipe" else OTHERS
-        draw_sample(whole[i], positions, target_len, color)
-        draw_sentences(zoom[i], positions, starts, color)
-        whole[i].set_title(name, fontsize=17, fontweight="bold", color=color, pad=24)
-        whole[i].annotate(label, (0.5, 1.03), xycoords="axes fraction", ha="center")
-        if old_window and old_window < target_len:
-            mark_window(whole[i], old_window, target_len)
-    end = target_len / 1000
+    end, old_end = target_len / 1000, (old_window or target_len) / 1000
+    for above, below, (name, (label, positions)) in zip(whole, zoom, samples.items(), strict=True):
+        color, middle = OURS if name == "longrecipe" else OTHERS, {"ha": "center"}
+        above.set_title(name, fontsize=17, fontweight="bold", color=color, pad=24)
+        above.annotate(label, (0.5, 1.03), xycoords="axes fraction", **middle)
+        draw_sample(above, positions.numpy() / 1000, end, color)
+        draw_sentences(below, positions[:ZOOM].numpy(), starts, color)
+        if old_end < end:
+            above.axhspan(0, old_end, color="gold", alpha=0.35, linewidth=0)
+            text = {"ha": "right", "va": "bottom", "fontsize": 11}
+            above.annotate(f"old window {old_window:,}", (end, old_end), **text)
     whole[0].set(xlim=(0, 1.04 * end), ylim=(0, 1.04 * end), ylabel="position id (thousands)")
     top = max(int(positions[:ZOOM][-1]) for _, positions in samples.values())
     zoom[0].set(xlim=(0, ZOOM), ylim=(0, 1.05 * top), ylabel="position id", xticks=(0, 50, 100))
@@ -76,9 +82,8 @@ def position_panels(
     )
 
 
-def draw_sample(axis, positions: Tensor, target_len: int, color: str) -> None:
-    """Token index against position id of the whole sample; dotted: that of the full length."""
-    p, end = positions.numpy() / 1000, target_len / 1000
+def draw_sample(axis, p, end: float, color: str) -> None:
+    """Token against position id p, in thousands; dotted: that of the full length, to `end`."""
     axis.plot((0, end), (0, end), color="0.8", linestyle=":", linewidth=1.5)
     jumps = np.flatnonzero(np.diff(p) > end / 20) + 1
     for piece in np.split(np.arange(len(p)), jumps):  # no line across a large jump
@@ -90,15 +95,9 @@ def draw_sample(axis, positions: Tensor, target_len: int, color: str) -> None:
     axis.set_xlabel("token (thousands)")
 
 
-def mark_window(axis, old_window: int, target_len: int) -> None:
-    top, end = old_window / 1000, target_len / 1000
-    axis.axhspan(0, top, color="gold", alpha=0.35, linewidth=0)
-    axis.annotate(f"old window {old_window:,}", (end, top), ha="right", va="bottom", fontsize=11)
-
-
-def draw_sentences(axis, positions: Tensor, starts: Tensor, color: str) -> None:
+def draw_sentences(axis, p, starts: Tensor, color: str) -> None:
     """The first tokens, a dot each; grey: every second sentence."""
-    p, borders = positions[:ZOOM].numpy(), [*starts[starts < ZOOM].tolist(), ZOOM]
+    borders = [*starts[starts < ZOOM].tolist(), ZOOM]
     for begin, end in list(zip(borders, borders[1:], strict=False))[1::2]:
         axis.axvspan(begin - 0.5, end - 0.5, color="0.92", linewidth=0)
     axis.plot(np.arange(len(p)), p, ".", color=color, markersize=4)
@@ -108,15 +107,12 @@ def draw_sentences(axis, positions: Tensor, starts: Tensor, color: str) -> None:
 def draw_selection(axis, share: Tensor, sizes: Tensor, held: Tensor) -> None:
     """How many tokens are in segments with this share of impactful tokens. The last segment of
     the sample may be cut: what it lost is dropped."""
-    counts = {"taken": (held > 0, held), "dropped": (held == 0, sizes - held)}
+    bars = (("taken", held > 0, held), ("dropped", held == 0, sizes - held))
     axis.hist(
         [share.numpy()] * 2,
         bins=np.linspace(0, 1, 26),
-        weights=[tokens.numpy() / 1000 for _, tokens in counts.values()],
-        label=[
-            f"{label}: {segments.sum():,} segments, {tokens.sum():,} tokens"
-            for label, (segments, tokens) in counts.items()
-        ],
+        weights=[tokens.numpy() / 1000 for _, _, tokens in bars],
+        label=[f"{word}: {some.sum():,} segments, {n.sum():,} tokens" for word, some, n in bars],
         color=["C0", "lightgray"],
         stacked=True,
     )
@@ -147,19 +143,15 @@ def draw_coverage(axis, distances: dict[str, Distances], target_len: int) -> Non
     axis.figure.colorbar(image, ax=axis, label="share of the distances with a pair of tokens")
 
 
-def draw_angles(axis, angles: Angles | str) -> None:
+def draw_angles(axis, a: Angles) -> None:
     """How far each pair of dimensions turns within a window: old; target before and after."""
-    if isinstance(angles, str):
-        axis.text(0.5, 0.5, angles, ha="center", va="center", wrap=True)
-        axis.set_axis_off()
-        return
-    a, pairs = angles, np.arange(len(angles.old))
+    pairs, turn = np.arange(len(a.old)), 2 * math.pi
     axis.axhline(1, color="gray", linestyle=":", label="above: went round the whole circle")
-    turns = (a.old * a.old_len / (2 * math.pi)).numpy()
-    axis.plot(pairs, turns, "k_", markersize=9, label=f"old window ({a.old_len:,}), old theta")
+    label = f"old window ({a.old_len:,}), old theta"
+    axis.plot(pairs, a.old * a.old_len / turn, "k_", markersize=9, label=label)
     lines = (("old", "C1", a.old, a.before), ("new", "C0", a.new, a.after))
     for theta, color, frequencies, new in lines:
-        turns, new = (frequencies * a.target_len / (2 * math.pi)).numpy(), new.numpy()
+        turns = frequencies * a.target_len / turn
         label = f"target ({a.target_len:,}), {theta} theta"
         axis.plot(pairs, turns, ".", color=color, markersize=5, label=label)
         label = f"angles never met: {new.sum()} of {len(new)} pairs, {theta} theta"

@@ -12,8 +12,9 @@ from support.system.bad_input import BadInput
 from support.system.console import check_ranges, log
 
 
-def check_numbers(settings) -> None:
-    """Raises BadInput for a number that makes no sense by itself."""
+def check_settings(settings) -> None:
+    """Raises BadInput for a number that makes no sense by itself, for lengths that do not fit
+    together, and for an analysis that would see nothing."""
     counts = ("base_len", "steps", "batch_sequences", "analysis_samples", "min_count")
     check_ranges(
         settings,
@@ -24,10 +25,7 @@ def check_numbers(settings) -> None:
         within_0_1=("merge_weight", "top"),
         seed=("seed",),
     )
-
-
-def check_lengths(settings) -> None:
-    """Raises BadInput for lengths that do not fit together."""
+    method, train_len = settings.method, settings.train_len
     target, window = settings.target_len, settings.base_len
     if target <= window:
         raise BadInput(f"--target_len {target} must exceed the window {window} (--base_len)")
@@ -35,25 +33,20 @@ def check_lengths(settings) -> None:
         length = getattr(settings, name)
         if not 2 <= length <= target:
             raise BadInput(f"--{name} {length} must be between 2 and --target_len {target}")
-    if settings.method == "full" and settings.train_len != target:
+    if method == "full" and train_len != target:
         raise BadInput(f"--method full needs --train_len {target}, the whole --target_len")
-    if settings.prefix and settings.method != "longrecipe":
-        raise BadInput(f"--prefix belongs to --method longrecipe, not to {settings.method}")
-    least, most = settings.min_segment_tokens, settings.train_len - 1  # two segments are needed
-    if least > most:
-        raise BadInput(f"--min_segment_tokens {least} must be below --train_len {most + 1}")
-
-
-def check_analysis(settings) -> None:
-    """Raises BadInput for an analysis that would see nothing, and for a wrong --probe_steps."""
-    needs_probe = settings.analyses and not settings.extended
-    if needs_probe and settings.method == "none" and settings.train_len <= settings.base_len:
+    if settings.prefix and method != "longrecipe":
+        raise BadInput(f"--prefix belongs to --method longrecipe, not to {method}")
+    if settings.min_segment_tokens >= train_len:  # a sample needs two segments
+        least = settings.min_segment_tokens
+        raise BadInput(f"--min_segment_tokens {least} must be below --train_len {train_len}")
+    if settings.has_probe and method == "none" and train_len <= window:
         raise BadInput(
             "--method none never leaves the old window, so its analysis would see nothing:"
             " --impactful FILE of another run, or another --select"
         )
     probe, steps = settings.probe_steps, settings.steps
-    if not int(needs_probe) <= probe <= steps:
+    if not int(settings.has_probe) <= probe <= steps:
         raise BadInput(f"--probe_steps {probe} must be between 1 and --steps {steps}")
 
 

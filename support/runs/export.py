@@ -63,15 +63,6 @@ def check_exportable(settings, options) -> None:
         )
 
 
-def describe(settings, impactful: Tensor | None, texts: tuple[Corpus, Corpus]) -> dict:
-    """What the samples depend on, and what an engine needs beside them: goes to samples.json."""
-    kept = {k: v for k, v in as_kept(settings).items() if k not in OTHER}
-    kept["impactful_types"] = None if impactful is None else impactful.nonzero()[:, 0].tolist()
-    kept["data_tokens"] = [text.tokens for text in texts]
-    kept["rope_scaling"] = settings.new_scaling
-    return {"settings": kept, "data": corpora.contents(settings)}
-
-
 def write_samples(
     settings,
     folder: str | Path,
@@ -84,56 +75,56 @@ def write_samples(
     """texts: of the extension and of the replay; learning_rate, draw: those of train.py. BadInput
     if the folder holds anything else than samples of these settings and texts."""
     folder, started = Path(folder), time.time()
-    about = describe(settings, impactful, texts)
-    plan = [(stage, i) for stage in plan_stages(settings) for i in range(stage.steps)]
-    steps = [
-        {
-            "file": f"step_{step:05d}.safetensors",
-            "stage": stage.name,
-            "samples": settings.batch_sequences,
-            "tokens": stage.tokens,
-            "lr": learning_rate(stage, i, settings.warmup_steps, step - i),
-        }
-        for step, (stage, i) in enumerate(plan)
-    ]
+    kept = {k: v for k, v in as_kept(settings).items() if k not in OTHER}
+    kept["impactful_types"] = None if impactful is None else impactful.nonzero()[:, 0].tolist()
+    kept["data_tokens"] = [text.tokens for text in texts]
+    kept["rope_scaling"] = settings.new_scaling
+    index = {"settings": kept, "data": corpora.contents(settings), "steps": []}
+    stages = [(stage, i) for stage in plan_stages(settings) for i in range(stage.steps)]
+    for step, (stage, i) in enumerate(stages):
+        row = {"file": f"step_{step:05d}.safetensors", "stage": stage.name}
+        row |= {"samples": settings.batch_sequences, "tokens": stage.tokens}
+        row["lr"] = learning_rate(stage, i, settings.warmup_steps, step - i)
+        index["steps"].append(row)
+    files = [folder / row["file"] for row in index["steps"]]
 
     def whole() -> str:
-        done = sum((folder / row["file"]).is_file() for row in steps)
-        more = "" if done == len(steps) else "; the same command goes on"
-        return f"{done} of {len(steps)} steps are whole in {folder}{more}"
+        done = sum(file.is_file() for file in files)
+        more = "" if done == len(files) else "; the same command goes on"
+        return f"{done} of {len(files)} steps are whole in {folder}{more}"
 
     def write_index(**more) -> None:
-        index = json.dumps(about | {"steps": steps} | more, indent=1)
-        write_atomically(folder / INDEX, index + "\n")
+        write_atomically(folder / INDEX, json.dumps(index | more, indent=1) + "\n")
 
     with only_writer(folder):
-        status = status_of(folder, about)
+        status = status_of(folder, index)
         with telling(whole):
             if status is None:
                 write_index(status="running")
-            for step, row in enumerate(progress(steps, "export", unit="step")):
-                if (folder / row["file"]).is_file():
+            for step, file in enumerate(progress(files, "export", unit="step")):
+                if file.is_file():
                     continue
-                text = texts[row["stage"] == "replay"]
-                samples = draw(plan[step][0], step, text, tokenizer, settings, impactful)
+                stage, _ = stages[step]
+                text = texts[stage.name == "replay"]
+                samples = draw(stage, step, text, tokenizer, settings, impactful)
                 ids, positions = (torch.stack(part).int() for part in zip(*samples, strict=True))
-                with replacing(folder / row["file"]) as file:
-                    file.write(save({"input_ids": ids, "position_ids": positions}))
+                with replacing(file) as stream:
+                    stream.write(save({"input_ids": ids, "position_ids": positions}))
             if status != "done":
                 write_index(status="done", **provenance(started))
     log(f"{whole()}; format: support/runs/export.py")
 
 
-def status_of(folder: Path, about: dict) -> str | None:
+def status_of(folder: Path, index: dict) -> str | None:
     """ "running" or "done", None for a new folder. BadInput if it holds anything else than samples
-    that are described like these."""
+    with such an index."""
     if not (folder / INDEX).is_file():
         if not is_fresh(folder, INDEX):
             raise BadInput(f"--export {folder} is not empty: another folder for the samples")
         return None
-    if found := difference(settings_of(folder, INDEX), about["settings"]):
+    begun = read_json(folder / INDEX)
+    if found := difference(settings_of(folder, INDEX), index["settings"]):
         raise BadInput(f"{folder} holds samples with {found}: another --export")
-    index = read_json(folder / INDEX)
-    if change := corpora.changed(index.get("data", []), about["data"]):
+    if change := corpora.changed(begun.get("data", []), index["data"]):
         raise BadInput(f"{change}; put it back, or another --export than {folder}")
-    return index["status"]
+    return begun["status"]

@@ -84,11 +84,11 @@ def with_absolute_paths(settings: dict) -> dict:
         if not isinstance(value, str):
             return value
         try:
-            impossible = b"\0" in os.fsencode(value)
-        except UnicodeEncodeError:
-            impossible = True
-        if impossible:
-            raise BadInput(f"no file can have the path {ascii(value)}")
+            os.lstat(value)
+        except OSError:  # it need not exist
+            pass
+        except ValueError as error:
+            raise BadInput(f"no file can have the path {value!a}") from error
         return os.path.abspath(value)
 
     return settings | {name: absolute(settings[name]) for name in PATHS if name in settings}

@@ -46,19 +46,15 @@ class RunFolder:
 
     def check_settings(self, settings: dict, resume: bool) -> None:
         """BadInput if the folder holds something else, or a run with other settings."""
-        if not resume:
-            if is_fresh(self.path, "run.json"):
-                return
-            kind, remedy = "is not empty", "--resume to go on"
-            if self.finished():
-                kind, remedy = "holds a finished run", "move it away"
-            raise BadInput(f"output folder {self.path} {kind}: another --out, or {remedy}")
-        may_differ = MAY_DIFFER
-        if not (self.path / IMPACTFUL).is_file():
-            may_differ += BEFORE_THE_ANALYSIS
-        if found := difference(settings_to_resume(self.path), settings, may_differ):
-            own = "without the flag, --resume takes the run's own"
-            raise BadInput(f"{self.path} holds a run with {found}: {own}")
+        if resume:
+            unused = () if (self.path / IMPACTFUL).is_file() else BEFORE_THE_ANALYSIS
+            if found := difference(settings_to_resume(self.path), settings, MAY_DIFFER + unused):
+                own = "without the flag, --resume takes the run's own"
+                raise BadInput(f"{self.path} holds a run with {found}: {own}")
+        elif self.finished():
+            raise BadInput(f"{self.path} holds a finished run: another --out, or move it away")
+        elif not is_fresh(self.path, "run.json"):
+            raise BadInput(f"{self.path} is not empty: another --out, or --resume to go on")
 
     def check_data(self, settings, resume: bool) -> None:
         """BadInput that names a text, or the model, that is another one than when the run began

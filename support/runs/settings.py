@@ -1,7 +1,7 @@
 """The settings of train.py: what to train, and where and how to run it. Each field is a flag of the
 same name; its text here is its help text."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from support.data.sources import is_toy_model
@@ -120,6 +120,11 @@ class Settings:
         """Does the run make an analysis itself?"""
         return self.select == "impact" and self.impactful is None
 
+    @property
+    def has_probe(self) -> bool:
+        """Does the analysis compare with the model after a probe, and not with --extended?"""
+        return self.analyses and not self.extended
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -224,19 +229,22 @@ class Stage:
 
 def plan_stages(settings: Settings) -> list[Stage]:
     """probe, extend, replay."""
-    first_select = "random" if settings.select == "impact" else settings.select  # no types yet
-    long = (settings.train_len, settings.target_len, settings.method)
-    short = (settings.replay_len, settings.replay_len, "none", "first")
-    more = {
-        "lr": settings.lr,
-        "prefix": settings.prefix,
-        "min_segment_tokens": settings.min_segment_tokens,
+    extend = Stage(
+        "extend",
+        settings.steps - settings.probe_steps,
+        settings.train_len,
+        settings.target_len,
+        settings.method,
+        settings.select,
+        settings.lr,
+        settings.prefix,
+        settings.min_segment_tokens,
         # A text that longrecipe cannot use is left out for all methods, so that all see the same
         # tokens.
-        "two_segments": settings.method != "full",
-    }
-    return [
-        Stage("probe", settings.probe_steps, *long, first_select, **more),
-        Stage("extend", settings.steps - settings.probe_steps, *long, settings.select, **more),
-        Stage("replay", settings.replay_steps, *short, settings.replay_lr),
-    ]
+        two_segments=settings.method != "full",
+    )
+    select = "random" if settings.select == "impact" else settings.select  # no types yet
+    probe = replace(extend, name="probe", steps=settings.probe_steps, select=select)
+    length, lr = settings.replay_len, settings.replay_lr
+    replay = Stage("replay", settings.replay_steps, length, length, "none", "first", lr)
+    return [probe, extend, replay]

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from support.system.bad_input import BadInput
-from support.system.signals import Terminated, signals_raise
+from support.system.signals import Terminated, handled_by, stop
 
 BARS = weakref.WeakSet()  # every progress bar of this process that may still be drawn
 
@@ -35,7 +35,7 @@ def report_errors() -> Iterator[None]:
     and exit code 2, Ctrl-C one line and exit code 130, SIGTERM one and 143; a bug keeps its
     traceback."""
     try:
-        with signals_raise():
+        with handled_by(stop):
             yield
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,9 +51,9 @@ def report_errors() -> Iterator[None]:
         reason = str(error).split("DefaultCPUAllocator: ")[-1].splitlines()
         last_line(f"error: out of memory: {' '.join(reason)}", error)
         raise SystemExit(2) from None
-    except KeyboardInterrupt as stop:
-        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        last_line(word, stop)
+    except KeyboardInterrupt as told:
+        word, code = ("terminated", 143) if isinstance(told, Terminated) else ("interrupted", 130)
+        last_line(word, told)
         raise SystemExit(code) from None
 
 

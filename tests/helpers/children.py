@@ -4,7 +4,6 @@ or cap their memory. torch is imported once: the children are forked from a serv
 import multiprocessing
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PLENTY = "plenty"  # the disk seems to have room, as one that others fill during the run
 
 
-def start(name: str, argv: list[str], log: Path, cwd: Path = ROOT, event=None):
-    """A running child of main(argv). event: (part of a path, n, signal or "cap"), what happens to
-    it at the n-th file operation on such a path; or PLENTY."""
+def start(name: str, argv: list[str], log: Path, cwd: Path, event=None):
+    """A running child of main(argv) in the folder cwd. event: (part of a path, n, signal or "cap"),
+    what happens to it at the n-th file operation on such a path; or PLENTY."""
     paths = [str(ROOT), str(ROOT / "tests/helpers"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["children_preload"])
+    context.set_forkserver_preload(["train", "eval_needle"])
     main = sys.modules["__main__"]  # pytest's: the child need not import it
     kept = {k: main.__dict__.pop(k) for k in ("__file__", "__spec__") if k in main.__dict__}
     main.__spec__ = None
@@ -66,8 +65,3 @@ def at_event(part: str, number: int, what) -> None:
                 os.kill(os.getpid(), what)
 
     sys.addaudithook(hook)
-
-
-def kill(child) -> None:
-    os.kill(child.pid, signal.SIGKILL)
-    child.join()
