@@ -334,6 +334,16 @@ class Tokens:
             self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
 
 
+def read_files(paths: list[str], tokenizer, join: bool = False) -> Tokens:
+    """The documents of files and folders; see sources.load_tokens."""
+    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths, say=True)
+    texts = [file for file in files if kind_of(file) not in IDS]
+    tokens.add_texts(read_texts(texts), tokenizer, join)
+    for file in (file for file in files if kind_of(file) in IDS):
+        tokens.add_array(read_tokens(file, tokenizer.vocab_size))
+    return tokens
+
+
 class Corpus:
     """Documents of at least min_tokens tokens, shorter ones are counted; `window` draws from them.
 
