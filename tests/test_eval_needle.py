@@ -444,23 +444,31 @@ def test_the_command_writes_results_tables_and_figures(judge, toy_dir, tmp_path)
     assert "so it repeats" not in found.err
 
 
-def test_cells_already_there_are_not_run_again(judge, tmp_path, monkeypatch):
-    """Whatever the answer holds, line separators too."""
-    measured, original = [], eval_needle.measure
+def test_results_survive_a_stop_and_are_not_measured_again(judge, tmp_path, monkeypatch, capsys):
+    """Ctrl-C before the fourth; then a result of an older version and a line that a kill cut off.
+    Answers may hold line separators."""
+    path, measured, original = tmp_path / "out" / "needle.jsonl", [], eval_needle.measure
+    stops = iter([False, False, False, True])
 
-    def odd(*args) -> dict:
-        measured.append(args)
-        return original(*args) | {"output": "a\u2028b\x85c\n", "seconds": 0}
+    def measure(*args) -> dict:
+        if next(stops, False):
+            signal.raise_signal(signal.SIGINT)
+        measured.append(original(*args) | {"output": "a\u2028b\x85c\n", "seconds": 0})
+        return measured[-1]
 
-    monkeypatch.setattr(eval_needle, "measure", odd)
-    rows, path = judge("--lengths 300").rows, tmp_path / "out" / "needle.jsonl"
-    lines = path.read_text().removesuffix("\n").split("\n")
-    old = json.loads(lines[2])  # by a version that measured no nats: measured again
-    del old["answer_logprob"]
-    path.write_text("\n".join([*lines[:2], json.dumps(old), lines[3][:40]]))  # killed at line 4
+    monkeypatch.setattr(eval_needle, "measure", measure)
+    with pytest.raises(SystemExit) as stop:
+        judge("--lengths 300")
+    assert stop.value.code == 130 and len(measured) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"interrupted; the results written are kept in {path}; the same command goes on from there"
+    )
+    lines, old = path.read_text().split("\n"), dict(measured[2])
+    del old["answer_logprob"]  # which that version did not measure
+    path.write_text("\n".join([*lines[:2], json.dumps(old), lines[0][:40]]))
     again = judge("--lengths 300 --n 3").rows
-    assert again.pop(2) == old and again[:4] == rows
-    assert len(measured) == 4 + 2 + 2  # all, lines 3 and 4, and the new repeats
+    assert len(measured) == 3 + 4  # the third again, the fourth, and the new texts
+    assert again == [*measured[:2], old, *measured[3:]] and measured[3] == measured[2]
 
 
 @pytest.mark.parametrize("rope", [(1e7, 512), (1e4, 512, yarn_scaling(64, 512)), (1e4, 512)])
@@ -513,22 +521,6 @@ def test_the_grid_and_who_is_compared_come_from_the_template_and_the_run(
     counts = Counter((r["model"], r["length"] // window) for r in rows)
     ours = {("result", times): 2 for times in (1, 2, 4)}
     assert counts == ours | {("original", 1): 2, ("original", 2): 1, ("original", 4): 1}
-
-
-def test_ctrl_c_keeps_the_rows_and_says_so(judge, tmp_path, monkeypatch, capsys):
-    measure, answers = eval_needle.measure, iter("abc")
-
-    def interrupted(*args):
-        return measure(*args) if next(answers, "") else signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(eval_needle, "measure", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        judge()
-    kept = tmp_path / "out" / "needle.jsonl"
-    assert stop.value.code == 130 and len(kept.read_text().splitlines()) == 3
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"interrupted; the results written are kept in {kept}; the same command goes on from there"
-    )
 
 
 def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path):
