@@ -22,7 +22,7 @@ import torch
 from children import ROOT
 from conftest import PROSE, one_error
 from safetensors.torch import load_file
-from test_train import code_of, command, model_bytes, read_metrics, read_run, watched
+from test_train import command, model_bytes, read_metrics, read_run, run_stopped, watched
 
 import train
 from model import load_pretrained, load_tokenizer
@@ -58,14 +58,14 @@ def finish(folder, argv, event=None, name="train") -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def seconds(place) -> float:
-    """Of place/whole, a run that nothing disturbs; it writes nothing outside --out."""
-    finish(place, ["--help"])  # the server starts
-    before, started = set(place.rglob("*")), time.monotonic()
+def whole(place) -> Path:
+    """A run that nothing disturbs; it writes nothing outside --out."""
+    before = set(place.rglob("*"))
     code, log = finish(place, flags("whole"))
     assert code == 0, log
-    assert {path.relative_to(place).parts[0] for path in {*place.rglob("*")} - before} == {"whole"}
-    return time.monotonic() - started
+    made = {path.relative_to(place).parts[0] for path in {*place.rglob("*")} - before}
+    assert made - {"log"} == {"whole"}
+    return place / "whole"
 
 
 def assert_same(out: Path, whole: Path) -> None:
@@ -79,64 +79,54 @@ def assert_same(out: Path, whole: Path) -> None:
     assert not list(out.glob("state.pt*")) and not (out / "replayed").exists()
 
 
-def go_on(place, out) -> None:
-    """--resume, or the same command where there is nothing to resume: ends like place/whole."""
+def resume_or_begin(place, out) -> list[str]:
     resumable = (place / out / "run.json").is_file()
-    code, log = finish(place, ["--resume", "--out", str(out)] if resumable else flags(out))
+    return ["--resume", "--out", str(out)] if resumable else flags(out)
+
+
+def go_on(place, out, whole: Path) -> None:
+    """The run in out ends like the whole one."""
+    code, log = finish(place, resume_or_begin(place, out))
     assert code == 0, log
-    assert_same(place / out, place / "whole")
+    assert_same(place / out, whole)
 
 
 # ---- killed or told to stop --------------------------------------------------------------------
-
-
-def kill_somewhere(place, argv, out, seconds: float, rng: random.Random) -> bool:
-    """At a random time, or at a random operation on any file or on the state's. False: the run was
-    over before."""
-    kind, event = rng.choice(("time", "any file", "state")), None
-    if kind == "any file":
-        event = (out, rng.randint(1, 250), signal.SIGKILL)
-    elif kind == "state":
-        event = (f"{out}/state.pt.writing", rng.randint(1, 16), signal.SIGKILL)
-    child = children.start("train", argv, place / "log", place, event)
-    if kind == "time":
-        child.join(rng.random() * seconds)
-        child.kill()
-    child.join()
-    return child.exitcode == -signal.SIGKILL
-
 
 MORE = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(100, 120)]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *MORE])
-def test_kill_9_at_random_moments(seed, place, seconds):
-    """One or two kills, each followed by --resume."""
+def test_kill_9_at_random_moments(seed, place, whole):
+    """One or two kills, each at a random operation on any file of the run or on its state, each
+    followed by --resume."""
     rng, out, kills = random.Random(seed), f"killed{seed}", 1 + seed % 2
     while kills:
-        resumable = (place / out / "run.json").is_file()
-        argv = ["--resume", "--out", out] if resumable else flags(out)
-        if kill_somewhere(place, argv, out, seconds, rng):
+        part, operations = rng.choice(((out, 250), (f"{out}/state.pt.writing", 16)))
+        event = (part, rng.randint(1, operations), signal.SIGKILL)
+        code, log = finish(place, resume_or_begin(place, out), event)
+        if code == -signal.SIGKILL:
             kills -= 1
         else:  # over before the kill: from the start once more
-            assert_same(place / out, place / "whole")
+            assert code == 0, log
+            assert_same(place / out, whole)
             shutil.rmtree(place / out)
-    go_on(place, out)
+    go_on(place, out, whole)
 
 
-def test_killed_before_the_first_file_is_whole(place, seconds):
+def test_killed_before_the_first_file_is_whole(place, whole):
     """The same command begins again: there is nothing to resume."""
     code, _ = finish(place, flags("begun"), ("begun/run.json", 2, signal.SIGKILL))
     assert code == -signal.SIGKILL
     assert {f.name for f in (place / "begun").iterdir()} == {".lock", "run.json.writing"}
-    go_on(place, "begun")
+    go_on(place, "begun", whole)
 
 
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_a_signal_amid_a_save_lets_it_end(number, code, word, place, seconds):
+def test_a_signal_amid_a_save_lets_it_end(number, code, word, place, whole):
     """The third save is being written: it becomes complete, and the last line tells of it."""
     found, log = finish(place, flags(word), (f"{word}/state.pt.writing", 3, number))
     assert found == code and "Traceback" not in log
@@ -144,15 +134,7 @@ def test_a_signal_amid_a_save_lets_it_end(number, code, word, place, seconds):
     step = int(re.match(told, log.splitlines()[-1])[1])
     state = torch.load(place / word / "state.pt", weights_only=True)
     assert state["step"] == step and not list((place / word).glob("*.writing"))
-    go_on(place, word)
-
-
-def ctrl_c_at(call: int):
-    """For `watched`: the call of that number begins with Ctrl-C."""
-    for number in range(1, 99):
-        if number == call:
-            os.kill(os.getpid(), signal.SIGINT)
-        yield mock.DEFAULT
+    go_on(place, word, whole)
 
 
 def test_a_second_ctrl_c_does_not_cost_the_save(toy_dir, prose_file, tmp_path, capsys):
@@ -164,11 +146,8 @@ def test_a_second_ctrl_c_does_not_cost_the_save(toy_dir, prose_file, tmp_path, c
         signal.raise_signal(signal.SIGINT)
         save(trainer)
 
-    with (
-        watched(train, "accumulate", ctrl_c_at(4)),
-        mock.patch.object(train.Trainer, "save", stopped_save),
-    ):
-        assert code_of(argv) == 130
+    with mock.patch.object(train.Trainer, "save", stopped_save):
+        assert run_stopped(argv, 3) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("interrupted; saved up to step 3 in"), last
     assert RunFolder(tmp_path / "out").load()["step"] == 3
@@ -190,7 +169,7 @@ def small_disk(folder: Path, size: str):
 
 
 @pytest.mark.parametrize(("size", "saved"), [("4k", False), ("64k", False), ("1200k", True)])
-def test_a_full_disk_keeps_the_last_save(size, saved, place, seconds):
+def test_a_full_disk_keeps_the_last_save(size, saved, place, whole):
     """A tmpfs that holds nothing, the first metrics, or one state but not two. Given more room, the
     run ends with the same bytes."""
     folder = place / f"disk{size}"
@@ -204,7 +183,7 @@ def test_a_full_disk_keeps_the_last_save(size, saved, place, seconds):
             assert "; saved up to step" in error
             assert torch.load(out / "state.pt", weights_only=True)["step"] >= 1
         subprocess.run(["mount", "-o", "remount,size=50m", str(folder)], check=True)
-        go_on(place, out)
+        go_on(place, out, whole)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(place):
@@ -235,8 +214,7 @@ def test_data_that_vanished_or_changed_is_named_by_resume(toy_dir, tmp_path, mon
     texts.mkdir()
     for path in (other, *(texts / f"{i}.txt" for i in range(3))):
         path.write_text(PROSE)
-    with watched(train, "accumulate", ctrl_c_at(2)):
-        code_of(flags(out, "--replay_data", str(other), model=model, data=texts))
+    run_stopped(flags(out, "--replay_data", str(other), model=model, data=texts), 1)
     began, resume = read_run(out), ["--resume", "--out", str(tmp_path / out)]
     for path, changed, end, message in (
         (other, other, None, "does not exist"),
@@ -312,7 +290,7 @@ def test_changes_of_the_text_of_python_and_of_the_toys_weaving_show(tmp_path, mo
 # ---- two at once, and an evaluation ------------------------------------------------------------
 
 
-def test_two_runs_on_one_folder(place, seconds):
+def test_two_runs_on_one_folder(place, whole):
     """The first is stopped in the middle of its run, not ended; the second is refused."""
     event = ("busy/metrics", 3, signal.SIGSTOP)
     first = children.start("train", flags("busy"), place / "busy.log", place, event)
@@ -329,7 +307,7 @@ def test_two_runs_on_one_folder(place, seconds):
     os.kill(first.pid, signal.SIGCONT)
     first.join()
     assert first.exitcode == 0
-    assert_same(place / "busy", place / "whole")
+    assert_same(place / "busy", whole)
 
 
 def test_a_killed_evaluation_goes_on(place):
