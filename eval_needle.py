@@ -49,7 +49,7 @@ from recipe import split_segments
 from support.data.segments import CLOSERS, STOPS, WIDE_STOPS
 from support.memory.kernels import use_flash_package
 from support.needles import tasks as table
-from support.needles.cost import announce, prompt_flops, tell_time, work_bar
+from support.needles.cost import LAYOUT, announce, prompt_flops, tell_time
 from support.needles.haystack import CITIES, NOISE, Hidden, fold, listed, load_haystack
 from support.needles.report import write_report
 from support.needles.results import Results, setup_of
@@ -64,7 +64,7 @@ from support.needles.settings import (
     resolve,
 )
 from support.system.bad_input import BadInput
-from support.system.console import report_errors
+from support.system.console import progress, report_errors
 
 # ---- 1. Tasks ----------------------------------------------------------------------------------
 
@@ -292,22 +292,21 @@ class SharedPrefix:
     def __init__(self, model: Llama):
         self.model, self.cache, self.seen = model, KVCache(), torch.empty(0, dtype=torch.int64)
 
-    def read(self, ids: Tensor, room: int) -> None:
-        """Prefill the prompt ids (T,) but for its last token, with room for `room` more."""
+    def read(self, ids: Tensor) -> None:
+        """Prefill the prompt ids (T,) but for its last token."""
         if len(ids) == 0:
             raise ValueError("a prompt must have at least one token")
         keep = min(common_prefix(self.seen, ids), len(ids) - 1)
         self.cache.truncate(keep)
-        self.cache.reserve(len(ids) + room)
         if keep < len(ids) - 1:
             prefill(self.model, ids[keep:-1], self.cache)
         self.seen = ids
 
     @torch.no_grad()
-    def log_probability(self, ids: Tensor, answer_ids: Tensor, room: int = 0) -> float:
+    def log_probability(self, ids: Tensor, answer_ids: Tensor) -> float:
         """log p(answer | prompt) in nats, summed over answer_ids: one forward pass over the
         prompt's last token and all of the answer but its last, then forgotten again."""
-        self.read(ids, max(room, len(answer_ids)))
+        self.read(ids)
         inputs, head = torch.cat([ids[-1:], answer_ids[:-1]]), self.model.lm_head.weight
         hidden = self.model.hidden(inputs[None].to(head.device), cache=self.cache)[0]
         loss, _ = linear_cross_entropy(hidden, head, answer_ids.to(head.device))
@@ -316,7 +315,7 @@ class SharedPrefix:
 
     def answer(self, ids: Tensor, max_new_tokens: int, stop_ids) -> list[int]:
         """The greedy continuation."""
-        self.read(ids, max_new_tokens)
+        self.read(ids)
         return generate(self.model, ids[-1:], max_new_tokens, self.cache, stop_ids)
 
 
@@ -383,7 +382,7 @@ def measure(asked: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dic
         result["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
         result["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
     else:
-        nats = shared.log_probability(sample.ids, sample.answer_ids, sample.answer_tokens)
+        nats = shared.log_probability(sample.ids, sample.answer_ids)
         result["answer_logprob"] = round(nats, 6)
         result["answer_tokens_scored"] = len(sample.answer_ids)
         answer = shared.answer(sample.ids, sample.answer_tokens, tokenizer.eos_ids)
@@ -432,7 +431,9 @@ def main(argv: list[str] | None = None) -> None:
         queued = [queue(c, tasks, haystack, setups, settings) for c in candidates]
         missing = [(asked, work) for q in queued for asked, work in q if not results.find(asked)]
         announce(source, haystack, candidates, [asked for asked, _ in missing], settings)
-        bar, found = work_bar(sum(work for _, work in missing)), []
+        # it counts FLOPs, not prompts: a long one takes hundreds of times as long as a short one
+        bar = progress(None, "needles", total=sum(work for _, work in missing), bar_format=LAYOUT)
+        found = []
         with results.writing():
             for candidate, q in zip(candidates, queued, strict=True):
                 found += run_candidate(candidate, q, tasks, haystack, results, bar, settings)

@@ -2,8 +2,7 @@
 
 What it is: the decoder-only transformer of the Llama family in plain PyTorch, bottom-up, with a
 loss that never holds all logits and a cache for greedy generation. fp32 logits and gradients equal
-those of `transformers`. You can copy this file into your own project. Only chapter 9 (Hugging Face
-folders), RoPE type yarn and the memory options of `Llama` need support/.
+those of `transformers`. You can copy this file alone into your own project: see `support` below.
 
 Why it exists beside `transformers`: LongRecipe (Hu et al., ACL 2025, section 4.2) trains on
 samples whose position ids have gaps. Here a position id is a RoPE position and nothing else;
@@ -62,7 +61,8 @@ except ModuleNotFoundError:
 
 
 def support(name: str):
-    """Import a module of support/ on first use, so that the rest of this file works without it."""
+    """Import a module of support/ on first use. So this file works when it is copied alone, except
+    for what needs support/: chapter 9, RoPE type yarn, and the memory options of `Llama`."""
     return import_module(f"support.{name}")
 
 
@@ -187,13 +187,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache, layer: int) -> Tensor:
         B, T, _ = x.shape  # cache: a KVCache of the tokens before these T, or None (chapter 8)
-
-        def heads(y: Tensor) -> Tensor:  # (B, T, n*d) -> (B, n, T, d)
-            return y.view(B, T, -1, self.head_dim).transpose(1, 2)
-
-        q = rotate(self.q_norm(heads(self.q_proj(x))), cos, sin)  # (B, H, T, d)
-        k = rotate(self.k_norm(heads(self.k_proj(x))), cos, sin)  # (B, KV, T, d)
-        v = heads(self.v_proj(x))
+        projected = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in projected)
+        q = rotate(self.q_norm(q), cos, sin)  # (B, H, T, d)
+        k = rotate(self.k_norm(k), cos, sin)  # (B, KV, T, d), as v
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, KV, S, d)
         return self.o_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, -1))
@@ -240,16 +237,16 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The whole model. Parameters carry the names of Hugging Face's checkpoints: no renaming.
 
-    `activation_checkpointing`: store only each layer's input and recompute the layer in the
-    backward pass, so that only one layer's activations are alive at a time. Two options refine
-    this, MLP.split a third; none changes what is computed (support/memory/activations.py)."""
+    `activation_checkpointing`: store only each layer's input, and compute the layer again in the
+    backward pass: only one layer's activations are alive at a time. Three more memory options are
+    set by support/memory/activations.py. None of the four changes what is computed."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.keep_attention = False  # False: recompute attention. True: store its output
-        self.layer_inputs = None  # None: on the device. A LayerInputsOnHost: on the host
+        self.checkpoint_options = {"use_reentrant": False}  # of torch.utils.checkpoint
+        self.around_layers = nullcontext  # a context for the loop over checkpointed layers
         embed = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -258,11 +255,8 @@ class Llama(nn.Module):
         for weight in self.parameters():
             if weight.ndim > 1:  # norms stay at one
                 nn.init.normal_(weight, std=0.02)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+        if config.tie_word_embeddings:
+            self.lm_head.weight = embed.weight
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, cache=None) -> Tensor:
         """Last hidden states after the final norm: input_ids (B, T) int64 -> (B, T, D).
@@ -292,15 +286,12 @@ class Llama(nn.Module):
             cos, sin = factor * cos, factor * sin  # of q and k: scores change by its square
         x = self.model["embed_tokens"](input_ids)
         training = self.activation_checkpointing and torch.is_grad_enabled()
-        keep = training and self.keep_attention
-        options = {"context_fn": support("memory.activations").keep_attention} if keep else {}
-        on_host = self.layer_inputs.forward_pass if training and self.layer_inputs else nullcontext
-        with on_host():
+        with self.around_layers() if training else nullcontext():
             for i, block in enumerate(self.model["layers"]):
                 # subtle: checkpoint() stores its tensor arguments for every layer. Bound with
                 # partial, cos and sin are stored once.
                 run = partial(block, cos=cos, sin=sin, cache=cache, layer=i)
-                x = checkpoint(run, x, use_reentrant=False, **options) if training else run(x)
+                x = checkpoint(run, x, **self.checkpoint_options) if training else run(x)
         if cache is not None:
             cache.length += T
         return self.model["norm"](x)
@@ -333,8 +324,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += ((lse - logits.gather(-1, index))[:, 0] * valid).sum()
             if of_hidden or of_weight:
                 # d loss / d z[t, v] = softmax(z)[t, v] - [v == y_t]
-                grad = logits.sub_(lse).exp_()
-                grad.scatter_add_(-1, index, -torch.ones_like(lse))
+                grad = logits.sub_(lse).exp_().scatter_add_(-1, index, -torch.ones_like(lse))
                 grad = grad.mul_(valid[:, None]).to(hidden.dtype)
                 if of_hidden:
                     grad_hidden[i : i + chunk_tokens] = grad @ weight
@@ -380,19 +370,14 @@ def linear_cross_entropy(
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: a (2, B, KV, room, d) tensor for each layer.
+    """Keys and values of the `length` tokens seen so far: a (2, B, KV, room, d) tensor a layer.
 
-    `truncate(n)` forgets all but the first n of the `length` tokens, so that prompts share the
-    prefill of a common beginning. `reserve(n)` makes room for n tokens at once; without it the
-    room doubles whenever it is full."""
+    `truncate(n)` forgets all but the first n tokens, so that prompts share the prefill of a common
+    beginning."""
 
     def __init__(self):
         self.length = 0
-        self._capacity = 0
-        self._layers: list[Tensor] = []
-
-    def reserve(self, tokens: int) -> None:
-        self._capacity = max(self._capacity, tokens)
+        self.layers: dict[int, Tensor] = {}
 
     def truncate(self, length: int) -> None:
         if not 0 <= length <= self.length:
@@ -401,13 +386,10 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (B, KV, T, d) of one layer; returns views (B, KV, length + T, d)."""
-        new = torch.stack((k, v))
-        if layer == len(self._layers):
-            self._layers.append(new[:, :, :, :0])
-        kept, end = self._layers[layer], self.length + k.shape[2]
-        if kept.shape[3] < end:
-            room = max(end, self._capacity, 2 * kept.shape[3])
-            kept = self._layers[layer] = F.pad(kept, (0, 0, 0, room - kept.shape[3]))
+        new, end = torch.stack((k, v)), self.length + k.shape[2]
+        kept = self.layers.get(layer, new[:, :, :, :0])
+        if (missing := end - kept.shape[3]) > 0:  # with room for 1,024 more: no copy for each
+            kept = self.layers[layer] = F.pad(kept, (0, 0, 0, missing + 1024))
         kept[:, :, :, self.length : end] = new
         return kept[0, :, :, :end], kept[1, :, :, :end]
 
@@ -419,14 +401,11 @@ def prefill(
     """Run ids (T,) int64, T >= 1, after what the cache holds -> (last logits (V,), cache).
 
     To save memory, chunk_tokens at a time (None: 16,384 on a GPU, 2,048 on a CPU)."""
-    if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(f"ids must be (T,) with at least one token, got {tuple(ids.shape)}")
     cache = KVCache() if cache is None else cache
-    cache.reserve(cache.length + len(ids))
     ids = ids.to(model.lm_head.weight.device)
     chunk_tokens = chunk_tokens or (16_384 if ids.is_cuda else 2048)
-    for i in range(0, len(ids), chunk_tokens):
-        h = model.hidden(ids[None, i : i + chunk_tokens], cache=cache)
+    for chunk in ids.split(chunk_tokens):
+        h = model.hidden(chunk[None], cache=cache)
     return model.lm_head(h[0, -1]), cache  # logits of the last token only
 
 
@@ -437,8 +416,6 @@ def generate(
     """Greedy continuation. ids (T,) int64, T >= 1: the tokens not yet in the cache -> the new ids.
 
     Stops before the first id in stop_ids (which is not returned) or after max_new_tokens."""
-    cache = KVCache() if cache is None else cache
-    cache.reserve(cache.length + len(ids) + max_new_tokens)
     logits, cache = prefill(model, ids, cache)
     out: list[int] = []
     while len(out) < max_new_tokens and (token := int(logits.argmax())) not in stop_ids:

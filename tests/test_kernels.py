@@ -5,20 +5,21 @@ import contextlib
 import functools
 import gc
 import os
-import subprocess
-import sys
+import runpy
 import types
 
 import pytest
 import torch
-from smollm2 import ROOT
+import torch.nn.functional as F
 
 import eval_needle
 import model as model_py
-from model import KVCache, Llama, LlamaConfig, linear_cross_entropy, prefill
+import train
+from model import Llama, LlamaConfig, linear_cross_entropy, prefill
 from support.memory import activations, kernels
-from support.memory.activations import LayerInputsOnHost
+from support.memory.activations import LayerInputsOnHost, host_memory
 from support.needles import cost
+from support.system import console
 
 CUDNN, FLASH, EFFICIENT = kernels.CUDA_BACKENDS
 A100, H100 = (8, 0), (9, 0)
@@ -28,65 +29,71 @@ CONFIG = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
 # ---- which attention kernel --------------------------------------------------------------------
 
 
-class OnGpu:
-    """What the choice asks of a tensor on a GPU."""
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU."""
 
-    def __init__(self, T, d=128, dtype=torch.bfloat16, requires_grad=False):
-        self.shape, self.dtype, self.requires_grad = (1, 8, T, d), dtype, requires_grad
-        self.is_cuda, self.device = True, torch.device("cuda")
+    is_cuda = True
+
+
+def on_gpu(T, d=64, dtype=torch.bfloat16, heads=8, **options) -> torch.Tensor:
+    """Without memory: it knows its shape only."""
+    options |= {"dtype": dtype, "device": "meta"}
+    return torch.empty(1, heads, T, d, **options).as_subclass(OnGpu)
 
 
 @pytest.mark.parametrize(
-    ("T", "S", "gpu", "first"),
+    ("gpu", "whole", "kernel"),
     [
-        (39_424, 39_424, H100, CUDNN),
-        (39_424, 39_424, (10, 0), CUDNN),
-        (39_424, 39_424, A100, FLASH),
-        (1, 131_072, H100, FLASH),  # a new token
-        (16_384, 131_072, H100, FLASH),
+        (A100, [FLASH, EFFICIENT], "flash"),
+        (H100, [CUDNN, FLASH, EFFICIENT], "cudnn"),
+        ((10, 0), [CUDNN, FLASH, EFFICIENT], "cudnn"),
     ],
 )
-def test_cudnn_is_for_whole_sequences_on_hopper_and_newer(T, S, gpu, first, monkeypatch):
-    monkeypatch.setattr(kernels, "capability", lambda _: gpu)
-    monkeypatch.setattr(kernels, "sdpa_kernel", lambda backends, set_priority: backends)
-    backends = kernels.chosen(OnGpu(T), OnGpu(S))
-    assert backends == [CUDNN, FLASH, EFFICIENT][first == FLASH :]
-
-
-@pytest.mark.parametrize(("gpu", "kernel"), [(H100, "cudnn"), (A100, "flash")])
-def test_a_past_is_joined_on_a_gpu_where_it_pays(gpu, kernel, monkeypatch):
-    monkeypatch.setattr(kernels, "capability", lambda _: gpu)
-    past = OnGpu(9000)
-    chosen = kernels.joining(OnGpu(2048), past)
-    kernel = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
-    assert getattr(chosen, "func", chosen) is kernel
+def test_the_kernels_of_a_gpu(gpu, whole, kernel, monkeypatch):
+    """cuDNN's is for whole sequences, on Hopper and newer. A past is joined where that pays, and
+    the kernels take what they are given: their logsumexp fits."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
+    past = on_gpu(5000, heads=2)
+    assert kernels.backends(on_gpu(5000), past) == whole
+    assert kernels.backends(on_gpu(1), past) == [FLASH, EFFICIENT]  # a new token
+    found = kernels.joining(q := on_gpu(2048), past)
+    out = kernels.past_and_own(q, past, past, found)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    aten = torch.ops.aten
+    assert getattr(found, "func", found) is getattr(aten, f"_scaled_dot_product_{kernel}_attention")
     for q, k in (
-        (OnGpu(1), past),  # a new token
-        (OnGpu(100), past),  # a question behind a text
-        (OnGpu(9000), past),  # nothing past
-        (OnGpu(2048, requires_grad=True), past),
-        (OnGpu(2048), OnGpu(9000, requires_grad=True)),
-        (OnGpu(2048, dtype=torch.float32), past),
-        (OnGpu(2048, d=20), past),
+        (on_gpu(1), past),
+        (on_gpu(100), past),  # a question behind a text
+        (on_gpu(5000), past),  # nothing past
+        (on_gpu(2048, requires_grad=True), past),
+        (on_gpu(2048), on_gpu(5000, requires_grad=True)),
+        (on_gpu(2048, dtype=torch.float32), past),
+        (on_gpu(2048, d=20), past),
     ):
         assert kernels.joining(q, k) is None
     cpu = torch.zeros(1, 8, 2, 16), torch.zeros(1, 8, 9, 16)
-    assert isinstance(kernels.chosen(*cpu), contextlib.nullcontext)
-    assert kernels.joining(*cpu) is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    assert kernels.joining(*cpu) is aten._scaled_dot_product_flash_attention_for_cpu
 
 
-@pytest.mark.parametrize("gpu", [A100, H100])
-def test_the_kernels_of_a_gpu_take_what_is_given_and_their_logsumexp_fits(gpu):
-    """On tensors without memory, which know the kernels' shapes."""
-    q = torch.empty(1, 8, 2048, 64, dtype=torch.bfloat16, device="meta")
-    k = torch.empty(1, 2, 5000, 64, dtype=torch.bfloat16, device="meta")
-    out = kernels.past_and_own(q, k, k, kernels.kernel_with_lse("cuda", gpu))
-    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_runs_on_the_chosen_kernels(dtype, monkeypatch):
+    """In fp32 with a key and value head for each query head: no kernel of CUDA groups them."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: H100)
+    asked, original = [], kernels.sdpa_kernel
+    monkeypatch.setattr(
+        kernels, "sdpa_kernel", lambda kinds, **options: asked.append(kinds) or original(kinds)
+    )
+    q, k, v = (torch.randn(1, n, 9, 16, dtype=dtype).as_subclass(OnGpu) for n in (4, 2, 2))
+    out = kernels.scaled_dot_product_attention(q, k, v, None, is_causal=True, enable_gqa=True)
+    plain = (x.as_subclass(torch.Tensor) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(*plain, is_causal=True, enable_gqa=True)
+    assert torch.equal(out.as_subclass(torch.Tensor), expected)
+    assert asked == [[CUDNN, FLASH, EFFICIENT]]
 
 
 def test_an_installed_flash_package_is_handed_to_torch_and_preferred(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: H100)
     assert kernels.in_words() == "cuDNN for whole sequences, torch's flash kernel after a past"
     with pytest.raises(ValueError, match="flash-attn-4 .*flash_attn_interface"):
         kernels.use_flash_package()
@@ -101,7 +108,7 @@ def test_an_installed_flash_package_is_handed_to_torch_and_preferred(monkeypatch
     current = lambda: active[0] if active else None  # noqa: E731
     monkeypatch.setattr(kernels.torch_attention, "current_flash_attention_impl", current)
     assert kernels.use_flash_package() == kernels.in_words() == "FA3"
-    assert kernels.cuda_backends(64, 64, H100) == [FLASH, EFFICIENT]
+    assert kernels.backends(on_gpu(64), on_gpu(64)) == [FLASH, EFFICIENT]
 
 
 def test_an_evaluation_takes_the_flash_package_and_says_what_runs(toy_dir, monkeypatch, capsys):
@@ -139,11 +146,10 @@ def compile_by(monkeypatch, compiled) -> list[str]:
     return names
 
 
-def gradients(layer_inputs=None) -> list[torch.Tensor]:
+def gradients(around_layers=contextlib.nullcontext) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = Llama(CONFIG)
-    model.activation_checkpointing = model.keep_attention = True
-    model.layer_inputs = layer_inputs
+    model.activation_checkpointing, model.around_layers = True, around_layers
     h = model.hidden(torch.arange(40)[None])
     loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
     (loss / n).backward()
@@ -192,16 +198,19 @@ def test_a_fault_of_the_function_itself_is_not_taken_for_a_failed_compilation(mo
 
 
 @pytest.mark.parametrize(
-    ("command", "given"),
-    [("train", {}), ("eval_needle", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"})],
+    "given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "x:y"}]
 )
-def test_every_command_expands_segments_unless_the_user_says_otherwise(command, given):
+def test_every_command_expands_segments_unless_the_user_says_otherwise(given, monkeypatch):
+    assert train.report_errors is eval_needle.report_errors is console.report_errors
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    env = {k: v for k, v in os.environ.items() if k not in names} | given
-    code = f"import {command}, os, torch; print(os.environ['PYTORCH_CUDA_ALLOC_CONF'])"
-    argv = [sys.executable, "-c", f"{code}; assert not torch.cuda.is_initialized()"]
-    done = subprocess.run(argv, check=True, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == given.get(names[0], "expandable_segments:True")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(console.__file__)  # as the first import of it
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == (given or {names[0]: "expandable_segments:True"})
 
 
 # ---- page-locked memory ------------------------------------------------------------------------
@@ -243,96 +252,38 @@ def test_page_locked_memory_is_unregistered_when_its_last_tensor_goes(cuda_runti
     assert not cuda_runtime
 
 
-class Streams:
-    """Stand-ins for torch.cuda's streams that write down who waits for what."""
+def test_offloaded_inputs_leave_and_return_on_a_stream_of_their_own(monkeypatch, cuda_runtime):
+    """Each copy begins when the computing stream has its source, and that stream goes on to the
+    next copy when this one is done."""
+    expected, log, now = gradients(), [], ["computing"]
 
-    def __init__(self, monkeypatch):
-        self.log, self.now = [], "computing"
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.stream("copying"))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream(self.now))
-        monkeypatch.setattr(torch.cuda, "stream", self.inside)
-        monkeypatch.setattr(activations, "on_gpu", lambda device: True)
-        monkeypatch.setattr(torch.Tensor, "record_stream", None)  # holds memory for too long
+    def stream(name: str):
+        def wait_stream(other) -> None:
+            log.append(f"{name} waits for {other.name}")
 
-    def stream(self, name: str):
-        return types.SimpleNamespace(
-            wait_stream=lambda other: self.log.append((name, "waits for", other.name)),
-            wait_event=lambda event: self.log.append((name, "waits for", event)),
-            record_event=functools.partial(self.event, name),
-            name=name,
-        )
-
-    def event(self, name: str) -> str:
-        n = sum("event" in line for line in self.log)
-        self.log.append((name, "event", n))
-        return f"event {n}"
+        return types.SimpleNamespace(name=name, wait_stream=wait_stream)
 
     @contextlib.contextmanager
-    def inside(self, stream):
-        self.now, before = stream.name, self.now
+    def inside(stream):
+        now.append(stream.name)
         yield
-        self.now = before
+        now.pop()
 
+    def copy(self, other, non_blocking=False, copy=torch.Tensor.copy_):
+        if non_blocking:
+            log.append(f"copied while {now[-1]}")
+        return copy(self, other)
 
-def test_offloaded_inputs_leave_and_return_on_a_stream_of_their_own(monkeypatch, cuda_runtime):
-    expected = gradients()
-    streams, inputs = Streams(monkeypatch), LayerInputsOnHost()
-    found = gradients(inputs)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    monkeypatch.setattr(torch.cpu, "Stream", lambda device: stream("copying"))
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda: stream(now[-1]))
+    monkeypatch.setattr(torch.cpu, "stream", inside)
+    monkeypatch.setattr(activations, "host_memory", lambda size, locked: host_memory(size, True))
+    found = gradients(inputs := LayerInputsOnHost())
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    log = []  # layers 0, 1 and 2 leave; 2, 1 and 0 come back
-    for i in range(6):
-        log.append(
-            ("copying", "waits for", "computing")
-        )  # until the input, or its memory, is there
-        log.append(("copying", "event", i))
-        log.append(("computing", "waits for", f"event {i}"))
-    assert streams.log == log
-    assert inputs.leaving is None and not inputs.ahead and len(cuda_runtime) == 3
+    # layers 0, 1 and 2 leave; 1 and 0 come back, 2 is still there
+    one = ["copying waits for computing", "copied while copying", "computing waits for copying"]
+    assert log == 5 * one and not inputs.moving and len(cuda_runtime) == 3
     del inputs
     gc.collect()
     assert not cuda_runtime
-
-
-# ---- the MLP in pieces -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_mlp_in_pieces_changes_no_bit(dtype, checkpointing, monkeypatch):
-    monkeypatch.setattr(activations, "PIECE_TOKENS", 64)
-    config = LlamaConfig(97, 64, 192, 2, 4, 2, 16, 64)
-    kept, grads = [], []
-    for split in (False, True):
-        torch.manual_seed(0)
-        model = Llama(config).to(dtype)
-        model.activation_checkpointing = checkpointing
-        for block in model.model["layers"]:
-            block.mlp.split = split
-        model.model["embed_tokens"].weight.requires_grad_(False)
-        widths = []
-
-        def pack(x, widths=widths):
-            widths.append(x.shape[-1] if x.ndim == 3 else 0)
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            h = model.hidden((torch.arange(300) % 97)[None])
-        kept.append(sum(width == 192 for width in widths))
-        (h.float().square().mean()).backward()
-        grads.append([h.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert len(grads[0]) > 15
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    if not checkpointing:
-        assert kept[0] >= 6 and kept[1] == 0  # nothing as wide as the MLP is kept
-
-
-# ---- the cache ---------------------------------------------------------------------------------
-
-
-def test_the_cache_doubles_its_room_instead_of_copying_at_each_token():
-    model, cache, rooms = Llama(CONFIG), KVCache(), []
-    with torch.no_grad():
-        for i in range(40):
-            model.hidden(torch.tensor([[i]]), cache=cache)
-            rooms.append(cache._layers[0].shape[3])
-    assert cache.length == 40 and sorted(set(rooms)) == [1, 2, 4, 8, 16, 32, 64]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ from model import (
 )
 from support.data.sources import standard_library_topics
 from support.huggingface import yarn
-from support.memory.activations import LayerInputsOnHost
+from support.memory import activations
+from support.memory.activations import LayerInputsOnHost, set_levers
 
 
 def position_ids(kind: str, T: int) -> torch.Tensor:
@@ -279,32 +281,47 @@ class Watch(TorchDispatchMode):
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
-def test_activation_checkpointing_changes_no_bit_and_computes_attention_once():
-    """Nor do its levers: attention computed again, layer inputs on the host."""
-    config = LlamaConfig(97, 32, 48, 3, 4, 2, 8, 64)
-    grads = []
-    for on, keep, offload in ((0, 1, 0), (1, 1, 0), (1, 0, 0), (1, 1, 1), (1, 0, 1)):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_activation_checkpointing_and_its_levers_change_no_bit(dtype, monkeypatch):
+    """Attention runs forward once a layer where it is kept, else twice. The host gets the layer
+    inputs and nothing else. In pieces the MLP keeps nothing of its width (192)."""
+    monkeypatch.setattr(activations, "PIECE_TOKENS", 64)
+    ids, results = (torch.arange(130) % 97)[None], []
+    for on, keep, offload, split in [
+        (0, 1, 0, 0),
+        (0, 1, 0, 1),
+        *itertools.product([1], *3 * [(0, 1)]),
+    ]:
         torch.manual_seed(0)
-        model = Llama(config)
-        model.activation_checkpointing, model.keep_attention = bool(on), bool(keep)
-        model.layer_inputs = LayerInputsOnHost() if offload else None
+        model = Llama(LlamaConfig(97, 64, 192, 2, 4, 2, 16, 64)).to(dtype)
+        model.model["embed_tokens"].weight.requires_grad_(False)
+        names = {"keep_attention": keep, "offload_inputs": offload, "split_mlp": split}
+        set_levers(model, SimpleNamespace(**names))
+        model.activation_checkpointing, widths = bool(on), []
+
+        def pack(x, widths=widths):
+            widths.append(x.shape[-1] if x.ndim == 3 else 0)
+            return x
+
         for _ in range(2):  # the second sequence finds the host's buffers used
             with Watch() as watch:
-                h = model.hidden(torch.arange(40)[None])
-                loss, n = linear_cross_entropy(h, model.lm_head.weight, torch.arange(1, 41)[None])
-                (loss / n).backward()
-        assert watch.calls[ATTENTION] == (3 if keep else 6)  # one a layer, or two
-        assert watch.calls[f"{ATTENTION}_backward"] == 3
-        assert not offload or len(model.layer_inputs.buffers) == 3  # the layer inputs, no angles
-        grads.append([p.grad for p in model.parameters()])
-    for other in grads[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                    h = model.hidden(ids)
+                h.float().square().mean().backward()
+        assert (192 in widths) == (not on and not split)
+        assert watch.calls[ATTENTION] == (2 if keep else 4)
+        assert watch.calls[f"{ATTENTION}_backward"] == 2
+        assert not offload or len(model.around_layers.buffers) == 2  # no angles
+        results.append([h.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == 20
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_a_second_forward_pass_before_the_backward_pass_is_noticed():
     """Its layer inputs would have taken the place of the first one's."""
     model = Llama(LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64))
-    model.activation_checkpointing, model.layer_inputs = True, LayerInputsOnHost()
+    model.activation_checkpointing, model.around_layers = True, LayerInputsOnHost()
     first, second = (model.hidden(torch.arange(9)[None]).sum() for _ in range(2))
     second.backward()
     with pytest.raises(RuntimeError, match="overwritten"):
@@ -363,14 +380,23 @@ def test_chunked_prefill_and_generation_equal_the_uncached_forward(tmp_path):
     assert generate(model, ids, 8, stop_ids={slow[104]}) == slow[101:104]
 
 
+def test_the_cache_makes_room_for_many_tokens_at_once():
+    model, cache, ids, rooms = Llama(SMALL), KVCache(), torch.arange(1500) % 50, set()
+    for chunk in ids.split(100):
+        logits, _ = prefill(model, chunk, cache)
+        rooms.add(cache.layers[0].shape[3])
+    assert rooms == {100 + 1024, 1200 + 1024}
+    with torch.no_grad():
+        assert (logits - model(ids[None])[0, -1]).abs().max() < 1e-5
+
+
 SMALL = LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64)
 MODEL, WINDOWED = Llama(SMALL), Llama(dataclasses.replace(SMALL, sliding_window=50))
 NONE, IDS = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
 HEADS, HEAD = torch.zeros(1, 2, 5, 8), MODEL.lm_head.weight
 REFUSED = [  # the message, the function, its arguments
-    ("at least one token", prefill, MODEL, NONE),
-    (r"ids must be .* got \(1, 4\)", generate, MODEL, IDS, 3),
-    (r"got \(0,\)", generate, MODEL, NONE, 3),
+    (r"input_ids \(1, 0\)", prefill, MODEL, NONE),
+    (r"input_ids \(1, 1, 4\)", generate, MODEL, IDS, 3),
     (r"input_ids \(1, 0\)", MODEL, IDS[:, :0]),
     (r"input_ids \(0, 4\)", MODEL.hidden, IDS[:0]),
     (r"input_ids \(4,\)", MODEL, IDS[0]),

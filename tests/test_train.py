@@ -23,6 +23,7 @@ from support.data import sources
 from support.data.sources import load_texts, load_tokens
 from support.data.text import Corpus
 from support.data.toy import TINY
+from support.memory.activations import LayerInputsOnHost, keep_attention
 from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
 from support.runs.flags import as_kept, base_of_run, settings_of
@@ -189,7 +190,8 @@ def test_every_setting_reaches_its_place(toy_dir, tmp_path, prose_file):
 
     name, model, *numbers = made.call_args.args
     assert (name, numbers) == ("adamw", [5e-3, 0.3])
-    assert model.activation_checkpointing and model.keep_attention and model.layer_inputs
+    assert model.activation_checkpointing and isinstance(model.around_layers, LayerInputsOnHost)
+    assert model.checkpoint_options["context_fn"] is keep_attention
     assert [call.args[2] for call in stepped.call_args_list] == [0.7] * 9
     expected = [2.5e-3, *[5e-3] * 5, 1e-3, 2e-3 / 3, 1e-3 / 3]
     assert [row["lr"] for row in read_metrics(out)] == pytest.approx(expected)

@@ -66,7 +66,8 @@ def fill(
         # subtle: the tensor may be a view of the mapped file; a copy releases the mapping
         state[name] = tensor.to(device=device, dtype=dtype, copy=True)
     model.load_state_dict(state, assign=True, strict=False)
-    model.tie_weights()
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model["embed_tokens"].weight
     return model
 
 

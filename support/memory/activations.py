@@ -20,14 +20,26 @@ None changes a bit of the gradients (tested on a CPU)."""
 
 import mmap
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
 
 PIECE_TOKENS = 4096  # of the MLP at a time, with --split_mlp
+
+
+def set_levers(model, settings) -> None:
+    """Activation checkpointing on, and the three levers as the settings say."""
+    model.activation_checkpointing = True
+    kept = keep_attention if settings.keep_attention else noop_context_fn
+    model.checkpoint_options = {"use_reentrant": False, "context_fn": kept}
+    model.around_layers = LayerInputsOnHost() if settings.offload_inputs else nullcontext
+    for block in model.model["layers"]:
+        block.mlp.split = settings.split_mlp
 
 
 def keep_attention():
@@ -81,88 +93,72 @@ class _SplitMLP(torch.autograd.Function):
 
 
 class LayerInputsOnHost:
-    """`with self.forward_pass():` around the loop over checkpointed layers; whatever autograd saves
+    """A context for the loop over checkpointed layers, `with inputs():`. Whatever autograd saves
     inside (the layer inputs and nothing else, see model.hidden) goes to the host and comes back
     when the backward pass asks for it, layer by layer from the last.
 
     One host buffer a layer, made once and used again for every sequence. So one forward pass must
-    be followed by its backward pass before the next begins: RuntimeError otherwise. On a GPU two
-    layer inputs are there at a time: the one in use, and one on its way."""
+    be followed by its backward pass before the next begins: RuntimeError otherwise. The device
+    holds two layer inputs at a time: the one in use, and one on its way."""
 
     def __init__(self):
-        self.buffers: list[Tensor] = []
-        self.stream: torch.cuda.Stream | None = None
-        self.saved = self.passes = 0
-        self.leaving: tuple[Tensor, torch.cuda.Event] | None = None  # on its way to the host
-        self.ahead: dict[int, tuple[Tensor, torch.cuda.Event]] = {}  # on their way back
+        self.buffers: list[Tensor] = []  # uint8, one a layer
+        self.inputs: list[Tensor] = []  # of this pass, on the host
+        self.passes = 0
+        self.moving: dict[int, Tensor] = {}  # layer: its input on the device, which is being copied
+        self.stream = None  # of the copies
 
-    def forward_pass(self) -> torch.autograd.graph.saved_tensors_hooks:
-        self.saved, self.passes = 0, self.passes + 1
-        self.let_go()
-        self.ahead.clear()
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-
-    def buffer(self, i: int, like: Tensor) -> Tensor:
-        """The host memory of layer i, shaped as `like`; page-locked where the device is a GPU."""
-        size = like.numel() * like.element_size()
-        if i == len(self.buffers):
-            self.buffers.append(torch.empty(0, dtype=torch.uint8))
-        if self.buffers[i].numel() < size:
-            self.buffers[i] = host_memory(size, locked=on_gpu(like.device))
-        return self.buffers[i][:size].view(like.dtype).view(like.shape)
+    def __call__(self) -> saved_tensors_hooks:
+        self.wait()
+        self.passes, self.inputs = self.passes + 1, []
+        return saved_tensors_hooks(self.pack, self.unpack)
 
     def pack(self, x: Tensor):
         if x.numel() == 0:  # a dummy of torch.utils.checkpoint
             return x
-        i, self.saved = self.saved, self.saved + 1
-        host = self.buffer(i, x)
-        if on_gpu(x.device):
-            self.let_go()
-            self.stream = self.stream or torch.cuda.Stream(x.device)
-            self.stream.wait_stream(torch.cuda.current_stream())  # until x is computed
-            with torch.cuda.stream(self.stream):
-                host.copy_(x, non_blocking=True)
-            self.leaving = x, self.stream.record_event()
-        else:
-            host.copy_(x)
-        return self.passes, i, host, x.device
-
-    def let_go(self) -> None:
-        """Release the input that was last sent to the host. Its memory may be used again as soon as
-        the copy has read it: for that the computing stream waits."""
-        if self.leaving:
-            torch.cuda.current_stream().wait_event(self.leaving[1])
-        self.leaving = None
+        i = len(self.inputs)
+        if i == len(self.buffers) or self.buffers[i].nbytes < x.nbytes:
+            self.buffers[i : i + 1] = [host_memory(x.nbytes, locked=x.is_cuda)]
+        self.inputs.append(self.buffers[i][: x.nbytes].view(x.dtype).view(x.shape))
+        self.start_copy(i, x, self.inputs[i], x)
+        return self.passes, i, x.device
 
     def unpack(self, packed) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        passes, i, host, device = packed
+        passes, i, device = packed
         if passes != self.passes:
             raise RuntimeError("a second forward pass has overwritten the layer inputs of this one")
-        if not on_gpu(device):
-            return host.clone()
-        self.let_go()
-        x, arrived = self.ahead.pop(i, None) or self.fetch(i, host, device)
-        torch.cuda.current_stream().wait_event(arrived)
-        if i > 0:  # start the copy for the next layer of the backward pass
-            before = self.buffer(i - 1, x)
-            self.ahead[i - 1] = self.fetch(i - 1, before, device)
+        if i not in self.moving:
+            self.fetch(i, device)
+        x = self.moving[i]
+        self.wait()
+        if i > 0:  # for the next layer of the backward pass
+            self.fetch(i - 1, device)
         return x
 
-    def fetch(self, i: int, host: Tensor, device: torch.device):
-        """Start the copy back. subtle: the memory comes from the computing stream's pool, so the
-        copy first waits for what that stream was told before: it may still use this memory. That
-        also keeps the copies from running more than one layer ahead."""
-        x = torch.empty(host.shape, dtype=host.dtype, device=device)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            x.copy_(host, non_blocking=True)
-        return x, self.stream.record_event()
+    def fetch(self, i: int, device: torch.device) -> None:
+        x = torch.empty_like(self.inputs[i], device=device)
+        self.start_copy(i, x, x, self.inputs[i])
 
+    def start_copy(self, i: int, x: Tensor, to: Tensor, source: Tensor) -> None:
+        """subtle: the copying stream first waits for what the computing stream was told so far: it
+        may still compute `source`, or use the memory that `to` was given from its pool. That also
+        keeps the copies from running more than one layer ahead."""
+        self.wait()
+        device = torch.get_device_module(x.device)  # torch.cuda; on a CPU, streams do nothing
+        self.stream = self.stream or device.Stream(x.device)
+        self.stream.wait_stream(device.current_stream())
+        with device.stream(self.stream):
+            to.copy_(source, non_blocking=True)
+        self.moving[i] = x
 
-def on_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
+    def wait(self) -> None:
+        """Let the computing stream wait for the copy under way. Then the host has the input, and
+        its memory on the device may be used again; or the device has it."""
+        for x in self.moving.values():
+            torch.get_device_module(x.device).current_stream().wait_stream(self.stream)
+        self.moving.clear()
 
 
 def host_memory(size: int, locked: bool) -> Tensor:
@@ -179,18 +175,9 @@ def host_memory(size: int, locked: bool) -> Tensor:
     if locked:
         address, cuda = memory.data_ptr(), torch.cuda.cudart()
         torch.cuda.check_error(int(cuda.cudaHostRegister(address, size, 0)))
-        weakref.finalize(array, unlock, address, pages).atexit = False
+
+        def unlock(pages: mmap.mmap) -> None:
+            torch.cuda.check_error(int(cuda.cudaHostUnregister(address)))
+
+        weakref.finalize(array, unlock, pages).atexit = False
     return memory
-
-
-def unlock(address: int, pages: mmap.mmap) -> None:
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
-
-
-def set_levers(model, settings) -> None:
-    """Activation checkpointing on, and the three levers as the settings say."""
-    model.activation_checkpointing = True
-    model.keep_attention = settings.keep_attention
-    model.layer_inputs = LayerInputsOnHost() if settings.offload_inputs else None
-    for block in model.model["layers"]:
-        block.mlp.split = settings.split_mlp

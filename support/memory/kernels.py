@@ -4,7 +4,6 @@ On a CPU nothing here changes anything, except that attention to a past is joine
 (see `joining`). model.py works without this file; torch then chooses its kernels itself."""
 
 import os
-from contextlib import nullcontext
 from functools import partial, wraps
 
 import torch
@@ -28,56 +27,39 @@ PACKAGES = {"FA4": "flash-attn-4", "FA3": "flash_attn_interface, built from sour
 # ---- attention ---------------------------------------------------------------------------------
 
 
-def cuda_backends(T: int, S: int, capability: tuple[int, int]) -> list[Backend]:
-    """Kernels for T queries and S keys on a GPU of this compute capability, the preferred one
-    first.
-
-    cuDNN's takes half the time of torch's flash kernel on Hopper (9.0) and newer. It is left out on
-    older GPUs, where it is slower; where T < S, because it prepares itself anew for each S; and
-    where a flash attention package is active."""
-    if T == S and capability >= (9, 0) and torch_attention.current_flash_attention_impl() is None:
-        return CUDA_BACKENDS
-    return CUDA_BACKENDS[1:]
+def cudnn_is_fastest(device: torch.device | None = None) -> bool:
+    """For whole sequences: cuDNN's kernel takes half the time of torch's flash kernel on Hopper
+    (compute capability 9.0) and newer. Not on older GPUs, nor beside a flash attention package."""
+    newer = torch.cuda.get_device_capability(device) >= (9, 0)
+    return newer and torch_attention.current_flash_attention_impl() is None
 
 
-def capability(x: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device)
-
-
-def chosen(q: Tensor, k: Tensor):
-    """A context in which scaled_dot_product_attention(q, k, ...) runs on cuda_backends."""
-    if not q.is_cuda:
-        return nullcontext()
-    return sdpa_kernel(cuda_backends(q.shape[2], k.shape[2], capability(q)), set_priority=True)
-
-
-def kernel_with_lse(device: str, capability: tuple[int, int] = (0, 0)):
-    """The fastest kernel(q, k, v, is_causal=...) -> (output, logsumexp of the scaled scores, ...)
-    on a device of this type. The logsumexp has no gradient."""
-    aten = torch.ops.aten
-    if device == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu
-    if Backend.CUDNN_ATTENTION in cuda_backends(1, 1, capability):
-        options = {"attn_bias": None, "compute_log_sumexp": True}
-        return partial(aten._scaled_dot_product_cudnn_attention, **options)
-    return aten._scaled_dot_product_flash_attention
+def backends(q: Tensor, k: Tensor) -> list[Backend]:
+    """Kernels for these shapes on a GPU, the preferred one first. For T < S without cuDNN's, which
+    prepares itself anew for each S."""
+    whole = q.shape[2] == k.shape[2]
+    return CUDA_BACKENDS if whole and cudnn_is_fastest(q.device) else CUDA_BACKENDS[1:]
 
 
 def joining(q: Tensor, k: Tensor):
-    """kernel_with_lse where attention to the past and to the T tokens themselves should be computed
-    apart and joined by past_and_own; None where one call is better, or a gradient is needed.
+    """The kernel(q, k, v, is_causal=...) -> (output, logsumexp of the scaled scores, ...) by which
+    attention to the past and to the T tokens themselves should be computed apart and joined by
+    past_and_own; None where one call is better, or a gradient is needed: the logsumexp has none.
 
     On a CPU the two calls take half the time of one with a (T, S) mask. On a GPU they run on the
     kernel that is fastest for whole sequences; for few queries one flash call does as well."""
-    T, S = q.shape[2], k.shape[2]
+    T, S, aten = q.shape[2], k.shape[2], torch.ops.aten
     if not 1 < T < S or q.requires_grad or k.requires_grad:
         return None
     if q.device.type == "cpu":
-        return kernel_with_lse("cpu")
+        return aten._scaled_dot_product_flash_attention_for_cpu
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if q.is_cuda and half and q.shape[3] % 8 == 0 and T >= JOIN_FROM_TOKENS:
-        return kernel_with_lse("cuda", capability(q))
-    return None
+    if not (q.is_cuda and half and q.shape[3] % 8 == 0 and T >= JOIN_FROM_TOKENS):
+        return None
+    if cudnn_is_fastest(q.device):
+        options = {"attn_bias": None, "compute_log_sumexp": True}
+        return partial(aten._scaled_dot_product_cudnn_attention, **options)
+    return aten._scaled_dot_product_flash_attention
 
 
 def past_and_own(q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
@@ -95,10 +77,11 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask, **option
     """torch's function of this name, on the fastest kernels for these shapes and this device."""
     if kernel := joining(q, k):  # for T < S without gradients
         return past_and_own(q, k, v, kernel)
-    if q.is_cuda and q.dtype == torch.float32:
-        # CUDA's only memory-linear fp32 kernel does not support grouped heads
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
+    if q.dtype == torch.float32:  # CUDA's only memory-linear kernel has no grouped heads there
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    with chosen(q, k):
+    with sdpa_kernel(backends(q, k), set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
@@ -120,8 +103,7 @@ def in_words() -> str:
     if not torch.cuda.is_available():
         return ""
     flash = torch_attention.current_flash_attention_impl() or "torch's flash kernel"
-    cudnn = Backend.CUDNN_ATTENTION in cuda_backends(1, 1, torch.cuda.get_device_capability())
-    return f"cuDNN for whole sequences, {flash} after a past" if cudnn else flash
+    return f"cuDNN for whole sequences, {flash} after a past" if cudnn_is_fastest() else flash
 
 
 # ---- compilation -------------------------------------------------------------------------------
@@ -139,18 +121,18 @@ def compiled_in_training(function):
     each prompt has another length and would be compiled again; so does a CPU. LONGRECIPE_COMPILE=0
     switches compilation off. If it fails, for example because there is no C compiler, one line is
     logged and the function runs uncompiled from then on."""
-    compiled, works = None, True
+    compiled = None
 
     @wraps(function)
     def run(*tensors: Tensor) -> Tensor:
-        nonlocal compiled, works
-        if not (works and trains_on_gpu(tensors[0]) and os.environ.get(COMPILE) != "0"):
+        nonlocal compiled
+        if not trains_on_gpu(tensors[0]) or os.environ.get(COMPILE) == "0":
             return function(*tensors)
         compiled = compiled or torch.compile(function)
         try:
             return compiled(*tensors)
         except torch._dynamo.exc.TorchDynamoException as error:
-            works = False
+            compiled = function
             reason = str(error).strip().split("\n")[0]
             log(f"{function.__name__} runs without torch.compile: {reason}")
             return function(*tensors)

@@ -26,37 +26,44 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> "MasterAdamW":
     """The optimizer called `name` (one of NAMES). Raises BadInput if adamw-8bit needs torchao and
     it is not installed."""
-    kinds = dict(zip(NAMES, (MasterAdamW, HostAdamW, EightBitAdamW), strict=True))
-    return kinds[name](model, lr, weight_decay)
+    if name == "adamw-8bit":
+        return EightBitAdamW(model, lr, weight_decay)
+    return MasterAdamW(model, lr, weight_decay, on_host=name == "adamw-host")
 
 
 class MasterAdamW:
-    """torch.optim.AdamW on fp32 master weights, all on the model's device.
+    """torch.optim.AdamW on fp32 master weights, on the model's device or on the host.
 
-    bf16 keeps 8 bits: near 1.0 its step is 0.0078, so an update of 1e-5 would vanish. For bf16
-    models the fp32 masters take the update and the bf16 weights are rounded from them after each
-    step; for fp32 models the weights are their own masters."""
+    bf16 keeps 8 bits: near 1.0 its step is 0.0078, so an update of 1e-5 would vanish. So the fp32
+    masters take the update, and the weights are rounded from them after each step. fp32 weights on
+    the model's device are their own masters.
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float):
+    A step walks through the tensors, so that the host needs room for one gradient only. The copies
+    go through two buffers of the size of the largest tensor, page-locked if the model is on a GPU:
+    from ordinary memory the driver copies several times slower."""
+
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float, on_host: bool = False):
         self.params = [p for p in model.parameters() if p.requires_grad]
         for p in self.params:
             # subtle: otherwise bf16 gradients of 96 sequences are summed in bf16 (1 % off).
             # deepcopy and load_state_dict(assign=True) reset it
             p.grad_dtype = torch.float32
-        self.mastered = self.with_master()
-        self.masters = [self.master(p) for p in self.mastered]
+        self.mastered = [p for p in self.params if self.has_master(p)]
+        self.masters, self.on_host = [p.detach() for p in self.mastered], on_host
+        if on_host:
+            self.masters = [p.to("cpu", torch.float32, copy=True) for p in self.masters]
+            largest, pin = max(p.numel() for p in self.mastered), self.params[0].is_cuda
+            self.gradient = torch.empty(largest, dtype=torch.float32, pin_memory=pin)
+            self.rounded = torch.empty(largest, dtype=self.params[0].dtype, pin_memory=pin)
+        self.masters = [m.float() for m in self.masters]
         groups = [
             {"params": [m for m in self.masters if m.ndim > 1], "weight_decay": weight_decay},
             {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
 
-    def with_master(self) -> list[Tensor]:
-        """The parameters that this AdamW updates."""
-        return self.params
-
-    def master(self, p: Tensor) -> Tensor:
-        return p if p.dtype == torch.float32 else p.detach().float()
+    def has_master(self, p: Tensor) -> bool:
+        return True
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float, usable: bool = True) -> float:
@@ -73,12 +80,14 @@ class MasterAdamW:
 
     def update(self) -> None:
         for p, master in zip(self.mastered, self.masters, strict=True):
-            master.grad = p.grad
-        self.adamw.step()
-        for p, master in zip(self.mastered, self.masters, strict=True):
-            if p is not master:
-                p.copy_(master)
-                master.grad = None
+            if p.grad is None:
+                continue
+            n = p.numel()
+            master.grad = self.gradient[:n].view_as(p).copy_(p.grad) if self.on_host else p.grad
+            p.grad = None  # frees 4 bytes a parameter of the device
+            self.adamw.step()  # of this tensor only: the other masters have no gradient
+            master.grad = None
+            p.copy_(self.rounded[:n].view_as(p).copy_(master) if self.on_host else master)
 
     def state_dict(self) -> dict:
         return {"masters": [m.detach() for m in self.masters], "adamw": self.adamw.state_dict()}
@@ -93,35 +102,6 @@ class MasterAdamW:
         saved = state["adamw"]
         own = {i: {k: v.clone() for k, v in x.items()} for i, x in saved["state"].items()}
         self.adamw.load_state_dict(saved | {"state": own})
-
-
-class HostAdamW(MasterAdamW):
-    """masters, m and v in host memory (12 bytes a parameter), whatever the model's dtype.
-
-    A step walks through the tensors: gradient to the host, AdamW on that tensor, rounded weight
-    back. On CUDA the copies go through page-locked buffers of the size of the largest tensor:
-    from ordinary memory the driver copies several times slower."""
-
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float):
-        super().__init__(model, lr, weight_decay)
-        largest, pin = max(p.numel() for p in self.params), self.params[0].is_cuda
-        self.gradient = torch.empty(largest, dtype=torch.float32, pin_memory=pin)
-        self.rounded = torch.empty(largest, dtype=self.params[0].dtype, pin_memory=pin)
-
-    def master(self, p: Tensor) -> Tensor:
-        return p.detach().to("cpu", torch.float32, copy=True)
-
-    def update(self) -> None:
-        for p, master in zip(self.params, self.masters, strict=True):
-            if p.grad is None:
-                continue
-            gradient = self.gradient[: p.numel()].view_as(master)
-            rounded = self.rounded[: p.numel()].view_as(master)
-            master.grad = gradient.copy_(p.grad)
-            p.grad = None  # frees 4 bytes a parameter of the device
-            self.adamw.step()  # of this tensor only: the others have no gradient
-            master.grad = None
-            p.copy_(rounded.copy_(master))
 
 
 class EightBitAdamW(MasterAdamW):
@@ -139,8 +119,8 @@ class EightBitAdamW(MasterAdamW):
         self.steps = 0
         super().__init__(model, lr, weight_decay)
 
-    def with_master(self) -> list[Tensor]:
-        return [p for p in self.params if p.ndim < 2]
+    def has_master(self, p: Tensor) -> bool:
+        return p.ndim < 2
 
     def update(self) -> None:
         super().update()

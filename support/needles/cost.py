@@ -6,7 +6,7 @@ import torch
 
 from support.memory.count import forward_flops
 from support.memory.kernels import in_words
-from support.system.console import log, progress
+from support.system.console import log
 
 DECODE = 16  # a generated token costs about as much time as so many of a prompt, on a CPU
 
@@ -44,11 +44,7 @@ def announce(source: str, haystack, candidates: list, missing: list[dict], setti
     log(f"to do: {len(missing):,} prompts of {tokens:,} tokens together")
 
 
-def work_bar(total: float):
-    """A progress bar whose unit is work (FLOPs), not prompts: one of 131,072 tokens takes hundreds
-    of times as long as one of 8,192, and its ETA knows that."""
-    layout = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    return progress(None, "needles", total=total, bar_format=layout)
+LAYOUT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # of the progress bar
 
 
 def tell_time(work: float, config, prefill, tokens: int = 256) -> None:
