@@ -453,7 +453,7 @@ def test_the_command_writes_results_tables_and_figures(judge, toy_dir, tmp_path)
         "key-value cache at 900 tokens: 0.00 GiB (float32)",
         "to do: 30 prompts of 25,500 tokens together",
         "--depths is not for needles_8: the needles divide the text among them",
-        "a short prompt is read at",
+        "tokens are read at",
     ):
         assert part in found.out + found.err
     assert "so it repeats" not in found.err
