@@ -106,7 +106,7 @@ def read_config(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_dir():
         kind = "is a file" if path.is_file() else "does not exist"
-        raise BadInput(f"model folder {path} {kind} (--model takes a folder with config.json)")
+        raise BadInput(f"model folder {path} {kind} (a folder with a config.json is needed)")
     if not (path / "config.json").is_file():
         raise not_a_model(path, "config.json")
     if (path / "adapter_config.json").is_file():

@@ -14,8 +14,10 @@ DECODE = 16  # a generated token costs about as much time as so many of a prompt
 def kv_cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
     """Keys and values of all layers.
 
-    Llama-3-8B at 131,072 tokens in bfloat16: 2 x 32 layers x 8 heads x 128 x 131,072 x 2 bytes =
-    16 GiB."""
+    >>> from support.memory.count import LLAMA3_8B
+    >>> kv_cache_bytes(LLAMA3_8B, 131_072, torch.bfloat16) / 2**30  # GiB
+    16.0
+    """
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return per_token * tokens * dtype.itemsize
 
