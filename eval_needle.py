@@ -49,7 +49,7 @@ from recipe import split_segments
 from support.data.segments import CLOSERS, STOPS, WIDE_STOPS
 from support.memory.kernels import use_flash_package
 from support.needles import tasks as table
-from support.needles.cost import announce, prompt_flops, tell_time, work_bar
+from support.needles.cost import LAYOUT, announce, prompt_flops, tell_time
 from support.needles.haystack import CITIES, NOISE, Hidden, fold, listed, load_haystack
 from support.needles.report import write_report
 from support.needles.results import Results, setup_of
@@ -64,7 +64,7 @@ from support.needles.settings import (
     resolve,
 )
 from support.system.bad_input import BadInput
-from support.system.console import report_errors
+from support.system.console import progress, report_errors
 
 # ---- 1. Tasks ----------------------------------------------------------------------------------
 
@@ -404,7 +404,8 @@ def run_candidate(
                 model.config = candidate.config
                 shared = SharedPrefix(model)
                 if bar.n == 0 and settings.device == "cpu":  # a GPU needs little time
-                    tell_time(bar.total, model.config, functools.partial(prefill, model))
+                    read = functools.partial(prefill, model)
+                    tell_time(bar.total, model.config, read, settings.lengths[-1])
             sample = sample_of(asked, tasks, haystack, candidate.control)
             known = results.add(measure(asked, sample, shared, haystack.tokenizer))
             bar.set_description(candidate.label, refresh=False)
@@ -431,7 +432,9 @@ def main(argv: list[str] | None = None) -> None:
         queued = [queue(c, tasks, haystack, setups, settings) for c in candidates]
         missing = [(asked, work) for q in queued for asked, work in q if not results.find(asked)]
         announce(source, haystack, candidates, [asked for asked, _ in missing], settings)
-        bar, found = work_bar(sum(work for _, work in missing)), []
+        # it counts FLOPs, not prompts: a long one takes hundreds of times as long as a short one
+        bar = progress(None, "needles", total=sum(work for _, work in missing), bar_format=LAYOUT)
+        found = []
         with results.writing():
             for candidate, q in zip(candidates, queued, strict=True):
                 found += run_candidate(candidate, q, tasks, haystack, results, bar, settings)

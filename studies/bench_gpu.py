@@ -15,9 +15,9 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -32,12 +32,11 @@ from support.memory.activations import set_levers
 from support.memory.optimizer import make_optimizer
 from support.system.bad_input import BadInput
 from support.system.console import provenance, report_errors
-from train import accumulate, next_token_targets
+from train import Settings, accumulate, next_token_targets
 
 LLAMA3_8B = LlamaConfig(**vars(budget.LLAMA3_8B), max_position_embeddings=8192)
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, tie_word_embeddings=True)
 TOY = LlamaConfig(512, 64, 128, 2, 4, 2, 16, 64)
-LEVERS = ("keep_attention", "offload_inputs", "split_mlp")
 
 
 class Bench:
@@ -57,7 +56,7 @@ class Bench:
         assets/results/gpu.json has the part, else estimated."""
         step, best = self.step, ("keep_attention", "offload_inputs")
         small = partial(step, "keep_attention", config=self.small, optimizer="adamw")
-        full = partial(step, "offload_inputs", "split_mlp", tokens=self.target, sequences=1)
+        full = partial(step, "offload_inputs", "split_mlp", tokens=self.target)
         uncompiled = partial(step, *best, compiled=False)
         eight_bit = partial(step, "offload_inputs", optimizer="adamw-8bit")
         return {
@@ -79,9 +78,7 @@ class Bench:
             f"attention {self.target}": (20, partial(self.attention, self.target)),
         }
 
-    # ---- measuring -----------------------------------------------------------------------------
-
-    def once(self, work) -> float:
+    def once(self, work: Callable) -> float:
         """Seconds of one call."""
         wait = torch.cuda.synchronize if self.on_gpu else lambda: None
         wait()
@@ -90,16 +87,17 @@ class Bench:
         wait()
         return time.perf_counter() - started
 
-    def seconds(self, work, n: int = 3) -> float:
+    def seconds(self, work: Callable, n: int = 3) -> float:
         """Best of n, after one to warm up."""
         work()
         return min(self.once(work) for _ in range(n))
 
     def peaks(self) -> dict:
-        """Bytes since the part began (main resets the counters); None without a GPU."""
-        names = ("max_allocated", "max_reserved")
-        read = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
-        return {k: f() if self.on_gpu else None for k, f in zip(names, read, strict=True)}
+        """Bytes since the part began; None without a GPU."""
+        if not self.on_gpu:
+            return {"max_allocated": None, "max_reserved": None}
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"max_allocated": allocated, "max_reserved": reserved}
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=self.dtype, device=self.device)
@@ -115,8 +113,8 @@ class Bench:
 
     def trainee(self, config: LlamaConfig, tokens: int, optimizer: str, levers=()) -> tuple:
         """(a model with these levers, its optimizer, one batch of one random sample, settings)."""
-        settings = SimpleNamespace(**{name: name in levers for name in LEVERS})
-        settings.optimizer, settings.dtype = optimizer, str(self.dtype).removeprefix("torch.")
+        settings = Settings(optimizer=optimizer, dtype=str(self.dtype).removeprefix("torch."))
+        settings = replace(settings, **dict.fromkeys(levers, True))
         model, ids = self.model(config), torch.randint(config.vocab_size, (1, tokens))
         set_levers(model, settings)
         batch = [(ids, torch.arange(tokens)[None], next_token_targets(ids))]
@@ -179,28 +177,22 @@ class Bench:
         return found
 
     def step(
-        self,
-        *levers: str,
-        tokens: int | None = None,
-        config: LlamaConfig | None = None,
-        optimizer: str = "adamw-host",
-        sequences: int = 2,
-        compiled: bool = True,
+        self, *levers: str, tokens=0, config=None, optimizer="adamw-host", compiled=True
     ) -> dict:
         """Seconds a sequence, causal MFU, peaks of memory; then one optimizer step."""
         tokens, config = tokens or self.sample, config or self.config
+        sequences = 1 if tokens == self.target else 2
         model, stepper, batch, settings = self.trainee(config, tokens, optimizer, levers)
         with mock.patch.dict(os.environ, {kernels.COMPILE: str(int(compiled))}):
             accumulate(model, batch)  # warm up: gradients, page-locked buffers
             total = self.once(lambda: [accumulate(model, batch) for _ in range(sequences)])
-            seconds = total / sequences
             of_sequences = self.peaks()
             stepper.step(1e-6, 1.0)  # makes m and v
             loss = accumulate(model, batch)
         step_s = self.once(lambda: stepper.step(1e-6, 1.0))
         return {
-            **budget.speed(config, tokens, 1, seconds, self.device),
-            "seconds_per_sequence": seconds,
+            **budget.speed(config, tokens, 1, total / sequences, self.device),
+            "seconds_per_sequence": total / sequences,
             "optimizer_step_s": step_s,
             "loss": loss,
             **self.peaks(),
@@ -249,27 +241,25 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description="What one GPU does with a Llama-3-8B, part by part.")
     p.add_argument("--out", type=Path, default=Path("assets/results/gpu.json"))
     p.add_argument("--parts", nargs="+", help="some of Bench.parts (None: all)")
-    p.add_argument("--minutes", type=float, help="run the first parts that fit (None: all)")
+    p.add_argument("--minutes", type=float, default=1e9, help="run the first parts that fit")
     p.add_argument("--cap_GB", type=float, help="1e9 bytes that may be allocated (None: all)")
     p.add_argument("--toy", action="store_true", help="a tiny model, on whatever is here")
     args = p.parse_args(argv)
     with report_errors():
-        on_gpu = torch.cuda.is_available()
-        if not (args.toy or on_gpu):
+        if not (args.toy or torch.cuda.is_available()):
             raise BadInput("no CUDA device here; --toy runs on a CPU")
-        parts = Bench(args).parts()
+        parts, left = Bench(args).parts(), 60 * args.minutes
         if unknown := set(args.parts or ()) - set(parts):
             raise BadInput(f"--parts {sorted(unknown)} are none of {list(parts)}")
         found = read_json(args.out) or {"parts": {}}
         done = [name for name, result in found["parts"].items() if "failed" not in result]
         print("there already:", ", ".join(done) or "nothing", flush=True)
-        left = 60 * (float("inf") if args.minutes is None else args.minutes)
         for name in args.parts or parts:
             seconds, work = parts[name]
             if name in done or seconds > left:
                 continue
             started, left = time.time(), left - seconds
-            if on_gpu:
+            if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             try:
                 result = work()

@@ -14,15 +14,20 @@ transformers' generate, one by one. Linux only (/proc).
 """
 
 import argparse
+import contextlib
 import ctypes
-import math
+import itertools
+import multiprocessing
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import RESULTS, in_processes, write_json
+from common import RESULTS, write_json
 
 from eval_needle import TASKS, Haystack, SharedPrefix, make_sample
 from model import linear_cross_entropy, load_pretrained, load_tokenizer
@@ -101,7 +106,14 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def timed_step(engine, tokens: int) -> dict:
+def start(kind: str, folder: str, dtype: torch.dtype) -> None:
+    """In a process of its own: the engine that the work there is done with."""
+    global engine
+    torch.manual_seed(0)
+    engine = ENGINES[kind](folder, dtype)
+
+
+def timed_step(tokens: int) -> dict:
     short, positions = torch.randint(0, 256, (1, 64)), torch.arange(64)[None]
     engine.forward_backward(short, positions)
     engine.step()  # the optimizer state exists from here on
@@ -116,35 +128,25 @@ def timed_step(engine, tokens: int) -> dict:
     return {"seconds": seconds, "peak_GiB": peak, "above_state_GiB": peak - before}
 
 
-def timed_answers(engine, prompts: list[list[int]], new_tokens: int, stop: int) -> dict:
+def timed_answers(prompts: list[list[int]], new_tokens: int, stop: int) -> dict:
     started = time.perf_counter()
     answers = engine.answers([torch.tensor(ids) for ids in prompts], new_tokens, stop)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "answers": answers, "peak_GiB": resident_gib("VmHWM")}
 
 
-def worker(kind: str, folder: str, dtype: torch.dtype, pipe) -> None:
-    """Does the work that comes through the pipe until None comes."""
-    torch.manual_seed(0)
-    engine = ENGINES[kind](folder, dtype)
-    while task := pipe.recv():
-        work, *args = task
-        pipe.send(work(engine, *args))
-
-
 def in_turns(folder: str, dtype: torch.dtype, work, tasks: list[tuple]) -> dict[str, list[dict]]:
     """What each of the two found for each task but the first, which warms up."""
-    pipes, found = in_processes(worker, tuple(ENGINES), folder, dtype), {k: [] for k in ENGINES}
-    for task in tasks:
-        for kind, pipe in pipes.items():
-            pipe.send((work, *task))
+    found: dict[str, list[dict]] = {kind: [] for kind in ENGINES}
+    with contextlib.ExitStack() as both:
+        own = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), start)
+        processes = {kind: both.enter_context(own((kind, folder, dtype))) for kind in ENGINES}
+        for task, (kind, process) in itertools.product(tasks, processes.items()):
             try:
-                found[kind].append(pipe.recv())
-            except EOFError:
+                found[kind].append(process.submit(work, *task).result())
+            except BrokenProcessPool:
                 raise BadInput(f"the process of {kind} was killed: too little memory?") from None
             print(f"{kind}: {found[kind][-1]['seconds']:.2f} s", flush=True)
-    for pipe in pipes.values():
-        pipe.send(None)
     return {kind: rows[1:] for kind, rows in found.items()}
 
 
@@ -157,27 +159,19 @@ def steps(args, tokens: int, n: int) -> dict[str, list[dict]]:
 
 
 def step(args) -> dict:
-    found = steps(args, args.tokens, args.n)
-    timed = {kind: [row["seconds"] for row in rows] for kind, rows in found.items()}
+    timed = steps(args, args.tokens, args.n)
     # Memory is measured in a second run, whose allocator returns freed tensors at once: otherwise
     # the peak would include its free lists. (That costs time, so those steps are not timed.)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     held = {kind: rows[0] for kind, rows in steps(args, args.tokens, 1).items()}
-    ratios = [a / b for a, b in zip(timed["ours"], timed["transformers"], strict=True)]
-    memory = held["ours"]["above_state_GiB"] / held["transformers"]["above_state_GiB"]
+    seconds = {kind: [row["seconds"] for row in rows] for kind, rows in timed.items()}
+    ratios = [ours / theirs for ours, theirs in zip(*seconds.values(), strict=True)]
+    ours, theirs = (held[kind]["above_state_GiB"] for kind in ENGINES)
     return {
-        "median": {
-            kind: {
-                "seconds": round(statistics.median(timed[kind]), 2),
-                "peak_GiB": round(held[kind]["peak_GiB"], 3),
-                "above_state_GiB": round(held[kind]["above_state_GiB"], 3),
-            }
-            for kind in ENGINES
-        },
-        "all_seconds": timed,
-        "time_ratio": round(statistics.median(ratios), 3),
-        "time_ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-        "memory_ratio": round(memory, 3),
+        "median": {k: held[k] | {"seconds": statistics.median(seconds[k])} for k in ENGINES},
+        "all_seconds": seconds,
+        "time_ratio": statistics.median(ratios),
+        "memory_ratio": ours / theirs,
     }
 
 
@@ -201,8 +195,8 @@ def lengths(args) -> dict:
 
 def by_length(rows: list[dict]) -> dict:
     """The fits, and the ratio of the medians of each length."""
-    measured, ratios = sorted({r["tokens"] for r in rows}), {}
-    for tokens in measured:
+    ratios = {}
+    for tokens in sorted({r["tokens"] for r in rows}):
         same = [r for r in rows if r["tokens"] == tokens]
         ours, theirs = (statistics.median(r[kind] for r in same) for kind in ENGINES)
         ratios[tokens] = round(ours / theirs, 3)
@@ -212,8 +206,7 @@ def by_length(rows: list[dict]) -> dict:
 def fit(rows: list[dict], kind: str) -> dict:
     """seconds = a T + b T^2, least squares of the relative error. No constant: the
     optimizer's step is too short to show beside points that scatter by several percent."""
-    points = [(r["tokens"], r[kind]) for r in rows]
-    T, s = (torch.tensor(x, dtype=torch.float64) for x in zip(*points, strict=True))
+    T, s = (torch.tensor([r[k] for r in rows], dtype=torch.float64) for k in ("tokens", kind))
     design = torch.stack((T / s, T**2 / s), dim=1)
     solution = torch.linalg.lstsq(design, torch.ones(len(s), 1, dtype=torch.float64)).solution
     worst = float((design @ solution - 1).abs().max())
@@ -226,24 +219,21 @@ def draw(found: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes, rows = figure.subplots(), found["rows"]
-    measured = sorted({r["tokens"] for r in rows})
-    T = torch.logspace(math.log2(measured[0]), math.log2(measured[-1]), 100, base=2)
+    axes, measured = figure.subplots(), [r["tokens"] for r in found["rows"]]
+    T = torch.linspace(min(measured), max(measured), 200)
     for (kind, f), colour in zip(found["fit"].items(), ("tab:blue", "tab:orange"), strict=True):
-        points = [(r["tokens"], 1e3 * r[kind] / r["tokens"]) for r in rows]
-        axes.plot(*zip(*points, strict=True), "o", color=colour, label=f"{kind}, a step each")
+        times = [1e3 * r[kind] / r["tokens"] for r in found["rows"]]
+        axes.plot(measured, times, "o", color=colour, label=f"{kind}, a step each")
         a, b = f["s_per_token"], f["s_per_token_squared"]
         label = f"fit: {a * 1e3:.2f} ms + {b * 1e6:.2f} µs x T"
         axes.plot(T, 1e3 * (a + b * T), color=colour, label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(measured, [f"{n:,}" for n in measured])
-    axes.set_xlabel("T: length of the sample, tokens")
+    axes.set_xticks(sorted(set(measured)), [f"{n:,}" for n in sorted(set(measured))])
+    axes.set(xlabel="T: length of the sample, tokens", ylim=(0, None))
     axes.set_ylabel("time of a training step, milliseconds a token")
-    axes.set_ylim(bottom=0)
-    n = ", ".join(str(sum(r["tokens"] == tokens for r in rows)) for tokens in measured)
     machine = f"{found['threads']} cores of {found['hardware']}"
     about = f"{found['model']}, {found['dtype']}, {machine}"
-    axes.set_title(f"{about}\npairs of steps by length: n = {n}", fontsize=10)
+    axes.set_title(f"{about}\n{len(measured)} pairs of steps", fontsize=10)
     axes.legend(fontsize=9)
     figure.savefig(path, dpi=120)
 
@@ -264,17 +254,19 @@ def needles(args) -> dict:
     ours, theirs = ([x for row in rows for x in row["answers"]] for rows in found.values())
     pairs = zip(args.lengths, *seconds.values(), strict=True)
     return {
-        "seconds_of_all_rows": {kind: round(sum(s), 1) for kind, s in seconds.items()},
-        "ratio": round(sum(seconds["ours"]) / sum(seconds["transformers"]), 3),
-        "ratio_by_length": {n: round(a / b, 3) for n, a, b in pairs},
+        "seconds_of_all_rows": {kind: sum(each) for kind, each in seconds.items()},
+        "ratio_by_length": {n: a / b for n, a, b in pairs},
         "answers": len(ours),
         "answers_equal": sum(a == b for a, b in zip(ours, theirs, strict=True)),
-        "peak_GiB_of": {k: round(rows[-1]["peak_GiB"], 2) for k, rows in found.items()},
+        "peak_GiB_of": {kind: rows[-1]["peak_GiB"] for kind, rows in found.items()},
     }
 
 
-WORK = {"step": (step, "cost"), "lengths": (lengths, "cost_by_length")}
-WORK |= {"needles": (needles, "eval_cost")}
+WORK = {  # what to measure -> function, file in assets/results
+    "step": (step, "cost"),
+    "lengths": (lengths, "cost_by_length"),
+    "needles": (needles, "eval_cost"),
+}
 
 
 def main(argv=None) -> None:

@@ -6,14 +6,13 @@ Importing this file lets a study import the repository's own files and tests/hel
 
 import abc
 import argparse
-import dataclasses
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +23,10 @@ import train  # noqa: E402
 from model import LlamaConfig, load_pretrained, save_pretrained  # noqa: E402
 from recipe import ntk_rope_base  # noqa: E402
 from support.huggingface.config import yarn_scaling  # noqa: E402
+from support.huggingface.hashes import Hashes  # noqa: E402
 from support.memory.machine import HERE, machine  # noqa: E402
 from support.needles.intervals import clustered, mean_of, paired  # noqa: E402
+from support.needles.summary import by_text, grouped  # noqa: E402
 from support.system.bad_input import BadInput  # noqa: E402
 from support.system.console import log, provenance  # noqa: E402
 from support.system.whole_files import write_atomically  # noqa: E402
@@ -59,44 +60,50 @@ def write_json(file: Path, found: dict, indent: int | None = None) -> None:
     write_atomically(file, json.dumps(found, indent=indent) + "\n")
 
 
-def in_processes(work, kinds: tuple[str, ...], *args) -> dict:
-    """Start work(kind, *args, pipe) in a process for each kind -> kind -> our end of its pipe,
-    whose recv() raises EOFError once that process is gone."""
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for kind in kinds:
-        pipes[kind], theirs = context.Pipe()
-        context.Process(target=work, args=(kind, *args, theirs), daemon=True).start()
-        theirs.close()
-    return pipes
+def table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
+    """Of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def cells_table(rows: list[dict[str, str]]) -> str:
+    """The columns in which some row has a cell."""
+    if not rows:
+        return "Not run yet."
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
+    return table(columns, ([row[column] for column in columns] for row in rows))
 
 
 # ---- trainings ----
 
 
-def resolved(flags: list[str]) -> tuple[train.Settings, train.RunOptions]:
+def resolved(flags: str) -> train.Settings:
     """What train.py, as it is now, makes of these flags."""
-    given, options = train.parse(flags)
+    given, options = train.parse(flags.split())
     config = LlamaConfig.from_dir(given["model"])
-    return train.resolve(given, config, machine(HERE, "cpu", options.out)), options
+    return train.resolve(given, config, machine(HERE, "cpu", options.out))
 
 
-def settings_of(flags: str) -> dict:
-    return train.as_kept(*resolved(flags.split()))
+def naming_no_machine(record: dict) -> dict:
+    """With paths relative to the repository."""
+    return json.loads(json.dumps(record).replace(f"{ROOT}/", ""))
 
 
 def recipe_in(settings: dict) -> dict:
-    """The settings that a result depends on, whatever the machine; paths relative to the
-    repository, so that a record names no machine."""
+    """The settings (as a run keeps them) that a result depends on, whatever the machine."""
     own = ("impactful", "model", "out", "plan", "resume", "device", "save_minutes", "no_saves")
     own += ("keep_stages", "optimizer", "keep_attention", "offload_inputs")  # change no result
-    kept = {k: v for k, v in settings.items() if k not in own}
-    return json.loads(json.dumps(kept).replace(f"{ROOT}/", ""))
+    return naming_no_machine({k: v for k, v in settings.items() if k not in own})
+
+
+def recipe_of(flags: str) -> dict:
+    return recipe_in(train.as_kept(resolved(flags)))
 
 
 def same_recipe(recorded: dict, flags: str) -> bool:
     """Do the flags now give the settings that were recorded? A setting that only one of the two
     versions of train.py knows is not compared."""
-    now, then = recipe_in(settings_of(flags)), recipe_in(recorded)
+    now, then = recipe_of(flags), recipe_in(recorded)
     return all(now[k] == then[k] for k in now.keys() & then.keys())
 
 
@@ -114,17 +121,28 @@ def train_into(out: Path, flags: str) -> dict:
 # ---- what was measured of a model ----
 
 
+def answers_of(model: Path, judged: Path, texts: int) -> list[dict]:
+    """The results in judged/needle.jsonl of these very weights and of the first `texts` texts of
+    each length. Of two results for one prompt, by two versions of a task, the newer counts."""
+    identity = Hashes(judged / "needle_hashes.json").of_model(model)
+    newest = {
+        (r["task"], r["length"], r["repeat"], r["depth"]): r
+        for r in read_lines(judged / "needle.jsonl")
+        if r["identity"] == identity and r["repeat"] < texts
+    }
+    return list(newest.values())
+
+
 def measured(results: list[dict]) -> dict:
     """The answers of one model: "scores" (1: the whole answer was found) and "nats" (the
-    log-probability of the right answer), each as length -> a list for each text."""
-    found: dict[str, dict] = {"scores": {}, "nats": {}}
-    answers = [r for r in results if r["task"] != "loss"]
-    for r in sorted(answers, key=lambda r: r["repeat"]):
-        for name, value in (("scores", r["score"]), ("nats", r["answer_logprob"])):
-            texts = found[name].setdefault(str(r["length"]), {})
-            texts.setdefault(r["repeat"], []).append(value)
-    for lengths in found.values():
-        lengths |= {length: list(texts.values()) for length, texts in lengths.items()}
+    log-probability of the right answer), each as length -> a list for each text; and "losses"
+    (nats per token) of the texts of the old window."""
+    losses = [r["score"] for r in results if r["task"] == "loss" and r["length"] == WINDOW]
+    answers = sorted((r for r in results if r["task"] != "loss"), key=lambda r: r["repeat"])
+    found: dict[str, dict] = {"scores": {}, "nats": {}, "losses": losses}
+    for (length,), rows in grouped(answers, ("length",)).items():
+        found["scores"][str(length)] = by_text(rows, lambda r: r["score"])
+        found["nats"][str(length)] = by_text(rows, lambda r: r["answer_logprob"])
     return found
 
 
@@ -220,37 +238,55 @@ def reference(name: str) -> str:
     return "longrecipe" + "".join(name.partition(",")[1:])
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """The rows of a study in one JSON file: runs[name][seed of the training] = what was measured;
-    beside it what is the same for all rows."""
+class Study(abc.ABC):
+    """Rows of models in one JSON file: runs[name][seed of the training] = what was measured; beside
+    it what is the same for all rows. Makes the model of each row, has it judged, keeps the row, and
+    shows what is there. What differs between studies is left to them.
 
-    file: Path
-    target: int  # the new window, tokens
-    names: list[str]  # in the order in which the figure shows them
+    args: the flags of `parser`, the `model` to start from, the folder `out` of the models made, and
+    the number of `texts` that they are judged by at each length."""
 
-    def read(self) -> dict:
-        return read_json(self.file) or {"runs": {}}
+    names: list[str]  # of the rows, in the order in which the figure shows them
+
+    def __init__(self, args: argparse.Namespace, file: Path, title: str):
+        self.args, self.file, self.title, self.target = args, file, title, args.target
+
+    @abc.abstractmethod
+    def flags_of(self, name: str, seed: int) -> str | None:
+        """All flags that train.py is given for a row, but for --out and --resume. None: the row is
+        not trained, only its theta is changed."""
+
+    @abc.abstractmethod
+    def judge(self, name: str, seed: int) -> Path:
+        """Judge the row's model; the folder of its needle.jsonl."""
+
+    @abc.abstractmethod
+    def about(self) -> dict:
+        """What is the same for all rows."""
+
+    # ---- the rows that are there ----
+
+    def runs(self) -> dict:
+        return read_json(self.file).get("runs", {})
 
     def row(self, name: str, seed: int) -> dict:
         """{} where there is none."""
-        return self.read()["runs"].get(name, {}).get(str(seed), {})
+        return self.runs().get(name, {}).get(str(seed), {})
 
-    def keep(self, name: str, seed: int, row: dict, **about) -> None:
+    def keep(self, name: str, seed: int, row: dict) -> None:
         """Add a row, or replace it. Read again first: another process may have added rows."""
-        found = self.read()
+        found, made_by = read_json(self.file) or {"runs": {}}, provenance(0)
         found["runs"].setdefault(name, {})[str(seed)] = row
-        found |= about | {k: provenance(0)[k] for k in ("torch", "python", "hardware", "threads")}
+        found |= self.about() | {k: made_by[k] for k in ("torch", "python", "hardware", "threads")}
         write_json(self.file, found)
 
     def shown(self) -> list[str]:
         """The names of the rows that are there."""
-        runs = self.read()["runs"]
-        return [name for name in self.names if name in runs]
+        return [name for name in self.names if name in self.runs()]
 
     def lead_over(self, name: str, field: str = "scores") -> dict | None:
         """By how much longrecipe under the same theta is above a row at the target."""
-        runs, ours = self.read()["runs"], reference(name)
+        runs, ours = self.runs(), reference(name)
         if name == ours:
             return None
         return lead(runs.get(ours, {}), runs[name], self.target, field)
@@ -258,7 +294,7 @@ class Table:
     def cells(self) -> list[dict[str, str]]:
         """For each row: column -> cell, empty where that was not measured. For each theta those
         rows come first that find most at the target."""
-        runs, names = self.read()["runs"], self.shown()
+        runs, names = self.runs(), self.shown()
         thetas = [name.partition(",")[2] for name in names]
 
         def place(name: str) -> tuple[int, float]:
@@ -291,77 +327,37 @@ class Table:
             row[f"at {length:,}"] = share(cell(seeds, length))
             found = texts_of(seeds, length, "nats")
             row[f"nats at {length:,}"] = f"{mean_of(found):.2f}" if found else ""
-        each = [mean_of(texts_of({s: seeds[s]}, self.target)) for s in sorted(seeds)]
+        each = [mean_of(seeds[seed]["scores"][str(self.target)]) for seed in sorted(seeds)]
         row["by seed"] = ", ".join(f"{100 * found:.0f}" for found in each)
         row["LongRecipe above it by"] = gain(self.lead_over(name), 100, "+.0f")
         row["in nats"] = gain(self.lead_over(name, "nats"), 1, "+.2f")
         return row
 
-    def report(self) -> None:
-        """Print the cells, in columns."""
-        cells = self.cells()
-        lines = [list(cells[0]), *(list(row.values()) for row in cells)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
-            print("  ".join(map(str.ljust, line, widths)).rstrip())
-
-    def draw(self, title: str) -> None:
+    def draw(self) -> None:
         """Share found at both lengths: mean of the seeds, 95 % interval, and a bar each seed."""
         from matplotlib.figure import Figure
 
-        runs, names = self.read()["runs"], self.shown()[::-1]  # the first on top
+        runs, names = self.runs(), self.shown()[::-1]  # the first on top
         figure = Figure(figsize=(9, 1.3 + 0.27 * len(names)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axis, length in zip(panels, (WINDOW, self.target), strict=True):
-            found = {name: cell(runs[name], length) for name in names}
-            for y, (name, e) in enumerate(found.items()):
-                colour = "tab:orange" if name == "longrecipe" else "tab:blue"
+            for y, name in enumerate(names):
+                e, colour = cell(runs[name], length), "tab:blue"
+                if name == "longrecipe":
+                    colour = "tab:orange"
                 axis.plot([100 * x for x in e["interval_95"]], (y, y), color=colour)
                 axis.plot(100 * e["mean"], y, "o", color=colour)
                 each = [100 * mean_of(one["scores"][str(length)]) for one in runs[name].values()]
                 axis.plot(each, [y] * len(each), "k|", markersize=7)
             axis.set(xlim=(-2, 102), xlabel=f"answers found at {length:,} tokens, %")
             axis.grid(axis="x", alpha=0.3)
-        labels = [f"{in_words(name)} ({e['n']})" for name, e in found.items()]
+        labels = [f"{in_words(name)} ({cell(runs[name], self.target)['n']})" for name in names]
         panels[0].set_yticks(range(len(names)), labels, fontsize=8)
         notes = "mean and 95 % interval; bars: each seed; (n answers)"
-        figure.suptitle(f"{title}: {notes}", fontsize=9)
+        figure.suptitle(f"{self.title}: {notes}", fontsize=9)
         figure.savefig(self.file.with_suffix(".png"), dpi=120)
 
-
-# ---- a study ----
-
-
-def parser(doc: str, target: int, seeds: list[int]) -> argparse.ArgumentParser:
-    """With the flags that all studies have, and these defaults."""
-    p = argparse.ArgumentParser(description=doc.split("\n")[0])
-    p.add_argument("--target", type=int, default=target, help="window to reach, tokens")
-    p.add_argument("--only", nargs="+", metavar="ROW", help="these rows, in this order")
-    p.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of the training")
-    p.add_argument("--minutes", type=float, help="begin no row that may end after so many")
-    p.add_argument("--again", action="store_true", help="also rows that have no nats yet")
-    p.add_argument("--report", action="store_true", help="only the table of what is there")
-    return p
-
-
-class Study(abc.ABC):
-    """Makes the model of each row, has it judged, and keeps the row. What differs between studies
-    is left to them: which rows are not trained, the flags of the others, and the judge.
-
-    args: the flags of `parser`, the `model` to start from, the folder `out` of the models made, and
-    the number of `texts` that they are judged by at each length."""
-
-    def __init__(self, args: argparse.Namespace, table: Table):
-        self.args, self.table = args, table
-
-    @abc.abstractmethod
-    def flags_of(self, name: str, seed: int) -> str | None:
-        """All flags that train.py is given for a row, but for --out and --resume. None: the row is
-        not trained, only its theta is changed."""
-
-    @abc.abstractmethod
-    def judge(self, name: str, seed: int) -> list[dict]:
-        """The results (lines of needle.jsonl) of the row's model."""
+    # ---- making rows ----
 
     def folder(self, name: str, seed: int) -> Path:
         """Of the row's model, as in DIR/none__paper_s_theta_1."""
@@ -369,17 +365,16 @@ class Study(abc.ABC):
 
     def theta_of(self, name: str) -> float:
         """The original's x T* / L0, unless the name of the row says another."""
-        config, target = LlamaConfig.from_dir(self.args.model), self.args.target
-        method, _, theta = name.partition(", ")
+        config, (method, _, theta) = LlamaConfig.from_dir(self.args.model), name.partition(", ")
         if "paper's" in theta:
-            return ntk_rope_base(config.rope_theta, config.head_dim, WINDOW, target)
+            return ntk_rope_base(config.rope_theta, config.head_dim, WINDOW, self.target)
         stays = "yarn" in method or method == "original" or theta == "old base"
-        return config.rope_theta * (1 if stays else target / WINDOW)
+        return config.rope_theta * (1 if stays else self.target / WINDOW)
 
     def types_of(self, name: str, seed: int) -> Path:
         """impactful.json of `reference`, from its row if the run is gone."""
         file = self.folder(reference(name), seed) / "impactful.json"
-        kept = self.table.row(reference(name), seed).get("impactful")
+        kept = self.row(reference(name), seed).get("impactful")
         if kept and not file.is_file():
             file = file.parent.with_suffix(".json")
             write_json(file, kept)
@@ -389,9 +384,8 @@ class Study(abc.ABC):
         """Train the model of a row, or only give the original another theta; what that took."""
         out, flags = self.folder(name, seed), self.flags_of(name, seed)
         if flags is None:
-            theta, target = self.theta_of(name), self.args.target
-            window = WINDOW if name == "original" else target
-            scaling = yarn_scaling(WINDOW, target) if "yarn" in name else None
+            theta, window = self.theta_of(name), WINDOW if name == "original" else self.target
+            scaling = yarn_scaling(WINDOW, self.target) if "yarn" in name else None
             if not (out / "config.json").is_file():
                 model = load_pretrained(self.args.model)
                 model.config = model.config.with_rope(theta, window, scaling)
@@ -408,45 +402,58 @@ class Study(abc.ABC):
     def is_done(self, row: dict, name: str, seed: int) -> bool:
         """Does the row hold as many texts as are asked for now, from a training with the settings
         of now? Rows of an older version have no nats; they get them when --again makes them."""
-        texts = row.get("scores", {}).get(str(self.args.target), [])
+        texts = row.get("scores", {}).get(str(self.target), [])
         if len(texts) != self.args.texts or (self.args.again and "nats" not in row):
             return False
         return "recipe" not in row or same_recipe(row["recipe"], self.flags_of(name, seed))
 
     def measure(self, name: str, seed: int) -> dict:
-        row, results = self.make_model(name, seed), self.judge(name, seed)
-        losses = [r["score"] for r in results if r["task"] == "loss" and r["length"] == WINDOW]
-        return row | measured(results) | {"losses": losses}
+        row, model = self.make_model(name, seed), self.folder(name, seed)
+        judged = self.judge(name, seed)
+        return row | measured(answers_of(model, judged, self.args.texts))
 
-    def make_rows(self, rows: list[tuple[str, int]], title: str, **about) -> None:
+    def make_rows(self, rows: list[tuple[str, int]]) -> None:
         """Measure the rows (name, seed) that are not there yet, and keep each at once. No row
         begins that would end after --minutes if it took as long as the longest before it."""
         began, longest, minutes = time.monotonic(), 0.0, self.args.minutes
         for name, seed in rows:
-            if self.is_done(self.table.row(name, seed), name, seed):
+            if self.is_done(self.row(name, seed), name, seed):
                 continue
             started = time.monotonic()
             if minutes is not None and started - began + longest > 60 * minutes:
                 log(f"--minutes {minutes:g}: stopped before {name}, seed {seed}")
                 return
-            self.table.keep(name, seed, self.measure(name, seed), **about)
-            self.table.draw(title)
+            self.keep(name, seed, self.measure(name, seed))
+            self.draw()
             longest = max(longest, time.monotonic() - started)
 
-    def main(self, title: str, **about) -> None:
+    def main(self) -> None:
         """Make the rows of --only (all) and --seeds, but not with --report; print and draw all rows
         that are there."""
-        names = self.args.only or self.table.names
+        os.chdir(ROOT)
+        names = self.args.only or self.names
         rows = [(name, seed) for seed in self.args.seeds for name in names]
         if self.args.texts < 2:
-            told = f"{self.args.texts} text(s) a length, but an interval needs two or more"
-            raise BadInput(f"{told} (--n of tiny_study.py, --texts of real_study.py)")
-        if unknown := [name for name in names if name not in self.table.names]:
-            raise BadInput(f"{unknown[0]!r} is none of the rows: {'; '.join(self.table.names)}")
+            raise BadInput(f"--texts {self.args.texts}: an interval needs two texts or more")
+        if unknown := [name for name in names if name not in self.names]:
+            raise BadInput(f"{unknown[0]!r} is none of the rows: {'; '.join(self.names)}")
         if not self.args.report:
-            self.make_rows(rows, title, **about)
-        if self.table.shown():
-            self.table.report()
-            self.table.draw(title)
-        there = sum(bool(self.table.row(*row)) for row in rows)
-        log(f"{there} of {len(rows)} rows: {self.table.file}")
+            self.make_rows(rows)
+        if self.shown():
+            self.draw()
+        print(cells_table(self.cells()))
+        there = sum(bool(self.row(*row)) for row in rows)
+        log(f"{there} of {len(rows)} rows: {self.file}")
+
+
+def parser(doc: str, target: int, seeds: list[int], texts: int) -> argparse.ArgumentParser:
+    """With the flags that all studies have, and these defaults."""
+    p = argparse.ArgumentParser(description=doc.split("\n")[0])
+    p.add_argument("--target", type=int, default=target, help="window to reach, tokens")
+    p.add_argument("--only", nargs="+", metavar="ROW", help="these rows, in this order")
+    p.add_argument("--seeds", type=int, nargs="+", default=seeds, help="of the training")
+    p.add_argument("--minutes", type=float, help="begin no row that may end after so many")
+    p.add_argument("--again", action="store_true", help="also rows that have no nats yet")
+    p.add_argument("--report", action="store_true", help="only the table of what is there")
+    p.add_argument("--texts", "--n", type=int, default=texts, help="a length, 8 questions each")
+    return p

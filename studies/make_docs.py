@@ -13,16 +13,28 @@ import re
 import statistics
 from collections.abc import Iterable
 
+import real_study
+import tiny_study
 import word_classes
-from common import RESULTS, ROOT, WORDS, cell, read_json, read_lines, share, texts_of
-from real_study import TABLE as REAL_STUDY
-from tiny_study import table_of
+from common import (
+    RESULTS,
+    ROOT,
+    WORDS,
+    cell,
+    cells_table,
+    read_json,
+    read_lines,
+    share,
+    table,
+    texts_of,
+)
 
 from support.needles.intervals import mean_of
 from support.needles.settings import default_lengths
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STUDY = table_of(32_768)
+STUDY, REAL_STUDY = (study.study_of([]) for study in (tiny_study, real_study))
+MERGES = ["merge weight 0.25", "longrecipe", "merge weight 0.75", "no merge"]  # by weight
 ROWS = ["original", "untrained", *WORDS.values()]  # of every table, in this order
 TOY = "tiny_128k/needle_results.json"
 TASKS = "smollm2_tasks/needle_results.json"
@@ -65,11 +77,6 @@ def entries_of(*found: dict) -> dict[tuple[str, bool, int], dict]:
 # ---- regions -----------------------------------------------------------------------------------
 
 
-def table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def needle_table(*files: str) -> str:
     """Share of answers by length, a row a model; and the loss per token, if that was measured."""
     entries = entries_of(*map(read, files))
@@ -93,7 +100,7 @@ def main_table() -> str:
         "pose": ("PoSE", "trained, one jump (`--method pose`)"),
         "longrecipe": ("LongRecipe", "trained, **LongRecipe**"),
     }
-    rows, runs, entries = [], STUDY.read()["runs"], entries_of(read(TOY))
+    rows, runs, entries = [], STUDY.runs(), entries_of(read(TOY))
     for name, (row, label) in shown.items():
         small, large = cell(runs[name], 32_768), entries[row, False, 131_072]
         rows.append([label, share(small), share(large)])
@@ -128,26 +135,6 @@ def windows_table() -> str:
     return table(["window", *shown, "minutes of training"], rows)
 
 
-def cells_table(rows: list[dict[str, str]]) -> str:
-    if not rows:
-        return "Not run yet."
-    columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    return table(columns, ([row[column] for column in columns] for row in rows))
-
-
-def merge_table() -> str:
-    """The curve over --merge_weight, on the same trainings; LongRecipe's own weight is 0.5."""
-    runs, lengths, rows = STUDY.read()["runs"], (8192, STUDY.target), []
-    weights = {"merge weight 0.25": 0.25, "longrecipe": 0.5, "merge weight 0.75": 0.75}
-    for name, weight in (weights | {"no merge": 1}).items():
-        row = [f"{weight}", f"{len(runs[name])}"]
-        row += [f"{100 * mean_of(texts_of(runs[name], n)):.0f}" for n in lengths]
-        row += [f"{mean_of(texts_of(runs[name], n, 'nats')):.2f}" for n in lengths]
-        rows.append(row)
-    columns = [f"{what} at {n:,}" for what in ("found, %,", "nats") for n in lengths]
-    return table(["merge weight", "seeds", *columns], rows)
-
-
 def plan_table() -> str:
     rows = []
     for name, r in read("plan_8b.json")["rows"].items():
@@ -168,7 +155,7 @@ REGIONS = {
     "real": lambda: needle_table(*REAL),
     "words": lambda: cells_table(word_classes.cells()),
     "tasks": tasks_table,
-    "merge": merge_table,
+    "merge": lambda: cells_table([STUDY.cells_of(name, STUDY.runs()) for name in MERGES]),
     "plan": plan_table,
 }
 
@@ -223,7 +210,7 @@ def overlap(a: dict, b: dict) -> str:
 @functools.cache
 def facts() -> dict[str, str]:
     """The facts that are worked out from more than one place of a result."""
-    known, runs = {"toy judging": FORMATS["minutes"](judging_seconds())}, STUDY.read()["runs"]
+    known, runs = {"toy judging": FORMATS["minutes"](judging_seconds())}, STUDY.runs()
     for name in STUDY.shown():
         known[f"study found {name}"] = FORMATS["%"](mean_of(texts_of(runs[name], STUDY.target)))
         if lead := STUDY.lead_over(name):

@@ -1,7 +1,7 @@
 """Does adamw-8bit learn what fp32 AdamW learns? SmolLM2 on the same samples, three times: fp32
 weights, bf16 weights with fp32 masters, bf16 weights with 8-bit state.
 
-    python studies/optimizer_run.py        # ~half an hour on 2 cores; --work FOLDER to be resumable
+    python studies/optimizer_run.py    # half an hour on 2 cores; goes on where it was stopped
 
 Each is a run of train.py; the loss curves and their differences go to
 assets/results/adamw_8bit.json. The band was stated before the runs, but against bf16 with masters,
@@ -10,12 +10,11 @@ and adamw-8bit missed it there (LOG.md says why); against fp32 the same numbers 
 
 import argparse
 import json
-import tempfile
+import os
 from pathlib import Path
 
-from common import RESULTS, ROOT, read_json, read_lines, write_json
+from common import RESULTS, ROOT, read_lines, train_into, write_json
 
-import train
 from support.system.console import report_errors
 
 OUT = RESULTS / "adamw_8bit.json"
@@ -41,19 +40,17 @@ def gaps(found: dict, name: str) -> dict[str, float]:
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--model", default=str(ROOT / "models" / "smollm2"))
-    p.add_argument("--work", type=Path, help="folder for the runs (None: a temporary one)")
+    p.add_argument("--model", default="models/smollm2")
+    p.add_argument("--work", type=Path, default=Path("runs/optimizer_run"), help="for the runs")
     p.add_argument("--out", type=Path, default=OUT)
     args = p.parse_args(argv)
     found = {"flags": FLAGS, "band": BAND, "loss": {}, "runs": {}}
-    with report_errors(), tempfile.TemporaryDirectory() as scratch:
+    with report_errors():
+        os.chdir(ROOT)
         for name, flags in RUNS.items():
-            run = (args.work or Path(scratch)) / name
-            flags = f"{FLAGS} {flags} --model {args.model} --out {run}"
-            flags += " --resume" if (run / "run.json").is_file() else ""
-            train.main(flags.split())
-            found["loss"][name] = [row["loss"] for row in read_lines(run / "metrics.jsonl")]
-            about = read_json(run / "run.json")
+            about = train_into(args.work / name, f"{FLAGS} {flags} --model {args.model}")
+            losses = read_lines(args.work / name / "metrics.jsonl")
+            found["loss"][name] = [row["loss"] for row in losses]
             found["runs"][name] = {k: about[k] for k in about if k not in ("settings", "status")}
         found["gaps"] = {name: gaps(found, name) for name in ("adamw", "adamw-8bit")}
         found["fell"] = {k: sum(v[:5]) / 5 - sum(v[-10:]) / 10 for k, v in found["loss"].items()}

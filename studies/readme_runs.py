@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import RESULTS, ROOT, read_json, run, train_into, write_json
+from common import RESULTS, ROOT, naming_no_machine, read_json, run, train_into, write_json
 from fresh_copy import environment, fresh_copy
 from tiny_study import ORIGINAL, selected
 
@@ -62,16 +62,14 @@ def gigabytes(*paths: Path) -> float:
 def measure_all(commands: dict[str, tuple[str, str]], copy: Path) -> dict:
     """All commands of a set, one after the other in a fresh copy: what each cost, the most disk
     that a result (and the training state in it) took, and what the last evaluation found."""
-    found: dict = {}
-    disk = {"out_at_most": 0.0, "state_pt": 0.0, "environment": gigabytes(Path(sys.prefix))}
-    disk["model_and_essays"] = gigabytes(ROOT / "models/smollm2", ROOT / "data/essays")
+    found, largest = {}, {"out_at_most": 0.0, "state_pt": 0.0}
     for name, (folder, command) in commands.items():
         log(f"$ python {command}")
         out, words = copy / folder, [sys.executable, *command.split()]
         process = subprocess.Popen(words, cwd=copy, env=environment())
         while process.poll() is None:
-            disk["out_at_most"] = max(disk["out_at_most"], gigabytes(out))
-            disk["state_pt"] = max(disk["state_pt"], gigabytes(out / "state.pt"))
+            for part, path in (("out_at_most", out), ("state_pt", out / "state.pt")):
+                largest[part] = max(largest[part], gigabytes(path))
             time.sleep(0.5)
         if process.returncode:
             sys.exit(f"error: exit code {process.returncode} of python {command}")
@@ -79,11 +77,11 @@ def measure_all(commands: dict[str, tuple[str, str]], copy: Path) -> dict:
         record = read_json(out / ("run.json" if trained else "needle_results.json"))
         found[name] = {"command": command, **{k: record[k] for k in ("seconds", "peak_GiB")}}
     out = copy / commands["train"][0]
-    run_json, disk["out"] = read_json(out / "run.json"), gigabytes(out)
-    found["results"] = read_json(out / "needle_results.json")
-    found["disk_GB"] = {name: round(size, 2) for name, size in disk.items()}
-    found["dtype"] = run_json["settings"]["dtype"]
-    found |= {k: run_json[k] for k in ("torch", "python", "hardware", "threads")}
+    disk = largest | {"environment": gigabytes(Path(sys.prefix)), "out": gigabytes(out)}
+    disk["model_and_essays"] = gigabytes(ROOT / "models/smollm2", ROOT / "data/essays")
+    run_json, made_by = read_json(out / "run.json"), ("torch", "python", "hardware", "threads")
+    found |= {"results": read_json(out / "needle_results.json"), "disk_GB": disk}
+    found |= {"dtype": run_json["settings"]["dtype"], **{k: run_json[k] for k in made_by}}
     return found | {"commit": provenance(0)["commit"]}  # this checkout's: the copy has no git
 
 
@@ -92,18 +90,16 @@ def default_run(target: int, methods: list[str]) -> None:
     the loss by position."""
     name = f"tiny_{target // 1024}k"
     out, kept = Path("runs") / name, RESULTS / name
-    others = {method: Path(f"{out}_{method}") for method in methods}
-    probe = train_into(out, f"--target_len {target}")["settings"]["probe_steps"]
-    for method, other in others.items():
-        same = f"--impactful {out}/impactful.json --probe_steps {probe}"
-        train_into(other, f"--target_len {target} --method {method} {same}")
-    kept.mkdir(parents=True, exist_ok=True)
-    run(
-        f"eval_needle.py --model {out} --compare {' '.join(map(str, (ORIGINAL, *others.values())))}"
-    )
-    for folder, record in ((out, "run"), *((others[m], f"run_{m}") for m in methods)):
-        text = (folder / "run.json").read_text().replace(f"{ROOT}/", "")  # names no machine
-        (kept / f"{record}.json").write_text(text)
+    flags = f"--target_len {target}"
+    made = {"run": train_into(out, flags)}
+    flags += f" --impactful {out}/impactful.json"
+    flags += f" --probe_steps {made['run']['settings']['probe_steps']}"
+    for method in methods:
+        made[f"run_{method}"] = train_into(Path(f"{out}_{method}"), f"{flags} --method {method}")
+    others = " ".join([ORIGINAL, *(f"{out}_{method}" for method in methods)])
+    run(f"eval_needle.py --model {out} --compare {others}")
+    for record, about in made.items():
+        write_json(kept / f"{record}.json", naming_no_machine(about), indent=2)
     for name in ("needle_results.json", "metrics.jsonl", "impactful.json"):
         shutil.copyfile(out / name, kept / name)
     write_json(kept / "selection.json", selected(out), indent=1)
@@ -119,15 +115,14 @@ def main(argv=None) -> None:
     p.add_argument("--target", type=int, default=131_072, help="of default: the window, tokens")
     also = "of default: the same with these"
     p.add_argument("--methods", nargs="+", choices=("none", "pose", "rpes"), default=[], help=also)
-    with report_errors():
+    with report_errors(), tempfile.TemporaryDirectory() as folder:
         args = p.parse_args(argv)
         os.chdir(ROOT)
         if args.what == "default":
-            return default_run(args.target, args.methods)
-        with tempfile.TemporaryDirectory() as folder:
-            copy = fresh_copy(Path(folder) / "copy", models=True)
-            found = measure_all(SETS[args.what], copy)
-        write_json(RESULTS / f"{args.what}_run.json", found, indent=2)
+            default_run(args.target, args.methods)
+        else:
+            found = measure_all(SETS[args.what], fresh_copy(Path(folder) / "copy", models=True))
+            write_json(RESULTS / f"{args.what}_run.json", found, indent=2)
 
 
 if __name__ == "__main__":

@@ -23,16 +23,13 @@ On a GPU (not run yet), 5 million tokens a row; the same command goes on where -
         --only longrecipe none untrained
 """
 
-import argparse
-import os
 from pathlib import Path
 
-from common import RESULTS, ROOT, WINDOW, Study, Table, parser, read_lines, reference, run
+from common import RESULTS, WINDOW, Study, parser, reference, run
 
 from recipe import METHODS
 from support.system.console import report_errors
 
-TARGET = 16_384
 # In order of worth. Theta is the original's x target / 8,192 unless the name says that it is the
 # paper's. A sample of `--method full` is of other tokens.
 NAMES = ["longrecipe", "none", "untrained", "original"]
@@ -40,15 +37,12 @@ NAMES += [m for m in METHODS if m not in (*NAMES, "full")]
 NAMES += [name + ", paper's theta" for name in NAMES if name != "original"]
 
 
-def table_of(target: int) -> Table:
-    more = "" if target == TARGET else f"_{target}"
-    return Table(RESULTS / f"smollm2_study{more}.json", target, NAMES)
-
-
-TABLE = table_of(TARGET)
-
-
 class RealStudy(Study):
+    names = NAMES
+
+    def about(self) -> dict:
+        return {"train": self.train_flags(), "judge": self.judge_flags()}
+
     def train_flags(self) -> str:
         """What all trained rows share. --samples make 32 to 64 steps, if there are so many."""
         args = self.args
@@ -63,7 +57,7 @@ class RealStudy(Study):
         )
 
     def judge_flags(self) -> str:
-        lengths = f"--lengths {WINDOW} {self.args.target}"
+        lengths = f"--lengths {WINDOW} {self.target}"
         return f"--tasks needles_8 --haystack data/essays {lengths} --dtype {self.args.dtype}"
 
     def flags_of(self, name: str, seed: int) -> str | None:
@@ -75,31 +69,28 @@ class RealStudy(Study):
             flags += f" --impactful {self.types_of(name, seed)}"
         return f"{flags} --seed {seed}"
 
-    def judge(self, name: str, seed: int) -> list[dict]:
-        here, judged = self.folder(name, seed), self.args.out / "judged"
-        what = f"--model {here} --compare --out {judged} --n {self.args.texts}"
+    def judge(self, name: str, seed: int) -> Path:
+        judged = self.args.out / "judged"
+        what = f"--model {self.folder(name, seed)} --compare --out {judged} --n {self.args.texts}"
         run(f"eval_needle.py {what} {self.judge_flags()}")
-        return [r for r in read_lines(judged / "needle.jsonl") if r["model"] == here.name]
+        return judged
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = parser(__doc__, TARGET, seeds=[0])
+def study_of(argv: list[str] | None) -> RealStudy:
+    p = parser(__doc__, target=16_384, seeds=[0], texts=12)
     p.add_argument("--out", type=Path, default=Path("runs/smollm2_study"), help="for the models")
     p.add_argument("--samples", type=int, default=32, help="of 30 %% of it, in the extension")
-    p.add_argument("--texts", type=int, default=12, help="essay texts a length, 8 questions each")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     p.add_argument("--save_minutes", type=float, default=10, help="between saves of the training")
-    p.set_defaults(model="models/smollm2")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.model = "models/smollm2"
+    more = "" if args.target == p.get_default("target") else f"_{args.target}"
+    return RealStudy(args, RESULTS / f"smollm2_study{more}.json", "SmolLM2-135M")
 
 
 def main(argv: list[str] | None = None) -> None:
     with report_errors():
-        args = parse(argv)
-        os.chdir(ROOT)
-        study = RealStudy(args, table_of(args.target))
-        about = {"train": study.train_flags(), "judge": study.judge_flags()}
-        study.main("SmolLM2-135M", **about)
+        study_of(argv).main()
 
 
 if __name__ == "__main__":

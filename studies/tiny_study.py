@@ -15,29 +15,15 @@ file that holds them is older than our words).
 of longrecipe with seed 0: two runs of train.py and an evaluation, minutes on two cores.
 """
 
-import os
 from pathlib import Path
 
-import torch
-from common import (
-    RESULTS,
-    ROOT,
-    WINDOW,
-    Study,
-    Table,
-    parser,
-    read_lines,
-    recipe_in,
-    resolved,
-    run,
-    settings_of,
-)
+from common import RESULTS, WINDOW, Study, parser, recipe_of, resolved, run
 
 import train
 from model import load_tokenizer
 from recipe import METHODS, merge, train_length
-from support.data.sources import load_toy_text
-from support.data.toy import ToyCorpus, answerable
+from support.data.sources import load_texts
+from support.data.toy import answerable
 from support.runs.analysis import read_impactful
 from support.system.console import report_errors
 
@@ -78,102 +64,90 @@ SETTINGS = {
 }
 
 
-def table_of(target: int) -> Table:
-    return Table(RESULTS / f"tiny_study_{target}.json", target, list(SETTINGS))
-
-
 class TinyStudy(Study):
-    def same_tokens(self, flags: str, steps: int) -> int:
-        """Number of steps that make as many tokens as `steps` of 30 % of the target."""
-        words, usual = flags.split(), train_length(self.args.target)
-        length = self.args.target if "full" in words else usual
-        if "--train_len" in words:
-            length = int(words[words.index("--train_len") + 1])
-        return max(2, round(steps * usual / length))
+    names = list(SETTINGS)
+
+    def about(self) -> dict:
+        # "haystacks": texts, in the word of the recorded file
+        return {"target": self.target, "steps": self.args.steps, "haystacks": self.args.texts}
 
     def flags_of(self, name: str, seed: int) -> str | None:
         if SETTINGS[name] is None:
             return None
-        target, steps = self.args.target, self.args.steps
-        short = f"--target_len {target} --steps {steps}".split()
+        usual, steps = train_length(self.target), self.args.steps
+        fixed = f"--target_len {self.target} --rope_base {self.theta_of(name)} --seed {seed}"
+        probe_steps = resolved(f"{fixed} --steps {steps}").probe_steps
         flags = SETTINGS[name].format(
-            same=f"--impactful {self.types_of(name, seed)}"
-            f" --probe_steps {resolved(short)[0].probe_steps}",
-            tenth=target // 1280 * 128,
-            more=2 * train_length(target),
+            same=f"--impactful {self.types_of(name, seed)} --probe_steps {probe_steps}",
+            tenth=self.target // 1280 * 128,
+            more=2 * usual,
             window=WINDOW,
         )
-        flags += f" --rope_base {self.theta_of(name)} --steps {self.same_tokens(flags, steps)}"
-        samples = self.same_tokens(flags, 2)  # in the analysis: as many tokens
-        flags += f" --analysis_samples {samples} --seed {seed}"
-        flags += " --keep_stages" * (name == "longrecipe")  # for the rows that merge it otherwise
-        return f"--target_len {target} {flags}"
+        share = usual / resolved(f"{fixed} {flags}").train_len
+        # as many tokens as usual: of the extension, and of the analysis' two samples
+        steps, samples = (max(2, round(n * share)) for n in (steps, 2))
+        flags = f"{fixed} {flags} --steps {steps} --analysis_samples {samples}"
+        return flags + " --keep_stages" * (name == "longrecipe")  # for rows that merge it otherwise
 
     def make_model(self, name: str, seed: int) -> dict:
         """A row with another weight of the merge takes longrecipe's training."""
-        flags = self.flags_of(name, seed)
-        if "--merge_weight" not in (flags or ""):
-            return super().make_model(name, seed)
-        made, recipe = super().make_model("longrecipe", seed), recipe_in(settings_of(flags))
-        trained = self.folder("longrecipe", seed) / "replayed"
-        merge(ORIGINAL, trained, self.folder(name, seed), recipe["merge_weight"])
-        del made["impactful"]
-        return made | {"flags": flags, "recipe": recipe}
+        flags = self.flags_of(name, seed) or ""
+        merged = "--merge_weight" in flags
+        made = super().make_model("longrecipe" if merged else name, seed)
+        if merged:
+            made["recipe"], made["flags"] = recipe_of(flags), flags
+            trained = self.folder("longrecipe", seed) / "replayed"
+            merge(ORIGINAL, trained, self.folder(name, seed), made["recipe"]["merge_weight"])
+            del made["impactful"]
+        if flags:
+            made |= selected(self.folder("longrecipe" if merged else name, seed))
+        return made
 
-    def judge(self, name: str, seed: int) -> list[dict]:
+    def judge(self, name: str, seed: int) -> Path:
         out = self.folder(name, seed)
         common = f"--model {out} --compare --n {self.args.texts} --seed {seed}"
         run(f"eval_needle.py {common} --lengths {WINDOW} --loss")
-        run(f"eval_needle.py {common} --lengths {self.args.target}")
-        return read_lines(out / "needle.jsonl")
-
-    def measure(self, name: str, seed: int) -> dict:
-        row = super().measure(name, seed)
-        if "recipe" in row:
-            merged = "--merge_weight" in row["flags"]
-            row |= selected(self.folder("longrecipe" if merged else name, seed))
-        return row
+        run(f"eval_needle.py {common} --lengths {self.target}")
+        return out
 
 
 def selected(out: Path, samples: int = 8) -> dict:
     """What selection left of the toy's task in a run: of the questions woven into the texts that
     the first samples of the extension were made from, the share that is kept; and of those kept
     the share whose pair is kept."""
-    settings, _ = resolved(["--resume", "--out", str(out)])
+    settings = resolved(f"--resume --out {out}")
     _, extend, _ = train.plan_stages(settings)
     tokenizer, impactful = load_tokenizer(ORIGINAL), None
-    corpus = ToyCorpus(load_toy_text(tokenizer), settings.train_len, tokenizer)
+    corpus, _ = load_texts(settings, tokenizer)
     if settings.select == "impact":
         file = settings.impactful or out / "impactful.json"
         impactful = read_impactful(file, tokenizer.vocab_size)
-    known = asked = woven = 0
-    for i in range(samples):
-        seed = settings.seed * 1_000_003 + settings.probe_steps + i
-        generator = torch.Generator().manual_seed(seed)
-        ids, _ = train.sample(extend, corpus, tokenizer, impactful, generator)
+    known = asked = 0
+    for step in range(settings.probe_steps, settings.probe_steps + samples):
+        ids, _ = next(train.draw(extend, step, corpus, tokenizer, settings, impactful))
         counts = answerable(tokenizer.decode(ids.tolist()))
-        known, asked, woven = known + counts[0], asked + counts[1], woven + corpus.pairs
-    return {"questions_kept": asked / woven, "their_pair_kept": known / max(1, asked)}
+        known, asked = known + counts[0], asked + counts[1]
+    return {
+        "questions_kept": asked / (samples * corpus.pairs),
+        "their_pair_kept": known / max(1, asked),
+    }
 
 
-def main(argv=None) -> None:
-    p = parser(__doc__, target=32_768, seeds=[0, 1, 2])
+def study_of(argv: list[str] | None) -> TinyStudy:
+    p = parser(__doc__, target=32_768, seeds=[0, 1, 2], texts=8)
     p.add_argument("--steps", type=int, default=40, help="optimizer steps of 30 %% of the target")
-    p.add_argument(
-        "--n", type=int, default=8, dest="texts", help="texts a length, each with 8 questions"
-    )
     p.add_argument("--score", metavar="METHOD", help="one row with seed 0, and the board")
-    p.set_defaults(model=ORIGINAL)
+    args = p.parse_args(argv)
+    args.model, args.out = ORIGINAL, Path("runs/tiny_study") / str(args.target)
+    if args.score:
+        args.only, args.seeds = [args.score], [0]
+    file = RESULTS / f"tiny_study_{args.target}.json"
+    return TinyStudy(args, file, f"tokens of {args.steps} steps")
+
+
+def main(argv: list[str] | None = None) -> None:
     with report_errors():
-        args = p.parse_args(argv)
-        os.chdir(ROOT)
-        args.out = Path("runs/tiny_study") / str(args.target)
-        if args.score:
-            args.only, args.seeds = [args.score], [0]
-        # "haystacks": texts, in the word of the recorded file
-        about = {"target": args.target, "steps": args.steps, "haystacks": args.texts}
-        study = TinyStudy(args, table_of(args.target))
-        study.main(f"tokens of {args.steps} steps", **about)
+        study_of(argv).main()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ row is kept as soon as it is there.
 """
 
 import argparse
+import itertools
 import os
 import re
 import time
@@ -53,16 +54,15 @@ def classes_of(texts: list[str]) -> list[str]:
     ['prepositions', 'numbers', 'numbers', 'pronouns', 'other words', 'other words', \
 'other signs', 'other signs']
     """
-    whole, found = "".join(texts), []
     at = {}  # position of a character -> class of the word that it is in
-    for word in re.finditer(r"[^\W\d_]+|\d+", whole):
+    for word in re.finditer(r"[^\W\d_]+|\d+", "".join(texts)):
         name = "numbers" if word[0].isdigit() else CLASS_OF.get(word[0].lower(), "other words")
         at |= dict.fromkeys(range(*word.span()), name)
-    end = 0
-    for text in texts:
-        start, end = end, end + len(text)
-        found.append(next((at[i] for i in range(start, end) if i in at), "other signs"))
-    return found
+    ends = [0, *itertools.accumulate(map(len, texts))]
+    return [
+        next((at[i] for i in range(start, end) if i in at), "other signs")
+        for start, end in itertools.pairwise(ends)
+    ]
 
 
 def tally(delta: torch.Tensor, names: list[str], top: float = 0.2) -> dict:
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         original = load_pretrained(args.model, torch.bfloat16)
         theta = extended.config.rope_theta
         original.config = replace(original.config, rope_theta=theta)
-        settings, _ = resolved(FLAGS.format(model=args.model, theta=theta).split())
+        settings = resolved(FLAGS.format(model=args.model, theta=theta))
         tokenizer = load_tokenizer(args.model)
         corpus, _ = load_texts(settings, tokenizer)
         probe = train.plan_stages(settings)[0]

@@ -7,24 +7,26 @@ import random
 import re
 import shutil
 import signal
+import textwrap
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROSE, write_tokenizer
+from conftest import PROSE, edit_config, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 import eval_needle
 from eval_needle import TASKS, Haystack, SharedPrefix, common_prefix, make_sample, score, text_loss
-from model import BadInput, LlamaConfig, generate, load_pretrained, load_tokenizer, save_pretrained
+from model import BadInput, generate, load_pretrained, load_tokenizer, save_pretrained
 from support.huggingface.config import yarn_scaling
-from support.memory.count import forward_flops, training_flops
-from support.needles.cost import kv_cache_bytes
+from support.memory.count import LLAMA3_8B, forward_flops, training_flops
 from support.needles.figures import draw_curves, draw_heatmap
 from support.needles.haystack import Hidden, listed, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
-from support.needles.results import KEY, Results
 from support.needles.summary import gain, gains, summarise, versus
 
 
@@ -33,14 +35,12 @@ def haystack(toy_dir):
     return Haystack(PROSE, load_tokenizer(toy_dir))
 
 
-@pytest.fixture(scope="module")
-def real_haystack(smollm2_dir, essays_dir):
-    text = "\n\n".join(p.read_text() for p in sorted(essays_dir.glob("*.txt")))
-    return Haystack(text, load_tokenizer(smollm2_dir))
-
-
 def text_of(stack, sample) -> str:
     return stack.tokenizer.decode(sample.ids.tolist())
+
+
+def change(name: str, **fields) -> eval_needle.Task:
+    return dataclasses.replace(TASKS[name], **fields)
 
 
 # ---- prompts -----------------------------------------------------------------------------------
@@ -48,8 +48,8 @@ def text_of(stack, sample) -> str:
 
 @pytest.fixture(scope="module")
 def stacks(haystack, toy_dir, tmp_path_factory):
-    """Also a tokenizer that merges digits and adds a BOS, a text that repeats many times, and one
-    in other scripts."""
+    """Also a tokenizer that merges digits and adds a BOS, a text that repeats many times, one in
+    other scripts, and one with hard-wrapped lines."""
     folder = tmp_path_factory.mktemp("tokenizer")
     numbers = " ".join(f"is: {random.Random(i).randint(10**6, 10**7 - 1)}." for i in range(999))
     write_tokenizer(folder, PROSE + numbers, 900, digits=False, add_bos_token=True)
@@ -57,11 +57,12 @@ def stacks(haystack, toy_dir, tmp_path_factory):
     assert len(merging.encode(" 4821906")) < 7 and merging.adds_bos and not plain.adds_bos
     scripts = "雪の日は静かです。春になれば花が咲く！ Très bien, «ça va». Ñandú 🐦 ok? Да. " * 40
     short = Haystack("One essay. It is short, and it is all there is.", plain)
-    return [haystack, Haystack(PROSE, merging), short, Haystack(scripts, plain)]
+    wrapped = Haystack(textwrap.fill(PROSE, 40), plain)
+    return [haystack, Haystack(PROSE, merging), short, Haystack(scripts, plain), wrapped]
 
 
 @given(
-    st.integers(0, 3),
+    st.integers(0, 4),
     st.sampled_from([*sorted(TASKS), "uuids"]),
     st.integers(700, 30_000),
     st.sampled_from([0.0, 0.333, 0.5, 1.0]),
@@ -69,13 +70,12 @@ def stacks(haystack, toy_dir, tmp_path_factory):
 )
 @settings(max_examples=60, deadline=None)
 def test_prompts_are_exact(stacks, stack, name, length, depth, seed):
-    """[E11] Prompt and answer budget are `length` tokens; also where the haystack has to repeat.
-    Keys and values are in their needles and nowhere else, and a sentence ends before each needle.
-    Other depths share all but the place."""
+    """[E11] Prompt and answer budget are `length` tokens, also where the haystack has to repeat; it
+    is not encoded again. Keys and values are in their needles and nowhere else, and a sentence ends
+    before each needle. Other depths share all but the place."""
     stack = stacks[0 if name == "common_words" else stack]  # which takes many words, and tokens
     length = max(length, 6000) if name == "common_words" else length
-    uuids = dataclasses.replace(TASKS["niah_single"], keys="uuids", values="uuids")
-    task = TASKS.get(name, uuids)
+    task = TASKS.get(name, change("niah_single", keys="uuids", values="uuids"))
     sample = make_sample(task, stack, length, depth, f"{seed}")
     assert len(sample.ids) + sample.answer_tokens == length
     bos = (sample.ids == stack.tokenizer.bos_id).nonzero().flatten().tolist()
@@ -83,6 +83,9 @@ def test_prompts_are_exact(stacks, stack, name, length, depth, seed):
     text, asked = text_of(stack, sample), task.asked(depth)
     prompts = eval_needle.make_prompts(task, stack, length, f"{seed}")
     assert text.endswith(stack.tokenizer.decode(prompts.questions[asked]))
+    plain = make_sample(task, stack, length, depth, f"{seed}", "no needles").ids.tolist()
+    end = len(plain) - len(prompts.questions[asked])
+    assert plain[:end] == prompts.head + prompts.hidden.hay[: end - len(prompts.head)].tolist()
     needles = [stack.tokenizer.decode(ids).strip() for ids, _ in prompts.needles]
     assert len(sample.true_depths) == len(needles) == task.needles
     for needle in needles:
@@ -161,21 +164,28 @@ def test_ten_words_are_common_and_all_others_are_not(haystack, length):
 
 
 def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
-    """Keys, values and numbers; compared after NFC, without case."""
+    """Keys, values and numbers; compared after NFC, without case. An answer is never empty."""
     tokenizer, niah = load_tokenizer(toy_dir), TASKS["niah_single"]
     story, cafe = Haystack(PROSE, tokenizer), Haystack("A CAFÉ is here. " * 99, tokenizer)
-    task = dataclasses.replace(niah, keys=("Ada", "Bob", "Zoe"))  # Ada and Bob are in the story
-    tea = dataclasses.replace(niah, values=("Cafe\u0301", "tea"))
+    task = change("niah_single", keys=("Ada", "Bob", "Zoe"))  # Ada and Bob are in the story
+    tea = change("niah_single", values=("Cafe\u0301", "tea"))
     for seed in range(6):
         sample = make_sample(task, story, 900, 0.5, f"{seed}")
         assert text_of(story, sample).endswith("number for Zoe is:")
         assert make_sample(tea, cafe, 700, 0.5, f"{seed}").expected == ["tea"]
-    none_left = dataclasses.replace(task, keys=("Ada", "Bob"))
-    with pytest.raises(BadInput, match="the haystack holds all but 0 of the needles' 1 words"):
-        make_sample(none_left, story, 900, 0.5, "0")
     (number,) = make_sample(niah, story, 600, 0.5, "s").expected
     spoiled = Haystack(f"The number {number} is here. " + PROSE, tokenizer)
     assert make_sample(niah, spoiled, 600, 0.5, "s").expected != [number]
+
+    def hide_nothing(task, haystack, length, rng):
+        return Hidden(haystack.cut(length, rng), ["The code is."], ["What is the code?"], [[""]])
+
+    for fields, why in (
+        ({"keys": ("Ada", "Bob")}, "the haystack holds all but 0 of the needles' 1 words"),
+        ({"hide": hide_nothing}, "an expected answer is empty"),
+    ):
+        with pytest.raises(BadInput, match=why):
+            make_sample(change("niah_single", **fields), story, 900, 0.5, "0")
 
 
 @pytest.mark.parametrize("name", TASKS.keys() - {"common_words"})
@@ -206,28 +216,6 @@ def test_a_text_without_sentence_ends_has_places_for_needles(toy_dir, text, at):
         assert 0 <= depth - sample.true_depth < 0.02
     with pytest.raises(BadInput, match="hardly any sentence ends, line breaks or spaces"):
         Haystack("คำภาษาไทย" * 400, load_tokenizer(toy_dir))
-
-
-def test_a_task_whose_answer_is_empty_is_refused(haystack):
-    def hide_nothing(task, haystack, length, rng):
-        return Hidden(haystack.cut(length, rng), ["The code is."], ["What is the code?"], [[""]])
-
-    task = dataclasses.replace(TASKS["niah_single"], hide=hide_nothing)
-    with pytest.raises(BadInput, match="an expected answer is empty"):
-        make_sample(task, haystack, 900, 0.5, "0")
-
-
-def test_the_tokens_of_a_real_text_are_in_the_prompt_untouched_and_in_order(real_haystack):
-    """A text with hard-wrapped lines is not encoded again, and needles are after its sentences."""
-    sample = make_sample(TASKS["niah_single"], real_haystack, 2048, 0.5, "x")
-    hay = real_haystack.ids.unfold(0, 400, 1)
-    for begin in (100, 1200):
-        assert (hay == sample.ids[begin : begin + 400]).all(dim=1).any()
-    for seed in range(5):
-        sample = make_sample(TASKS["multikey"], real_haystack, 1500, 0.5, f"{seed}")
-        first, *others = text_of(real_haystack, sample).split("One of the special magic numbers")
-        for before in (first, *others[:-1]):
-            assert before.rstrip().rstrip(")\"'”’]")[-1:] in ".!?", before[-40:]
 
 
 # ---- scores ------------------------------------------------------------------------------------
@@ -291,7 +279,7 @@ def test_gain_by_hand():
     alone in a short text 4, so three quarters of the gain survive the distance."""
     rows = [
         result_of(label, repeat, 0.0, nats - 2 * repeat, answers=2)
-        for label, nats in (("m", -3.0), ("none", -9.0), ("alone", -1.0))
+        for label, nats in (("m", -3.0), ("none", -9.0), ("alone", -1.0), ("other", -2.0))
         for repeat in (0, 1)
     ]
     assert gain(rows[0], rows[2]) == 3.0
@@ -326,11 +314,10 @@ def test_text_loss_equals_the_plain_way(toy_dir):
     model = load_pretrained(toy_dir)
     ids = torch.randint(300, (251,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        losses = torch.nn.functional.cross_entropy(
-            model(ids[None, :-1])[0], ids[1:], reduction="none"
-        )
+        logits = model(ids[None, :-1])[0]
+    losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").split(100)
     means, counts = zip(*text_loss(model, ids, 100), strict=True)
-    assert means == pytest.approx([float(x.mean()) for x in losses.split(100)], abs=1e-5)
+    assert means == pytest.approx([float(x.mean()) for x in losses], abs=1e-5)
     assert counts == (100, 100, 50)
 
 
@@ -343,7 +330,7 @@ def test_shared_prefixes_change_nothing(name, toy_dir, haystack, monkeypatch):
     theirs = AutoModelForCausalLM.from_pretrained(toy_dir, dtype=torch.float32).eval()
     model, task = load_pretrained(toy_dir), TASKS[name]
     depths = (0.9, 0.6, 0.3) if task.ask == "each" else (1.0, 0.75, 0.5)
-    length = 6000 if name == "common_words" else 1500
+    length = 5000 if name == "common_words" else 1500
     samples = [make_sample(task, haystack, length, d, "0") for d in depths]
     shared, prefilled = SharedPrefix(model), []
 
@@ -367,36 +354,48 @@ def test_shared_prefixes_change_nothing(name, toy_dir, haystack, monkeypatch):
 
 
 @pytest.fixture
-def judge(toy_dir, prose_file, tmp_path):
-    """judge(flags) -> the results in needle.jsonl. Of a repeated flag the last one counts."""
+def figures(monkeypatch) -> list[Figure]:
+    """The figures of a test. Their files are empty: nothing is laid out."""
+    drawn: list[Figure] = []
+
+    def savefig(figure, path, **options):
+        drawn.append(figure)
+        Path(path).touch()
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return drawn
+
+
+GRID = "--lengths 300 400 --depths 0 1 --n 2"
+
+
+@pytest.fixture
+def judge(toy_dir, prose_file, tmp_path, capsys, figures):
+    """judge(flags) -> the results in needle.jsonl, the report, and what was said on both streams.
+    Of a flag given twice the last one counts."""
 
     def run(flags="", model=toy_dir, out=tmp_path / "out"):
-        grid = "--lengths 300 400 --depths 0 1 --n 2"
-        argv = f"--model {model} --haystack {prose_file} --out {out} {grid} {flags}"
-        eval_needle.main(argv.split())
-        return [json.loads(line) for line in (out / "needle.jsonl").read_text().splitlines()]
+        eval_needle.main(
+            f"--model {model} --haystack {prose_file} --out {out} {GRID} {flags}".split()
+        )
+        said = capsys.readouterr()
+        lines = (out / "needle.jsonl").read_text().removesuffix("\n").split("\n")
+        rows = [json.loads(line) for line in lines]
+        report = json.loads((out / "needle_results.json").read_text())
+        return SimpleNamespace(rows=rows, report=report, out=said.out, err=said.err)
 
     return run
 
 
 @pytest.fixture
-def refused(judge, tmp_path, capsys):
-    """refused(flags) -> the one error line; exit code 2, nothing announced, nothing written."""
+def refused(toy_dir, prose_file, tmp_path, error_of):
+    """refused(flags) -> the one error line; nothing is written."""
 
-    def run(flags, **more):
-        with pytest.raises(SystemExit) as stop:
-            judge(flags, **more)
-        lines = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and not (tmp_path / "out").exists()
-        assert sum(line.startswith("error:") for line in lines) == 1
-        assert not any(line.startswith("haystack:") for line in lines)
-        return lines[-1]
+    def run(flags, model=toy_dir):
+        argv = f"--model {model} --haystack {prose_file} --out {tmp_path}/out {GRID} {flags}"
+        return error_of(eval_needle.main, argv.split(), tmp_path)
 
     return run
-
-
-def report_of(out) -> dict:
-    return json.loads((out / "needle_results.json").read_text())
 
 
 def template(folder, **fields) -> str:
@@ -406,188 +405,182 @@ def template(folder, **fields) -> str:
     return f"--template {path}"
 
 
-def test_the_command_writes_results_tables_and_figures(judge, toy_dir, tmp_path, capsys):
+def test_the_command_writes_results_tables_and_figures(judge, toy_dir, tmp_path):
     """Several tasks and the loss; flags that repeat a task or a length."""
     tasks = ["multikey", "multivalue", "multiquery", "needles_8"]
-    rows = judge(
+    found = judge(
         f"--loss --tasks {' '.join(tasks)} multikey --n 1 --lengths 900 800 800 --depths 1 0 0"
     )
     prompts = {"multikey": 4, "multivalue": 4, "multiquery": 4, "needles_8": 16, "loss": 2}
-    assert Counter(r["task"] for r in rows) == prompts
+    assert Counter(r["task"] for r in found.rows) == prompts
     parts = {(i + 0.5) / 8 for i in range(8)}
-    assert {r["depth"] for r in rows if r["task"] == "needles_8"} == parts
-    for r in rows:
+    assert {r["depth"] for r in found.rows if r["task"] == "needles_8"} == parts
+    for r in found.rows:
         assert r["seconds"] >= 0 and r["seed"] == 0 and r["model"] == toy_dir.name
         if r["task"] == "loss":
             assert 4 < r["score"] < 15  # a random model: about ln 400 = 6 or worse
         else:
             assert r["score"] == score(r["expected"], r["output"])
             assert r["answer_logprob"] < 0 < r["answer_tokens_scored"]
-    out, said = tmp_path / "out", capsys.readouterr()
-    found = Counter({e["task"]: e["n"] for e in report_of(out)["table"] if e["length"] == 900})
+    n = Counter({e["task"]: e["n"] for e in found.report["table"] if e["length"] == 900})
     answers = {"multikey": 2, "multivalue": 8, "multiquery": 8, "NIAH(M)": 18, "needles_8": 8}
-    assert found == answers | {"loss": 1}
-    for name in (f"{kind}_{task}.png" for task in tasks for kind in ("needle", "nats", "curves")):
-        assert (out / name).read_bytes()[:4] == b"\x89PNG"
-    assert "\nmultiquery (found, 95 % interval; n answers)\n" in said.out
-    assert "\nneedles_8, each in turn (log-probability of an answer, nats)\n" in said.out
-    assert "NIAH(M): the mean of multikey, multivalue and multiquery\n" in said.out
-    assert "\nloss (nats per token)\n" in said.out and "theta   window  " in said.out
-    # 2 x 2 layers x 2 heads x 12 x 900 tokens x 4 bytes
-    assert "key-value cache at 900 tokens: 0.00 GiB (float32)" in said.err
-    assert "to do: 30 prompts of 25,500 tokens together" in said.err
-    assert "--depths is not for needles_8: the needles divide the text among them" in said.err
-    assert "a short prompt is read at" in said.err
+    assert n == answers | {"loss": 1}
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {
+        f"{kind}_{task}.png" for task in tasks for kind in ("needle", "nats", "curves")
+    }
+    for part in (
+        "\nmultiquery (found, 95 % interval; n answers)\n",
+        "\nneedles_8, each in turn (log-probability of an answer, nats)\n",
+        "NIAH(M): the mean of multikey, multivalue and multiquery\n",
+        "\nloss (nats per token)\n",
+        "theta   window  ",
+        "key-value cache at 900 tokens: 0.00 GiB (float32)",
+        "to do: 30 prompts of 25,500 tokens together",
+        "--depths is not for needles_8: the needles divide the text among them",
+        "tokens are read at",
+    ):
+        assert part in found.out + found.err
+    assert "so it repeats" not in found.err
 
 
-def test_cells_already_there_are_not_run_again(judge, tmp_path, monkeypatch):
-    rows, path = judge("--lengths 300"), tmp_path / "out" / "needle.jsonl"
-    lines = path.read_text().splitlines()
-    old = json.loads(lines[2])  # by a version that measured no nats: measured again
-    del old["answer_logprob"]
-    path.write_text("\n".join([*lines[:2], json.dumps(old), lines[3][:40]]))  # killed at line 4
-    measured, original = [], eval_needle.measure
-    monkeypatch.setattr(eval_needle, "measure", lambda *a: measured.append(1) or original(*a))
-    again = judge("--lengths 300 --n 3")
-    assert again.pop(2) == old and len(measured) == 2 + 2  # lines 3 and 4, and the new repeats
-    assert [r | {"seconds": 0} for r in again[:4]] == [r | {"seconds": 0} for r in rows]
+def test_results_survive_a_stop_and_are_not_measured_again(judge, tmp_path, monkeypatch, capsys):
+    """Ctrl-C before the fourth; then a result of an older version and a line that a kill cut off.
+    Answers may hold line separators."""
+    path, measured, original = tmp_path / "out" / "needle.jsonl", [], eval_needle.measure
+    stops = iter([False, False, False, True])
+
+    def measure(*args) -> dict:
+        if next(stops, False):
+            signal.raise_signal(signal.SIGINT)
+        measured.append(original(*args) | {"output": "a\u2028b\x85c\n", "seconds": 0})
+        return measured[-1]
+
+    monkeypatch.setattr(eval_needle, "measure", measure)
+    with pytest.raises(SystemExit) as stop:
+        judge("--lengths 300")
+    assert stop.value.code == 130 and len(measured) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"interrupted; the results written are kept in {path}; the same command goes on from there"
+    )
+    lines, old = path.read_text().split("\n"), dict(measured[2])
+    del old["answer_logprob"]  # which that version did not measure
+    path.write_text("\n".join([*lines[:2], json.dumps(old), lines[0][:40]]))
+    again = judge("--lengths 300 --n 3").rows
+    assert len(measured) == 3 + 4  # the third again, the fourth, and the new texts
+    assert again == [*measured[:2], old, *measured[3:]] and measured[3] == measured[2]
 
 
 @pytest.mark.parametrize("rope", [(1e7, 512), (1e4, 512, yarn_scaling(64, 512)), (1e4, 512)])
 def test_the_untrained_row_comes_by_itself_where_the_run_changed_the_rope(
-    rope, judge, toy_dir, tmp_path, capsys
+    rope, judge, toy_dir, tmp_path
 ):
     """It has the original's weights under the result's theta and scaling: a model of its own."""
     other, result, changed = load_pretrained(toy_dir), tmp_path / "result", rope != (1e4, 512)
     other.config = other.config.with_rope(*rope)
     save_pretrained(other, result, tokenizer_from=toy_dir)
     (result / "run.json").write_text(json.dumps({"settings": {"model": str(toy_dir)}}))
-    judge("--tasks --loss --lengths 300 --n 1", model=result)
-    found = report_of(tmp_path / "out")
+    found = judge("--tasks --loss --lengths 300 --n 1", model=result)
+    models, losses = found.report["models"], {e["model"]: e["mean"] for e in found.report["table"]}
     labels = ["original", *["untrained"] * changed, "result"]
-    assert list(found["models"]) == labels
-    losses = {e["model"]: e["mean"] for e in found["table"]}
+    assert list(models) == labels
     assert (losses["result"] == losses["original"]) == (not changed)
     assert losses[labels[-2]] == losses["result"]  # the same weights, the same RoPE
-    own = {"folder": str(toy_dir), "rope_theta": rope[0], "window": 512}
-    own |= {"rope_scaling": rope[2]} if rope[2:] else {}
-    assert not changed or found["models"]["untrained"] == own
-    assert re.search(rf"\nresult +{rope[0]:,.0f} +512 ", capsys.readouterr().out)
+    own = models["result"] | {"folder": str(toy_dir)}
+    assert own["rope_theta"] == rope[0] and own["window"] == 512
+    assert own["rope_scaling"] == (rope[2] if rope[2:] else None)
+    assert not changed or models["untrained"] == own
+    assert re.search(rf"\nresult +{rope[0]:,.0f} +512 ", found.out)
 
 
 def test_any_of_several_end_tokens_stops_an_answer(judge, haystack, toy_dir, tmp_path):
     folder, flags = tmp_path / "m", "--lengths 300 --depths 0 --n 1"
     shutil.copytree(toy_dir, folder)
-    (before,) = judge(flags, model=folder, out=tmp_path / "a")
+    (before,) = judge(flags, model=folder, out=tmp_path / "a").rows
     first = make_sample(TASKS["niah_single"], haystack, 300, 0.0, "0/niah_single/300/0").ids
     ends = [haystack.tokenizer.eos_id, generate(load_pretrained(folder), first, 1)[0]]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    (after,) = judge(flags, model=folder, out=tmp_path / "b")
+    (after,) = judge(flags, model=folder, out=tmp_path / "b").rows
     assert before["output"] and after["output"] == ""
     assert after["answer_logprob"] == before["answer_logprob"]
 
 
 def test_the_grid_and_who_is_compared_come_from_the_template_and_the_run(
-    toy_dir, prose_file, tmp_path
+    toy_dir, prose_file, tmp_path, figures
 ):
     """All defaults: the original beside the result, from the old window to the new one, with the
     template's n; the original gets --n_beyond texts past its window."""
-    model, window, base = load_pretrained(toy_dir), 256, str(tmp_path / "base")
-    for folder, length in ((base, window), (tmp_path / "result", 4 * window)):
+    model, window, base, result = load_pretrained(toy_dir), 256, tmp_path / "b", tmp_path / "result"
+    for folder, length in ((base, window), (result, 4 * window)):
         model.config = model.config.with_rope(1e4, length)
         save_pretrained(model, folder, tokenizer_from=toy_dir)
-    (tmp_path / "result" / "run.json").write_text(json.dumps({"settings": {"model": base}}))
-    template(tmp_path / "result", n=2, n_beyond=9)
-    eval_needle.main(
-        f"--model {tmp_path / 'result'} --haystack {prose_file} --depths 0.5 --n_beyond 1".split()
-    )
-    lines = (tmp_path / "result" / "needle.jsonl").read_text().splitlines()
-    counts = Counter((r["model"], r["length"] // window) for r in map(json.loads, lines))
+    (result / "run.json").write_text(json.dumps({"settings": {"model": str(base)}}))
+    template(result, n=2, n_beyond=9)
+    eval_needle.main(f"--model {result} --haystack {prose_file} --depths 0.5 --n_beyond 1".split())
+    rows = map(json.loads, (result / "needle.jsonl").read_text().splitlines())
+    counts = Counter((r["model"], r["length"] // window) for r in rows)
     ours = {("result", times): 2 for times in (1, 2, 4)}
     assert counts == ours | {("original", 1): 2, ("original", 2): 1, ("original", 4): 1}
 
 
-def test_ctrl_c_keeps_the_rows_and_says_so(judge, tmp_path, monkeypatch, capsys):
-    measure, answers = eval_needle.measure, iter("abc")
-
-    def interrupted(*args):
-        return measure(*args) if next(answers, "") else signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(eval_needle, "measure", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        judge()
-    assert stop.value.code == 130
-    kept = tmp_path / "out" / "needle.jsonl"
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"interrupted; the results written are kept in {kept}; the same command goes on from there"
-    )
-    assert len(kept.read_text().splitlines()) == 3
-
-
-def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path, capsys):
-    """One folder, three runs: the rows of the same setup stay in table and figure; another seed is
-    another setup, and said to be there."""
-    out = tmp_path / "out"
-    judge()
-    table = report_of(out)["table"]
-    judge("--lengths 350 --n 1 --depths 0.333")
-    later = report_of(out)
+def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path):
+    """One folder, several runs: the rows of the same setup stay in table and figure; another seed
+    is another setup, and said to be there."""
+    table = judge().report["table"]
+    later = judge("--lengths 350 --n 1 --depths 0.333").report
     assert [e for e in later["table"] if e["length"] != 350] == table
     cells = {(n, d) for n in (300, 400) for d in (0.0, 1.0)} | {(350, 0.333)}
     assert {(e["length"], e["depth"]) for e in later["cells"]} == cells
     assert later["overall"][0]["n"] == 9 and len(later["overall"]) == 1
-    judge("--tasks passkey")
-    assert {e["task"] for e in report_of(out)["table"]} == {"passkey", "niah_single"}
-    assert (out / "needle_passkey.png").is_file()
-    capsys.readouterr()
-    judge("--seed 5 --lengths 300")
-    assert [e["n"] for e in report_of(out)["table"]] == [4]
-    assert "17 results there are of other models or settings" in capsys.readouterr().err
+    found = judge("--tasks passkey")
+    assert {e["task"] for e in found.report["table"]} == {"passkey", "niah_single"}
+    assert (tmp_path / "out" / "needle_passkey.png").is_file()
+    found = judge("--seed 5 --lengths 300")
+    assert [e["n"] for e in found.report["table"]] == [4]
+    assert "17 results there are of other models or settings" in found.err
 
 
-def test_controls_measure_the_gain_on_the_same_texts(judge, toy_dir, tmp_path, capsys):
-    results = judge("--needle_alone --tasks niah_single common_words --lengths 6000")
-    without, out = [r for r in results if r["model"] == "no needles"], tmp_path / "out"
+def test_controls_measure_the_gain_on_the_same_texts(judge, toy_dir, tmp_path):
+    found = judge("--needle_alone --tasks niah_single common_words --lengths 5000 --depths 0.5")
+    without, report = [r for r in found.rows if r["model"] == "no needles"], found.report
     assert [r["score"] for r in without] == [0.0, 0.0]  # one a text, none for common words
-    found = report_of(out)
-    assert list(found["models"]) == [toy_dir.name]  # a control is not a model
-    whole, alone = found["gains"]
+    assert list(report["models"]) == [toy_dir.name]  # a control is not a model
+    whole, alone = report["gains"]
     assert (whole["model"], alone["model"]) == (toy_dir.name, "needle alone")
-    own = [e for e in found["overall"] if e["task"] == "niah_single"]
-    nats = {e["model"]: e["nats"] for e in own}
+    nats = {e["model"]: e["nats"] for e in report["overall"] if e["task"] == "niah_single"}
     for entry in (whole, alone):
         expected = nats[entry["model"]] - nats["no needles"]
         assert entry["mean"] == pytest.approx(expected, abs=2e-4)
     assert whole["share_of_short_text"] == whole["mean"] / alone["mean"]
-    assert "with its needles" in capsys.readouterr().out
-    assert (out / "nats.png").is_file() and not list(out.glob("*common_words.png"))
-    judge("--controls --lengths 300")
-    assert "without --compare DIR only the one without needles" in capsys.readouterr().err
+    assert "with its needles" in found.out
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"needle.png", "nats.png", "curves.png"}  # common words have no depth
+    found = judge("--controls --lengths 300")
+    assert "without --compare DIR only the one without needles" in found.err
 
 
 def test_a_result_of_a_model_changed_anywhere_is_measured_again(judge, toy_dir, tmp_path):
     """One element of one small norm; the same bytes at another time are the same model."""
     folder, flags = tmp_path / "m", "--lengths 300 --depths 0 --n 1"
     shutil.copytree(toy_dir, folder)
-    assert len(judge(flags, model=folder)) == 1
+    assert len(judge(flags, model=folder).rows) == 1
     model = load_pretrained(folder)
     model.model.norm.weight.data[7] += 1e-3
     save_pretrained(model, tmp_path / "changed")
     for source in (tmp_path / "changed", toy_dir):
         shutil.copy(source / "model.safetensors", folder)
-        assert len(judge(flags, model=folder)) == 2
+        assert len(judge(flags, model=folder).rows) == 2
     assert not list(folder.glob("needle*"))  # nothing is kept in the folder of another's model
 
 
-def test_a_haystack_that_repeats_is_announced(judge, toy_dir, tmp_path, capsys):
+def test_a_haystack_that_repeats_is_announced(judge, toy_dir, tmp_path):
     (tmp_path / "short.txt").write_text(PROSE[:1000])
-    tokens = len(load_tokenizer(toy_dir).encode(PROSE[:1000]))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "needle.jsonl").touch()  # an empty file of results is fine
+    tokens = len(load_tokenizer(toy_dir).encode(PROSE[:1000]))
     for longest in (tokens, tokens + 1):
-        judge(f"--haystack {tmp_path}/short.txt --tasks --loss --n 1 --lengths {longest}")
-        warned = f"shorter than --lengths {longest}, so it repeats" in capsys.readouterr().err
-        assert warned == (longest > tokens)
+        found = judge(f"--haystack {tmp_path}/short.txt --tasks --loss --n 1 --lengths {longest}")
+        assert ("so it repeats" in found.err) == (longest > tokens)
 
 
 def test_the_default_haystack_is_found_from_any_folder(essays_dir, tmp_path, monkeypatch):
@@ -596,33 +589,21 @@ def test_the_default_haystack_is_found_from_any_folder(essays_dir, tmp_path, mon
     assert source == "data/essays" and sorted(essays_dir.glob("*.txt"))[0].read_text() in text
 
 
-def test_any_answer_is_read_again_and_a_line_without_its_end_is_kept(tmp_path):
-    rows = [dict.fromkeys(KEY, i) | {"output": "a\u2028b\x85c\n"} for i in range(4)]
-    rows = [row | {"answer_logprob": -1.0} for row in rows]
-    path = tmp_path / "needle.jsonl"
-    for half in (rows[:2], rows[2:]):
-        results = Results(tmp_path)
-        for row in half:
-            results.add(row)
-        path.write_text(path.read_text().removesuffix("\n"))
-    assert list(Results(tmp_path).known.values()) == rows
+def test_flops_of_a_prompt_add_up_to_those_of_training():
+    whole = forward_flops(LLAMA3_8B, 0, 4096)
+    head = 2 * 4096 * LLAMA3_8B.vocab_size * LLAMA3_8B.hidden_size
+    assert training_flops(LLAMA3_8B, 4096) == 3 * (whole + head)
+    assert forward_flops(LLAMA3_8B, 0, 1000) + forward_flops(LLAMA3_8B, 1000, 4096) == whole
 
 
-def test_the_cache_of_an_8b_at_128k_is_16_gib():
-    config = LlamaConfig(128_256, 4096, 14_336, 32, 32, 8, 128, 131_072)
-    assert kv_cache_bytes(config, 131_072, torch.bfloat16) == 16 * 2**30
-    whole, head = forward_flops(config, 0, 4096), 2 * 4096 * config.vocab_size * config.hidden_size
-    assert training_flops(config, 4096) == 3 * (whole + head)
-    assert forward_flops(config, 0, 1000) + forward_flops(config, 1000, 4096) == whole
-
-
-def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, real_haystack):
-    """All parts at once on a real model: three needles at 1,024 tokens, all found."""
-    shared = SharedPrefix(load_pretrained(smollm2_dir))
-    for repeat in range(3):
-        sample = make_sample(TASKS["niah_single"], real_haystack, 1024, 0.5, f"0/{repeat}")
+def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, essays_dir):
+    """All parts at once on a real model and text: two needles at 512 tokens, both found."""
+    shared, tokenizer = SharedPrefix(load_pretrained(smollm2_dir)), load_tokenizer(smollm2_dir)
+    essays = Haystack(sorted(essays_dir.glob("*.txt"))[0].read_text(), tokenizer)
+    for repeat in range(2):
+        sample = make_sample(TASKS["niah_single"], essays, 512, 0.5, f"0/{repeat}")
         answer = shared.answer(sample.ids, sample.answer_tokens, (2,))
-        assert score(sample.expected, real_haystack.tokenizer.decode(answer)) == 1
+        assert score(sample.expected, tokenizer.decode(answer)) == 1
 
 
 # ---- templates, and what is refused ------------------------------------------------------------
@@ -643,9 +624,9 @@ def test_a_template_can_be_a_whole_ruler_task(judge, haystack, tmp_path):
         "haystack": "noise",
     }
     flags = template(tmp_path, task="multiquery", **own)
-    (row,) = judge(f"{flags} --lengths 900 --depths 0.333 --n 1")
+    (row,) = judge(f"{flags} --lengths 900 --depths 0.333 --n 1").rows
     assert row["depth"] == 0.333 and len(row["true_depths"]) == 3
-    task = dataclasses.replace(TASKS["multiquery"], **own | {"keys": tuple(own["keys"])})
+    task = change("multiquery", **own | {"keys": tuple(own["keys"])})
     sample = make_sample(task, haystack, 900, 0.333, "0/multiquery/900/0")
     assert hashlib.sha256(sample.ids.numpy().tobytes()).hexdigest()[:12] == row["prompt"]
     text = text_of(haystack, sample)
@@ -658,31 +639,29 @@ def test_a_template_can_be_a_whole_ruler_task(judge, haystack, tmp_path):
     assert text.endswith(f"\nWhat are all the codes for {asked}? The codes for {asked} are")
 
 
-def test_a_template_is_for_its_own_task_or_else_for_all(judge, tmp_path, capsys):
+def test_a_template_is_for_its_own_task_or_else_for_all(judge, tmp_path):
     """Its needles may be asked for in turn; what is not used is not lost in silence."""
     fields = {"needle": "The code of {key} is {value}!", "intro": "", "task": "multiquery"}
     fields |= {"keys": ["Anna", "Bert"], "values": ["zyx", "wvu"], "ask": "each", "needles": 2}
     flags = f"{template(tmp_path, **fields)} --lengths 500 --n 1"
-    rows = judge(flags)
-    assert [(r["task"], r["depth"]) for r in rows] == [("multiquery", 0.75), ("multiquery", 0.25)]
-    assert {r["expected"][0] for r in rows} == {"zyx", "wvu"}
-    said = capsys.readouterr().out
-    assert "\nmultiquery, each in turn (found" in said and "a question and an answer for" in said
-    judge(f"{flags} --tasks multikey")
+    found = judge(flags)
+    depths = [(r["task"], r["depth"]) for r in found.rows]
+    assert depths == [("multiquery", 0.75), ("multiquery", 0.25)]
+    assert {r["expected"][0] for r in found.rows} == {"zyx", "wvu"}
+    assert "\nmultiquery, each in turn (found" in found.out
     told = "needle.json is for its task multiquery, and not for --tasks multikey"
-    assert told in capsys.readouterr().err
+    assert told in judge(f"{flags} --tasks multikey").err
     template(tmp_path, needles=3)
-    assert Counter(len(r["true_depths"]) for r in judge(f"{flags} --tasks multikey"))[3] == 2
-    assert "and not for --tasks" not in capsys.readouterr().err
+    found = judge(f"{flags} --tasks multikey")
+    assert Counter(len(r["true_depths"]) for r in found.rows)[3] == 2
+    assert "and not for --tasks" not in found.err
 
 
-BAD_FLAGS = [  # more of them are in test_bad_input.py
+BAD = [  # flags (more of them are in test_bad_input.py), or the fields of a template
     ("--lengths 300 50", "--lengths 50 is too short: with its keys this prompt takes at least"),
     ("--lengths 1", "--lengths 1 must be at least 2 tokens"),
     ("--haystack nowhere.txt", "nowhere.txt does not exist"),
     ("--depths 0.5 nan", "--depths nan must be within 0..1"),
-]
-BAD_TEMPLATES = [
     ({"nedle": "x"}, "unknown field 'nedle'"),
     ({"needle": "no braces"}, "needle must hold {key} and {value}"),
     ({"needle": "{key} {value} {more}"}, "only {key} and {value} may be in braces"),
@@ -704,7 +683,7 @@ BAD_TEMPLATES = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "match"), [*BAD_FLAGS, *BAD_TEMPLATES])
+@pytest.mark.parametrize(("flags", "match"), BAD)
 def test_bad_input_is_one_line(flags, match, refused, tmp_path):
     flags = template(tmp_path, **flags) if isinstance(flags, dict) else flags
     assert match in refused(flags)
@@ -726,21 +705,17 @@ def test_a_prompt_that_cannot_be_made_is_refused_before_the_first_is_run(refused
     assert f"--lengths {n} is too short" in refused(f"--n 2 --lengths {n}")
 
 
-def test_a_model_that_cannot_be_compared_is_refused(refused, toy_dir, tmp_path):
-    shutil.copytree(toy_dir, tmp_path / "other")
-    write_tokenizer(tmp_path / "other", PROSE[:700], 300)
-    error = refused(f"--compare {tmp_path / 'other'}")
+def test_a_model_that_cannot_be_judged_is_refused(refused, toy_dir, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(toy_dir, other)
+    write_tokenizer(other, PROSE[:700], 300)
+    error = refused(f"--compare {other}")
     assert "its tokenizer or vocabulary is not that of --model" in error
-    shutil.copytree(toy_dir, tmp_path / "mistral")
-    config = json.loads((toy_dir / "config.json").read_text())
-    config |= {"model_type": "mistral", "sliding_window": 350}
-    (tmp_path / "mistral" / "config.json").write_text(json.dumps(config))
-    error = refused("", model=tmp_path / "mistral")
+    shutil.copy(toy_dir / "tokenizer.json", other)
+    edit_config(other, model_type="mistral", sliding_window=350)
+    error = refused("", model=other)
     assert "sliding_window 350 is shorter than --lengths 400" in error
-
-
-def test_without_a_result_the_error_says_who_makes_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where no run has been
     with pytest.raises(SystemExit):
         eval_needle.main([])
     assert "error: folder out, which train.py makes, does not exist" in capsys.readouterr().err
@@ -750,31 +725,24 @@ def test_without_a_result_the_error_says_who_makes_it(tmp_path, monkeypatch, cap
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """The matplotlib figures that are saved."""
-    from matplotlib.figure import Figure
-
-    saved, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: saved.append(f) or save(f, *a, **k))
-    return saved
-
-
-@pytest.fixture
 def heatmap(figures, tmp_path):
     """heatmap(lengths) -> the figure of three models: nothing, half, all found."""
+    windows = {
+        "base": 512,
+        "a/very/long/folder/name/of/a/model": 9999,
+        "in quite a few words": 9999,
+    }
 
     def draw(lengths, **options):
-        others = ("a/very/long/folder/name/of/a/model", "in quite a few words")
-        windows = {"base": 512} | dict.fromkeys(others, 9999)
         rows = [
-            result_of(m, j, float((i, j % 2) > (1, 0)), -float(j), length=n, depth=d)
+            result_of(m, j, float((i, j % 2) > (1, 0)), -float(i), length=n, depth=d)
             for m in windows
             for n in lengths
             for i, d in enumerate((0.0, 0.5, 1.0))
             for j in range(4)
         ]
-        draw_heatmap(tmp_path / "h.png", rows, "t", windows, **options)
-        figures[-1].draw_without_rendering()  # saved at another resolution: lay it out again
+        cells = summarise(rows, ("model", "task", "length", "depth"))
+        draw_heatmap(tmp_path / "h.png", cells, windows, **options)
         return figures[-1]
 
     return draw
@@ -783,6 +751,7 @@ def heatmap(figures, tmp_path):
 @pytest.mark.parametrize("lengths", [(300,), (300, 600), (300, 500, 600, 700, 800, 900, 131072)])
 def test_labels_of_the_heatmap_do_not_overlap(lengths, heatmap):
     figure = heatmap(lengths)
+    figure.draw_without_rendering()
     axes = figure.axes[:-1]  # the last is the colour bar
     titles = [a.title.get_window_extent() for a in axes]
     ticks = [t.get_window_extent() for a in axes for t in a.get_xticklabels()]
@@ -805,14 +774,13 @@ def test_the_heatmap_can_be_read(heatmap):
     cells = {t.get_position(): t.get_text() for t in axes[0].texts}
     assert cells == {(x, y): mean for x in (0, 1) for y, mean in enumerate(("0%", "50%", "100%"))}
     for step in range(11):
-        rgb = axes[0].images[0].cmap(step / 10)[:3]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
-        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        assert (luminance + 0.05) / 0.05 > 4.5
+        red, green, blue = (c**2.2 for c in axes[0].images[0].cmap(step / 10)[:3])
+        assert (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) / 0.05 > 4.5
     assert "dashed" not in heatmap((300, 400)).get_supxlabel()
     *axes, bar = heatmap((300, 600), in_nats=True).axes
-    assert {text.get_text() for a in axes for text in a.texts} == {"-1.50"}  # mean of 0 to -3
-    assert axes[0].images[0].get_clim() == (-3.0, 0.0) and "nats" in bar.get_ylabel()
+    cells = {(t.get_position()[1], t.get_text()) for a in axes for t in a.texts}
+    assert cells == {(0, "0.00"), (1, "-1.00"), (2, "-2.00")}
+    assert axes[0].images[0].get_clim() == (-2.0, 0.0) and "nats" in bar.get_ylabel()
 
 
 def test_no_needle_is_drawn_farther_than_the_text_is_long(tmp_path, figures):

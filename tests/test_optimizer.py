@@ -238,5 +238,6 @@ def test_the_recorded_run_on_smollm2_is_within_its_band():
 @pytest.mark.slow
 @needs_torchao
 def test_8_bit_on_smollm2_is_within_its_band(smollm2_dir, tmp_path):
-    optimizer_run.main(["--model", str(smollm2_dir), "--out", str(tmp_path / "found.json")])
+    flags = f"--model {smollm2_dir} --work {tmp_path} --out {tmp_path}/found.json"
+    optimizer_run.main(flags.split())
     check_band(tmp_path / "found.json")

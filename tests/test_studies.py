@@ -1,32 +1,39 @@
 """studies/: rows are compared on the same texts, kept at once, and made from the same tokens."""
 
-from argparse import Namespace
+import json
 
 import common
 import pytest
 import real_study
 import tiny_study
-from common import Study, Table, lead, recipe_in, settings_of
+from common import Study, lead, recipe_of
 
 from model import LlamaConfig
 
 
+def study_in(folder, study, *flags):
+    """With its models and rows in an empty folder."""
+    made = study.study_of([*flags])
+    made.args.out, made.file = folder / "models", folder / "rows.json"
+    return made
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """The study of the toy, with its models and rows in an empty folder."""
     monkeypatch.chdir(common.ROOT)
-    args = Namespace(target=32_768, steps=40, texts=8, again=False, model="assets/tiny")
-    args.out = tmp_path / "models"
-    return tiny_study.TinyStudy(args, Table(tmp_path / "rows.json", 32_768, ["none"]))
+    return study_in(tmp_path, tiny_study)
 
 
-def real_of(folder, *flags):
-    args = real_study.parse(["--out", str(folder), *flags])
-    return real_study.RealStudy(args, Table(folder / "rows.json", args.target, real_study.NAMES))
+@pytest.fixture
+def real(tmp_path, monkeypatch, smollm2_dir):
+    monkeypatch.chdir(common.ROOT)
+    return study_in(tmp_path, real_study)
 
 
-def recipes(study, *names):
-    return [recipe_in(settings_of(study.flags_of(name, 0))) for name in names]
+def result(length: int, text: int, score: float, nats: float = -1.0, **more) -> dict:
+    """A line of needle.jsonl."""
+    about = {"task": "x", "length": length, "repeat": text, "depth": 0, "identity": "ours"}
+    return about | {"score": score, "answer_logprob": nats, "expected": ["1"]} | more
 
 
 def test_lead_of_a_row_compares_the_same_texts_by_hand():
@@ -36,66 +43,55 @@ def test_lead_of_a_row_compares_the_same_texts_by_hand():
     assert found["mean"] == 0.25 and found["texts"] == 2 and lead(other, ours, 64)["mean"] == -0.25
     assert found["by_seed"] == [0.25] and lead(ours, other, 64, "nats") is None
 
-    gains = [0.5, 0.25, 0.25, 0.0, 0.5, 0.125, 0.375, 0.0]  # t of 7 degrees: 2.3646, by table
-    ours = {"0": {"scores": {"64": [[1, gain] for gain in gains]}}}
-    other = {"0": {"scores": {"64": [[1, -gain] for gain in gains]}}}
-    mean = sum(gains) / 8
-    half = 2.3646 * (sum((g - mean) ** 2 for g in gains) / 7 / 8) ** 0.5
-    found = lead(ours, other, 64)["interval_95"]
-    assert found == pytest.approx((mean - half, mean + half), rel=1e-3)
-
 
 def test_a_recipe_is_the_same_until_a_setting_differs_that_both_versions_know():
     flags = "--target_len 32768 --steps 40 --lr 1e-3"
-    then = recipe_in(settings_of(flags)) | {"of_an_older_version": 1}
+    then = recipe_of(flags) | {"of_an_older_version": 1}
     del then["prefix"]
     assert common.same_recipe(then, flags)
     assert not common.same_recipe(then | {"lr": 2e-3}, flags)
 
 
-def test_rows_are_kept_at_once_and_the_table_tells_them_apart(tmp_path, capsys):
-    table = Table(tmp_path / "rows.json", 64, ["untrained", "none", "longrecipe"])
-    found = {  # hits and nats at the target of 3 texts
+def test_rows_are_kept_at_once_and_the_table_tells_them_apart(tiny, capsys):
+    found = {  # hits and nats of 3 texts
         "longrecipe": ([[1, 1], [1, 0], [1, 1]], [[-0.5, -0.5], [-1.0, -1.0], [-0.5, -0.5]]),
         "none": ([[0, 1], [0, 0], [0, 0]], [[-2.0, -3.0], [-3.0, -3.0], [-4.0, -3.0]]),
     }
     for name, (hits, nats) in found.items():
-        results = [
-            {"task": "x", "length": length, "repeat": i, "score": hit, "answer_logprob": nat}
-            for length in (8192, 64)
+        results = [result(8192, 0, 3.0, task="loss")]
+        results += [
+            result(length, i, *answer)
+            for length in (8192, tiny.target)
             for i in (2, 0, 1)  # by text, whatever their order
-            for hit, nat in zip(hits[i], nats[i], strict=True)
+            for answer in zip(hits[i], nats[i], strict=True)
         ]
-        loss = {"task": "loss", "length": 64, "repeat": 0, "score": 3.0}
-        table.keep(name, 0, common.measured([*results, loss]), steps=40)
-        assert table.row(name, 0)["scores"]["64"] == hits
-    assert table.row("none", 1) == {} and table.read()["steps"] == 40
-    assert table.shown() == ["none", "longrecipe"]
-    table.report()
-    _, best, line = capsys.readouterr().out.splitlines()
+        tiny.keep(name, 0, common.measured(results))
+        row = tiny.row(name, 0)
+        assert row["scores"] == {"8192": hits, "32768": hits} and row["losses"] == [3.0]
+    assert tiny.row("none", 1) == {} and json.loads(tiny.file.read_text())["steps"] == 40
+    best, line = (list(row.values()) for row in tiny.cells())
     # by hand: hits +0.5, +0.5, +1; nats +2, +2, +3
-    assert best.startswith("LongRecipe") and line.startswith("plain positions")
-    assert "+67 (" in line and "+2.33 (" in line
-    table.draw("made by hand")
-    assert (tmp_path / "rows.png").is_file()
+    assert best[0] == "LongRecipe" and line[0] == "plain positions"
+    assert line[-2].startswith("+67 (") and line[-1].startswith("+2.33 (")
+    tiny.args.report = True
+    tiny.main()
+    assert "| LongRecipe |" in capsys.readouterr().out
+    assert tiny.file.with_suffix(".png").is_file()
 
 
-def test_the_rows_of_a_theta_are_trained_on_the_same_tokens(tiny, smollm2_dir, tmp_path):
-    for name, analyst in {
-        "pose": "longrecipe",
-        "pose, paper's base": "longrecipe, paper's base",
-    }.items():
-        types = tiny.folder(analyst, 1) / "impactful.json"
-        assert f"--impactful {types} --probe_steps 5" in tiny.flags_of(name, 1)
-    real, paper = real_of(tmp_path), "rpes, paper's theta"
-    for found, differ in (
-        (recipes(tiny, "longrecipe", "pose"), {"method"}),
-        (recipes(tiny, "longrecipe", "yarn"), {"rope", "rope_base"}),
-        (recipes(real, "longrecipe", "none"), {"method"}),
-        (recipes(real, "none", paper), {"method", "rope_base"}),
+def test_the_rows_of_a_theta_are_trained_on_the_same_tokens(tiny, real):
+    for theta in ("", ", paper's base"):
+        types = tiny.folder(f"longrecipe{theta}", 1) / "impactful.json"
+        assert f"--impactful {types} --probe_steps 5" in tiny.flags_of(f"pose{theta}", 1)
+    for study, name, other, differ in (
+        (tiny, "longrecipe", "pose", {"method"}),
+        (tiny, "longrecipe", "yarn", {"rope", "rope_base"}),
+        (tiny, "longrecipe", "share 60 %", {"train_len", "steps"}),
+        (real, "longrecipe", "none", {"method"}),
+        (real, "none", "rpes, paper's theta", {"method", "rope_base"}),
     ):
-        ours, other = found
-        assert {k for k in ours if ours[k] != other[k]} == differ
+        ours, theirs = (recipe_of(study.flags_of(row, 0)) for row in (name, other))
+        assert {k for k in ours if ours[k] != theirs[k]} == differ, other
 
 
 def test_the_untrained_row_of_yarn_has_its_scaling_and_the_theta_of_the_original(tiny):
@@ -111,87 +107,82 @@ def test_the_untrained_row_of_yarn_has_its_scaling_and_the_theta_of_the_original
 
 def test_a_row_with_another_merge_weight_takes_longrecipes_training(tiny, monkeypatch):
     cost = dict.fromkeys(("seconds", "peak_GiB", "commit", "hardware", "threads"), 1)
-    run_json = lambda _, flags: cost | {"settings": settings_of(flags)}  # noqa: E731
+    run_json = lambda _, flags: cost | {"settings": recipe_of(flags)}  # noqa: E731
     monkeypatch.setattr(common, "train_into", run_json)
+    monkeypatch.setattr(tiny_study, "selected", lambda out: {"questions_kept": out.name})
     merged = []
     monkeypatch.setattr(tiny_study, "merge", lambda *args: merged.append(args))
     row = tiny.make_model("merge weight 0.75", 1)
     trained, out = (tiny.folder(name, 1) for name in ("longrecipe", "merge weight 0.75"))
     assert merged == [("assets/tiny", trained / "replayed", out, 0.75)]
     assert row["recipe"]["merge_weight"] == 0.75 and row["seconds"] == 1
+    assert row["questions_kept"] == trained.name and "impactful" not in row
     assert "--keep_stages" in tiny.flags_of("longrecipe", 1)
 
 
-def test_rows_outlive_their_models_until_what_is_asked_for_changes(smollm2_dir, tmp_path):
-    study = real_of(tmp_path)
-    row = {"recipe": recipes(study, "longrecipe")[0], "impactful": {"5": [" the", 1.0]}}
+def test_rows_outlive_their_models_until_what_is_asked_for_changes(real):
+    row = {"recipe": recipe_of(real.flags_of("longrecipe", 0)), "impactful": {"5": [" the", 1.0]}}
     row["scores"] = {"16384": [[0.0]] * 12}
-    assert study.is_done(row, "longrecipe", 0)
-    for change in ({"scores": {}}, {"scores": {"16384": [[0.0]] * 16}}):
-        assert not study.is_done(row | change, "longrecipe", 0)
-    assert not study.is_done(row | {"recipe": row["recipe"] | {"steps": 7}}, "longrecipe", 0)
-    assert not real_of(tmp_path, "--again").is_done(row, "longrecipe", 0)
-    study.table.keep("longrecipe", 0, row)
-    assert common.read_json(study.types_of("none", 0)) == row["impactful"]
+    assert real.is_done(row, "longrecipe", 0)
+    for change in (
+        {"scores": {}},
+        {"scores": {"16384": [[0.0]] * 16}},
+        {"recipe": row["recipe"] | {"steps": 7}},
+    ):
+        assert not real.is_done(row | change, "longrecipe", 0)
+    real.args.again = True
+    assert not real.is_done(row, "longrecipe", 0)
+    real.keep("longrecipe", 0, row)
+    assert common.read_json(real.types_of("none", 0)) == row["impactful"]
 
 
-def test_the_rows_of_the_real_study_on_a_cpu_stay_what_they_were(tmp_path):
+def test_the_rows_of_the_real_study_on_a_cpu_stay_what_they_were():
     """Studies that were begun with another version go on with this one."""
-    study = real_of(tmp_path)
-    assert study.train_flags() == (
-        "--model models/smollm2 --target_len 16384 --data data/prose --join --batch_sequences 1"
-        " --steps 32 --probe_steps 4 --analysis_samples 4 --log_softmax --rebased_analysis"
-        " --replay_steps 4 --lr 2e-4 --replay_lr 2e-5 --dtype bfloat16 --save_minutes 10"
-    )
-    assert study.judge_flags() == (
-        "--tasks needles_8 --haystack data/essays --lengths 8192 16384 --dtype bfloat16"
-    )
+    study = real_study.study_of([])
+    assert study.about().items() <= common.read_json(study.file).items()
     assert study.folder("none, paper's theta", 1).name == "none__paper_s_theta_1"
-    assert real_study.TABLE.file.name == "smollm2_study.json"
-    of_a_gpu = real_of(tmp_path, "--samples", "512", "--target", "32768").train_flags()
-    assert "--batch_sequences 8 --steps 64 --probe_steps 8" in of_a_gpu
+    of_a_gpu = real_study.study_of("--samples 512 --target 32768".split())
+    assert "--batch_sequences 8 --steps 64 --probe_steps 8" in of_a_gpu.train_flags()
+    assert of_a_gpu.file.name == "smollm2_study_32768.json"
 
 
-def test_a_row_of_the_real_study_holds_the_answers_of_its_own_model(tmp_path, monkeypatch):
-    """needle.jsonl names a model by its folder."""
+def test_a_row_holds_the_newest_answers_of_its_own_weights(real, monkeypatch):
+    """Of several results in the folder where all models are judged."""
     results = [
-        {"model": model, "task": "needles_8", "length": length, "repeat": 0, "score": score}
-        | {"answer_logprob": -1.0}
-        for model, score in (("longrecipe_0", 1.0), ("none_0", 0.0))
-        for length in (8192, 16_384)
+        result(16_384, 0, 0.0),  # of an older wording
+        result(16_384, 0, 0.0, identity="another"),
+        result(16_384, 1, 0.5),
+        result(16_384, 2, 0.0),  # of a larger run
+        result(16_384, 0, 1.0),
     ]
     monkeypatch.setattr(Study, "make_model", lambda *_: {})
     monkeypatch.setattr(real_study, "run", lambda _: None)
-    monkeypatch.setattr(real_study, "read_lines", lambda _: results)
-    study = real_of(tmp_path, "--texts", "1")
-    row = study.measure("longrecipe", 0)
-    assert row["scores"] == {"8192": [[1.0]], "16384": [[1.0]]}
-    assert study.is_done(row, "longrecipe", 0)
+    monkeypatch.setattr(common, "read_lines", lambda _: results)
+    monkeypatch.setattr(common.Hashes, "of_model", lambda *_: "ours")
+    real.args.texts = 2
+    row = real.measure("longrecipe", 0)
+    assert row["scores"] == {"16384": [[1.0], [0.5]]} and real.is_done(row, "longrecipe", 0)
 
 
-def test_rows_are_made_in_their_order_until_the_minutes_are_over(tmp_path, monkeypatch, capsys):
-    table, now = Table(tmp_path / "rows.json", 64, ["a", "b", "c", "d"]), [0.0]
+def test_rows_are_made_in_their_order_until_the_minutes_are_over(tiny, monkeypatch, capsys):
+    now = [0.0]
     monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(Table, "draw", lambda *_: None)
-    table.keep("b", 0, {"made": "before"})
+    monkeypatch.setattr(Study, "draw", lambda _: None)
+    monkeypatch.setattr(Study, "is_done", lambda _, row, *more: bool(row))
 
-    class OfNames(Study):
-        flags_of = judge = None  # only measure() would call them
+    def measure(_, name, seed):
+        now[0] += 50
+        return {"made": name}
 
-        def is_done(self, row, name, seed):
-            return bool(row)
-
-        def measure(self, name, seed):
-            now[0] += 50
-            return {"made": name}
-
-    study, rows = OfNames(Namespace(minutes=2), table), [(name, 0) for name in "dbac"]
-    study.make_rows(rows, "", steps=40)
-    made = {name: row["0"]["made"] for name, row in table.read()["runs"].items()}
-    assert made == {"b": "before", "d": "d", "a": "a"} and table.read()["steps"] == 40
-    assert "--minutes 2: stopped before c, seed 0" in capsys.readouterr().err
-    study.make_rows(rows, "")
-    assert table.row("c", 0) == {"made": "c"}
+    monkeypatch.setattr(Study, "measure", measure)
+    tiny.args.minutes, rows = 2, [(name, 0) for name in ("pose", "none", "full", "rpes")]
+    tiny.keep("none", 0, {"made": "before"})
+    tiny.make_rows(rows)
+    made = {name: row["0"]["made"] for name, row in tiny.runs().items()}
+    assert made == {"none": "before", "pose": "pose", "full": "full"}
+    assert "--minutes 2: stopped before rpes, seed 0" in capsys.readouterr().err
+    tiny.make_rows(rows)
+    assert tiny.row("rpes", 0) == {"made": "rpes"}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +190,7 @@ def test_rows_are_made_in_their_order_until_the_minutes_are_over(tmp_path, monke
     [
         (tiny_study, "--score nowhere", "'nowhere' is none of the rows"),
         (real_study, "--only nowhere", "'nowhere' is none of the rows"),
-        (tiny_study, "--n 1 --report", "1 text(s) a length, but an interval needs two or more"),
+        (tiny_study, "--n 1 --report", "--texts 1: an interval needs two texts or more"),
     ],
 )
 def test_what_makes_no_row_is_refused(study, flags, said, capsys):

@@ -1,67 +1,64 @@
 """Figures, all with axes, units and n. matplotlib is imported only where something is drawn."""
 
 import textwrap
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from support.needles.haystack import fold
 from support.needles.intervals import wilson
-from support.needles.summary import grouped, nats
 
 LIGHT = ("#f08a80", "#ffffc8", "#8ccf8c")  # red, yellow, green: black can be read on each
 
 
 def draw_heatmap(
     path: Path,
-    results: list[dict],
-    task: str,
+    cells: list[dict],
     windows: dict[str, int],
     parts: int = 0,
     in_nats: bool = False,
 ) -> None:
     """One panel for each model of windows (label -> trained window in tokens), in that order.
-    parts: the needle is anywhere in its part of so many; 0: at the depth itself. in_nats: the
-    log-probability of an answer instead of the share found."""
+    cells: of one task, an entry of summary.summarise for each model, length and depth. parts: the
+    needle is anywhere in its part of so many; 0: at the depth itself. in_nats: the log-probability
+    of an answer instead of the share found."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    value, digits, shown, limits = itemgetter("score"), ".0%", "share of answers found", (0, 1)
-    results = [r for r in results if r["task"] == task]
+    value, digits, low, high, shown = "mean", ".0%", 0, 1, "share of answers found"
     if in_nats:
-        value, digits, shown = nats, ".2f", "log-probability of an answer, nats"
-        limits = (min(map(nats, results)), 0)
-    lengths, depths = (sorted({r[k] for r in results}) for k in ("length", "depth"))
+        value, digits, shown = "nats", ".2f", "log-probability of an answer, nats"
+        low, high = min(e["nats"] for e in cells), 0
+    lengths, depths = (sorted({e[k] for e in cells}) for k in ("length", "depth"))
     width = max(2.1, 0.8 * len(lengths))  # of a panel, inches: its title needs some room
     figure = Figure(figsize=(1.9 + width * len(windows), 3.9), layout="constrained")
     axes = figure.subplots(1, len(windows), squeeze=False, sharey=True)[0]
     colors = LinearSegmentedColormap.from_list("found", LIGHT)
     caption = "context length, tokens"
     for axis, (label, window) in zip(axes, windows.items(), strict=True):
-        cells = grouped((r for r in results if r["model"] == label), ("length", "depth"))
-        means = {cell: np.mean([value(r) for r in found]) for cell, found in cells.items()}
-        grid = [[means.get((n, d), np.nan) for n in lengths] for d in depths]
-        image = axis.imshow(grid, cmap=colors, aspect="auto", vmin=limits[0], vmax=limits[1])
-        for (n, d), mean in means.items():
-            place = (lengths.index(n), depths.index(d))
-            axis.text(*place, f"{mean:{digits}}", ha="center", va="center", fontsize=8)
+        own = [e for e in cells if e["model"] == label]
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for e in own:
+            x, y = lengths.index(e["length"]), depths.index(e["depth"])
+            grid[y, x] = e[value]
+            axis.text(x, y, f"{e[value]:{digits}}", ha="center", va="center", fontsize=8)
+        image = axis.imshow(grid, cmap=colors, aspect="auto", vmin=low, vmax=high)
         inside = sum(n <= window for n in lengths)
         if 0 < inside < len(lengths):
             axis.axvline(inside - 0.5, color="black", linestyle="--")
             caption = "context length, tokens; dashed line: end of the trained window"
         axis.set_xticks(range(len(lengths)), [f"{n / 1024:.3g}k" for n in lengths], fontsize=8)
         title = textwrap.fill(label, int(14 * width / 1.6))
-        each = "-".join(map(str, sorted({len(found) for found in cells.values()})))
+        each = "-".join(map(str, sorted({e["n"] for e in own})))
         axis.set_title(f"{title}\ntrained to {window / 1024:.3g}k, n = {each} per cell", fontsize=8)
-    labels = [f"{round(100 * d, 1):g}%" for d in depths]
+    ticks = [f"{round(100 * d, 1):g}%" for d in depths]
     if parts:
-        labels = [f"{d - 0.5 / parts:.0%} to {d + 0.5 / parts:.0%}" for d in depths]
-    axes[0].set_yticks(range(len(depths)), labels)
+        ticks = [f"{d - 0.5 / parts:.0%} to {d + 0.5 / parts:.0%}" for d in depths]
+    axes[0].set_yticks(range(len(depths)), ticks)
     where = "part of the text with the needle asked for" if parts else "depth of the (first) needle"
     axes[0].set_ylabel(where)
     figure.supxlabel(caption, fontsize=9)
-    figure.colorbar(image, ax=axes, label=f"{task}: {shown}")
+    figure.colorbar(image, ax=axes, label=f"{cells[0]['task']}: {shown}")
     figure.savefig(path, dpi=130)
 
 
@@ -72,21 +69,21 @@ def draw_curves(path: Path, results: list[dict], task: str) -> None:
     from matplotlib.figure import Figure
 
     longest = max(r["length"] for r in results if r["task"] == task)
-    measured = any((r["task"], r["length"]) == ("loss", longest) for r in results)
     labels = list(dict.fromkeys(r["model"] for r in results))
+    results = [r for r in results if r["length"] == longest]
+    measured = any(r["task"] == "loss" for r in results)
     size = (10 if measured else 5.5, 3.5 + 0.2 * len(labels))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, 1 + measured, squeeze=False)[0]
     widths = np.linspace(4.5, 1.2, len(labels))  # each can be seen where several cover one another
     for label, width in zip(labels, widths, strict=True):
-        own = [r for r in results if r["model"] == label and r["length"] == longest]
+        own = [r for r in results if r["model"] == label]
         hits = hits_by_distance([r for r in own if r["task"] == task])
         if hits:
             x = [(eighth + 0.5) / 8 * longest / 1024 for eighth in hits]
             y = [np.mean(found) for found in hits.values()]
-            n = sum(map(len, hits.values()))
-            named = f"{label}, n = {n} needles in all"
-            line = axes[0].plot(x, y, "o-", markersize=3, label=named, linewidth=width)[0]
+            named = f"{label}, n = {sum(map(len, hits.values()))} needles in all"
+            (line,) = axes[0].plot(x, y, "o-", markersize=3, label=named, linewidth=width)
             ends = [wilson(sum(found), len(found)) for found in hits.values()]
             axes[0].vlines(x, *zip(*ends, strict=True), color=line.get_color(), alpha=0.4)
         losses = [r["loss_by_1024"] for r in own if r["task"] == "loss"]

@@ -84,10 +84,7 @@ def is_word_of(key: str, text: str) -> bool:
     >>> is_word_of("Pear", "a pear."), is_word_of("Pear", "it appears")
     (True, False)
     """
-    key = fold(key)
-    if key not in text:
-        return False
-    return re.search(rf"(?<![a-z0-9]){re.escape(key)}(?![a-z0-9])", text) is not None
+    return re.search(rf"(?<![a-z0-9]){re.escape(fold(key))}(?![a-z0-9])", text) is not None
 
 
 MADE_UP = {  # kinds of words that are made up instead of picked from a list

@@ -83,18 +83,13 @@ def verdict(found: dict, scale: float = 1.0, unit: str = "") -> str:
 
 def warn(needles: list[dict], tasks: dict) -> None:
     """Log what makes the numbers doubtful."""
-    found = [r for r in needles if r["model"] == NO_NEEDLES and r["score"] > 0]
-    if found:
-        log(
-            f"warning: {len(found)} answers without a needle are right, e.g. {found[0]['output']!r}"
-        )
-    off = [
-        abs(r["true_depth"] - r["depth"])
-        for r in needles
-        if tasks[r["task"]].ask != "each" and r["model"] not in (NO_NEEDLES, NEEDLE_ALONE)
-    ]
-    if off and max(off) > 0.05:
-        log(f"warning: a needle is {max(off):.0%} of the text before its depth: the haystack")
+    if found := [r["output"] for r in needles if r["model"] == NO_NEEDLES and r["score"] > 0]:
+        log(f"warning: {len(found)} answers without a needle are right, e.g. {found[0]!r}")
+    placed = [r for r in needles if r["model"] not in (NO_NEEDLES, NEEDLE_ALONE)]
+    placed = [r for r in placed if tasks[r["task"]].ask != "each"]
+    off = max((abs(r["true_depth"] - r["depth"]) for r in placed), default=0)
+    if off > 0.05:
+        log(f"warning: a needle is {off:.0%} of the text before its depth: the haystack")
         log("has few sentence ends (. ! ?) there; true_depth in needle.jsonl tells where")
 
 
@@ -106,24 +101,31 @@ def write_report(
     own = next(label for label, c in models.items() if c.folder == settings.model)
     shown = [r for r in results if r["model"] in models]
     needles = [r for r in results if r["task"] != "loss"]
-    table, pairs = summarise(results), versus(shown, own)
-    gained = gains(needles, own, NO_NEEDLES, NEEDLE_ALONE)
-    print_table(table, tasks, candidates)
-    print_pairs(pairs)
-    print_gains(gained, own)
-    warn(needles, tasks)
+    cells = summarise(needles, ("model", "task", "length", "depth"))
     summary = {
         "settings": dataclasses.asdict(settings),
         "haystack": source,
-        "models": {label: c.described() for label, c in models.items()},
-        "table": table,
-        "pairs": pairs,
-        "gains": gained,
+        "models": {
+            label: {
+                "folder": c.folder,
+                "rope_theta": c.config.rope_theta,
+                "rope_scaling": c.config.rope_scaling,
+                "window": c.window,
+            }
+            for label, c in models.items()
+        },
+        "table": summarise(results),
+        "pairs": versus(shown, own),
+        "gains": gains(needles, own, NO_NEEDLES, NEEDLE_ALONE),
         "overall": summarise(needles, ("model", "task")),
-        "cells": summarise(needles, ("model", "task", "length", "depth")),
+        "cells": cells,
         "seconds_of_all_rows": round(sum(r["seconds"] for r in results), 1),
         **provenance(started),
     }
+    print_table(summary["table"], tasks, candidates)
+    print_pairs(summary["pairs"])
+    print_gains(summary["gains"], own)
+    warn(needles, tasks)
     out = Path(settings.out)
     write_atomically(out / "needle_results.json", json.dumps(summary, indent=2) + "\n")
     windows = {label: c.trained_window for label, c in models.items()}
@@ -133,7 +135,8 @@ def write_report(
     for task in drawn:
         end = ".png" if len(drawn) == 1 else f"_{task}.png"
         parts = tasks[task].needles if tasks[task].ask == "each" else 0
-        draw_heatmap(out / f"needle{end}", shown, task, windows, parts)
-        draw_heatmap(out / f"nats{end}", shown, task, windows, parts, in_nats=True)
+        of_task = [e for e in cells if e["task"] == task and e["model"] in models]
+        draw_heatmap(out / f"needle{end}", of_task, windows, parts)
+        draw_heatmap(out / f"nats{end}", of_task, windows, parts, in_nats=True)
         draw_curves(out / f"curves{end}", shown, task)
         log(f"figures: {out / f'needle{end}'}, nats{end} and curves{end}")

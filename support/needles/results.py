@@ -28,20 +28,16 @@ class Results:
         self.hashes = Hashes(folder / "needle_hashes.json")
         text = read_text(self.path) if self.path.is_file() else ""
         # not splitlines(): an answer may hold U+2028
-        lines = text.removesuffix("\n").split("\n") if text else []
-        for i, line in enumerate(lines):
+        *lines, cut_off = text.split("\n")
+        for i, line in enumerate(lines, 1):
             try:
                 self.remember(json.loads(line))
             except (ValueError, KeyError, TypeError, RecursionError):
-                if i + 1 < len(lines):
-                    raise BadInput(
-                        f"{self.path}, line {i + 1} is not a result of this program; move the file"
-                        " away"
-                    ) from None
-                lines.pop()  # cut off by a kill
-        whole = "".join(line + "\n" for line in lines)
-        if whole != text:
-            write_atomically(self.path, whole)
+                raise BadInput(
+                    f"{self.path}, line {i} is not a result of this program; move the file away"
+                ) from None
+        if cut_off:  # by a kill
+            write_atomically(self.path, text.removesuffix(cut_off))
 
     @staticmethod
     def key(result: dict) -> tuple:
@@ -81,25 +77,22 @@ class Results:
         """`found`, the results of this run, and what earlier runs measured of the same models in
         the same way (wording, haystack, seed, dtype), so that a small run does not hide a larger
         one before it. setups: task -> setup_of."""
-        counted = {(self.key(r), r["model"]): r for r in found}
-        others = 0
-        for r in self.known.values():
-            labels = [c.label for c in candidates if c.identity == r["identity"]]
+        rows = {(self.key(r), r["model"]): r for r in found}
+        for key, r in self.known.items():
             way = r.get("setup"), r["seed"], r["dtype"]
             if way == (setups.get(r["task"]), settings.seed, settings.dtype):
-                for label in labels:
-                    counted.setdefault((self.key(r), label), r | {"model": label})
-            others += not any((self.key(r), label) in counted for label in labels)
-        if more := len(counted) - len(found):
+                for label in [c.label for c in candidates if c.identity == r["identity"]]:
+                    rows.setdefault((key, label), r | {"model": label})
+        if more := len(rows) - len(found):
             log(f"{more} results of earlier runs in {self.path} are counted too")
-        if others:
+        if others := len(self.known.keys() - {key for key, _ in rows}):
             log(f"{others} results there are of other models or settings, and not counted")
         labels, tasks = [c.label for c in candidates], list(setups)
 
         def place(r: dict) -> tuple:
             return labels.index(r["model"]), tasks.index(r["task"]), r["length"]
 
-        return sorted(counted.values(), key=place)
+        return sorted(rows.values(), key=place)
 
 
 def setup_of(task, text: str) -> str:

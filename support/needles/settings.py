@@ -63,13 +63,6 @@ class Candidate:
         """Up to where this candidate is meant to work, tokens."""
         return self.config.max_position_embeddings
 
-    def described(self) -> dict:
-        """What the JSON of the results says about it; a scaling of RoPE only where there is one."""
-        rope = {"rope_theta": self.config.rope_theta}
-        if self.config.rope_scaling:
-            rope["rope_scaling"] = self.config.rope_scaling
-        return {"folder": self.folder, **rope, "window": self.window}
-
 
 def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     p = Parser("eval_needle.py", doc)
@@ -120,6 +113,11 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = flags.dtype or ("bfloat16" if device == "cuda" else "float32")
     no_needles = flags.no_needles or flags.controls or flags.needle_alone
+    text = fields.get("haystack")  # a path beside the template, or as it is
+    if text in ("noise", "needles"):
+        text = None
+    elif text is not None and (path.parent / text).exists():
+        text = str(path.parent / text)
     settings = Settings(
         model=model,
         compare=compare,
@@ -132,7 +130,7 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
         seed=flags.seed,
         loss=flags.loss,
         controls=(NO_NEEDLES,) * no_needles + (NEEDLE_ALONE,) * flags.needle_alone,
-        haystack=flags.haystack or haystack_of(path, fields),
+        haystack=flags.haystack or text,
         template=str(path) if fields else None,
         out=flags.out or model,
         device=device,
@@ -155,10 +153,10 @@ def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
         raise BadInput(f"--compare {model} is --model itself")
     starts = [os.path.realpath(folder) for folder in begun_with]
     original = next((f for f in compare if os.path.realpath(f) in starts), None)
-    if flags.controls and original is None and compare:
-        original = compare[0]
-    elif flags.controls and original is None:
-        log("--controls: without --compare DIR only the one without needles")
+    if flags.controls and original is None:
+        original = next(iter(compare), None)
+        if original is None:
+            log("--controls: without --compare DIR only the one without needles")
     return model, compare, original
 
 
@@ -170,15 +168,6 @@ def default_lengths(windows: list[int]) -> list[int]:
     """
     old, new = min(windows), max(windows)
     return [old, math.isqrt(old * new), new]
-
-
-def haystack_of(template: Path, fields: dict) -> str | None:
-    """The text that a template names: a path beside it, or as it is."""
-    name = fields.get("haystack")
-    if name in (None, "noise", "needles"):
-        return None
-    beside = template.parent / name
-    return str(beside) if beside.exists() else name
 
 
 def check_settings(settings: Settings, tasks: dict, depths_given: bool) -> None:

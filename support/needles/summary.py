@@ -55,6 +55,18 @@ def summarise(results: list[dict], by: tuple[str, ...] = ("model", "task", "leng
     return table
 
 
+def matched(results: list[dict], reference: str, same: tuple[str, ...]) -> list[dict]:
+    """Results of other models than `reference` that it has one for, too, with equal fields `same`;
+    under "other" is that one."""
+
+    def key(r: dict) -> str:
+        return str([r[field] for field in same])  # a field may be a list
+
+    known = {key(r): r for r in results if r["model"] == reference}
+    found = [r for r in results if r["model"] != reference and key(r) in known]
+    return [r | {"other": known[key(r)]} for r in found]
+
+
 def compared(results: list[dict], difference: Callable[[dict], float]) -> dict:
     """`paired` of the mean difference in each text."""
     return paired([statistics.mean(text) for text in by_text(results, difference)])
@@ -63,17 +75,13 @@ def compared(results: list[dict], difference: Callable[[dict], float]) -> dict:
 def versus(results: list[dict], ours: str) -> list[dict]:
     """Model `ours` against each other one on the same prompts: for each task and length the
     differences in the share found and in nats, text by text."""
-
-    def prompt(r: dict) -> tuple:
-        return tuple(r[k] for k in ("task", "length", "repeat", "depth", "prompt"))
-
-    mine = {prompt(r): r for r in results if r["model"] == ours and r["task"] != "loss"}
-    both = [r for r in results if r["model"] != ours and prompt(r) in mine]
+    needles = [r for r in results if r["task"] != "loss"]
+    pairs = matched(needles, ours, ("task", "length", "repeat", "depth", "prompt"))
     table = []
-    for (task, length, other), rows in grouped(both, ("task", "length", "model")).items():
+    for (task, length, other), rows in grouped(pairs, ("task", "length", "model")).items():
         entry = {"task": task, "length": length, "model": ours, "against": other}
-        entry["found"] = compared(rows, lambda r: mine[prompt(r)]["score"] - r["score"])
-        entry["nats"] = compared(rows, lambda r: nats(mine[prompt(r)]) - nats(r))
+        entry["found"] = compared(rows, lambda r: r["other"]["score"] - r["score"])
+        entry["nats"] = compared(rows, lambda r: nats(r["other"]) - nats(r))
         table.append(entry)
     return table
 
@@ -82,19 +90,13 @@ def gains(results: list[dict], whole: str, without: str, alone: str) -> list[dic
     """By how many nats the needles raise the log-probability of an answer, for each task and
     length. whole, without, alone: labels of the whole prompts', of those without their needles,
     and of the needle alone in a short text, whose gain is what distance can take away."""
-
-    def question(r: dict) -> tuple:
-        """The same about the same text, with its needles or without, at whatever depth."""
-        return r["task"], r["length"], r["repeat"], tuple(r["expected"])
-
-    controls = {question(r): r for r in results if r["model"] == without}
-    own = [
-        r for m in (whole, alone) for r in results if r["model"] == m and question(r) in controls
-    ]
+    # a question has one prompt without needles, at whatever depth they are
+    rows = matched(results, without, ("task", "length", "repeat", "expected"))
+    rows = [r for r in rows if r["model"] in (whole, alone)]
     table = []
-    for (model, task, length), rows in grouped(own, ("model", "task", "length")).items():
+    for (model, task, length), own in grouped(rows, ("model", "task", "length")).items():
         entry = {"task": task, "length": length, "model": model}
-        table.append(entry | compared(rows, lambda r: gain(r, controls[question(r)])))
+        table.append(entry | compared(own, lambda r: gain(r, r["other"])))
     short = {(e["task"], e["length"]): e["mean"] for e in table if e["model"] == alone}
     for entry in table:
         most = short.get((entry["task"], entry["length"]))

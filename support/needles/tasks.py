@@ -129,9 +129,8 @@ NIAH_M = ("multikey", "multivalue", "multiquery")  # the paper's NIAH(M) is thei
 
 # ---- templates ---------------------------------------------------------------------------------
 
-TEXTS, LISTS = ("intro", "needle", "question", "answer"), ("keys", "values")
-OF_TASK = dict.fromkeys(TEXTS, str) | dict.fromkeys(LISTS, list)
-OF_TASK |= {"needles": int, "ask": str, "answer_tokens": int}
+TEXTS = dict.fromkeys(("intro", "needle", "question", "answer"), str)
+OF_TASK = TEXTS | {"keys": list, "values": list, "needles": int, "ask": str, "answer_tokens": int}
 OF_RUN = {"task": str, "n": int, "n_beyond": int, "haystack": str}
 KINDS = OF_TASK | OF_RUN  # of the fields' values; of keys and values also a name from MADE_UP
 CHOICES = {"ask": ("first", "each", "all"), "task": tuple(TASKS)}
@@ -145,13 +144,13 @@ def read_template(path: Path) -> dict:
         where, kind = f"{path}: {name}", KINDS.get(name)
         if kind is None:
             raise BadInput(f"{path}: unknown field {name!r}; {', '.join(KINDS)}")
-        if name in LISTS and isinstance(value, str) and value in MADE_UP:
+        if kind is list and value in tuple(MADE_UP):
             continue
         if type(value) is not kind or (kind is int and value < 1):
             raise BadInput(f"{where} is {value!r}, expected: {kind.__name__}")
         if value not in CHOICES.get(name, [value]):
             raise BadInput(f"{where} {value!r} is none of {', '.join(CHOICES[name])}")
-        if name in LISTS:
+        if kind is list:
             check_words(where, value, searched=name == "values")
         if name in TEXTS:
             try:
