@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
 import prose
 import pytest
+import slimpajama
 import smollm2
 import torch
 from conftest import PROSE, edit_config, write_tokenizer
@@ -179,6 +181,8 @@ FETCHED = [
     ("smollm2", "--out x", "unrecognized arguments: --out x"),
     ("prose", "", "pip could not download Django"),
     ("prose", "--out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
+    ("slimpajama", "", 'pip install datasets "transformers>=5"'),
+    ("slimpajama", "--samples 0", "--samples 0 must be at least 1"),
 ]
 EVAL = [
     ("--model nowhere", "model folder nowhere does not exist"),
@@ -199,7 +203,7 @@ EVAL = [
 ]
 
 
-COMMANDS = {m.__name__: m.main for m in (train, recipe, eval_needle, smollm2, prose)}
+COMMANDS = {m.__name__: m.main for m in (train, recipe, eval_needle, smollm2, prose, slimpajama)}
 SHORT = "--model {model} --target_len 512 --train_len 128"
 RUN = "--steps 6 --probe_steps 2 --replay_steps 1 --batch_sequences 1 --analysis_samples 1"
 FLAGS = {
@@ -208,6 +212,7 @@ FLAGS = {
     "eval_needle": "--model {model} --haystack {prose} --lengths 300 --out {tmp}/out",
     "smollm2": "--model_out {tmp}/new --essays_out {tmp}/essays",
     "prose": "--out {tmp}/new",
+    "slimpajama": "{model} --out {tmp}/new",
 }
 TABLE = [("train", *row) for row in TRAIN] + [("recipe", *row) for row in RECIPE]
 TABLE += [("eval_needle", *row) for row in EVAL] + FETCHED
@@ -232,8 +237,9 @@ def refused(toy_dir, prose_file, tmp_path, error_of):
 
 @pytest.mark.parametrize(("command", "flags", "match"), TABLE)
 def test_flags_and_files(command, flags, match, refused, monkeypatch):
-    """Before the weights are loaded; there is no network."""
+    """Before the weights are loaded; there is no network, and no package for it."""
     monkeypatch.setattr(train, "load_pretrained", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     refused(command, flags, match)

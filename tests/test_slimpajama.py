@@ -3,7 +3,6 @@
 import sys
 from unittest.mock import Mock
 
-import pytest
 import slimpajama
 from smollm2 import ROOT
 
@@ -28,18 +27,3 @@ def test_the_papers_data_is_written_as_train_py_reads_it(tmp_path, monkeypatch):
     tokens = load_tokens([str(tmp_path / "data")], load_tokenizer(TINY))
     assert len(tokens.documents) == 3
     assert load_tokenizer(TINY).decode(tokens.parts[0].tolist()) == "Row [0, 1]. " * 20
-
-
-@pytest.mark.parametrize(
-    ("argv", "match"),
-    [
-        ([TINY], 'pip install datasets "transformers>=5"'),
-        ([TINY, "--samples", "0"], "--samples 0 must be at least 1"),
-        ([], "the following arguments are required: DIR"),
-    ],
-)
-def test_bad_input_is_one_line(argv, match, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    with pytest.raises(SystemExit) as stop:
-        slimpajama.main(argv)
-    assert stop.value.code == 2 and match in capsys.readouterr().err.splitlines()[-1]
