@@ -371,7 +371,7 @@ def linear_cross_entropy(
 class KVCache:
     """Keys and values of the `length` tokens seen so far: a (2, B, KV, room, d) tensor a layer.
 
-    `truncate(n)` forgets all but the first n: so prompts with a common beginning prefill it once."""
+    `truncate(n)` forgets all but the first n: prompts with a common beginning prefill it once."""
 
     def __init__(self):
         self.length = 0
