@@ -404,7 +404,8 @@ def run_candidate(
                 model.config = candidate.config
                 shared = SharedPrefix(model)
                 if bar.n == 0 and settings.device == "cpu":  # a GPU needs little time
-                    tell_time(bar.total, model.config, functools.partial(prefill, model))
+                    read = functools.partial(prefill, model)
+                    tell_time(bar.total, model.config, read, settings.lengths[-1])
             sample = sample_of(asked, tasks, haystack, candidate.control)
             known = results.add(measure(asked, sample, shared, haystack.tokenizer))
             bar.set_description(candidate.label, refresh=False)

@@ -128,14 +128,10 @@ def sample(
                 tokenizer,
                 stage.tokens - len(bos),
                 target_len,
-                method=stage.method,
-                select=stage.select,
-                prefix=stage.prefix,
-                min_segment_tokens=stage.min_segment_tokens,
                 impactful=impactful,
                 generator=generator,
-                two_segments=stage.two_segments,
                 at_spaces=corpus.at_spaces,
+                **stage.how,
             )
         except recipe.TooFewSegments as error:  # a text without sentences, say a long table
             reason = error

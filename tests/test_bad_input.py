@@ -146,7 +146,7 @@ TRAIN = [
     ("--impactful {tmp}/huge.json", "huge.json is not an impactful.json of a run"),
     ("--impactful {tmp}/nested.json", "nested.json is not valid JSON"),
     ("--impactful {tmp}/latin.txt", "latin.txt is not UTF-8"),
-    ("--extended nowhere", "nowhere does not exist"),
+    ("--extended nowhere", r"folder nowhere does not exist \(a folder with a config.json is"),
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
     ("--resume --out {tmp}/zero", r"no file can have the path 'a\\x00b'"),
     ("--resume --out {tmp}/half", r"no file can have the path 'a\\ud800'"),
@@ -278,7 +278,7 @@ def test_a_bug_keeps_its_traceback(bug, monkeypatch, capsys):
 
 NONE, NINE, RNG = torch.empty(0, dtype=torch.int64), torch.arange(9), torch.Generator()
 IGNORED = torch.full((1, 9), -100)
-STAGE = train.Stage("extend", 2, 64, 256, "longrecipe", "random", 1e-3)
+STAGE = train.Stage("extend", 2, 64, 256, 1e-3, {"method": "longrecipe", "select": "random"})
 EMPTY = {
     "a step": lambda model, *_: train.accumulate(model, []),
     "sequences": lambda model, *_: train.accumulate(model, [(NONE[None],) * 3]),

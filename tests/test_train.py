@@ -75,10 +75,10 @@ def test_an_update_of_1e_5_does_not_vanish_in_bf16():
 
 def test_learning_rate_warms_up_then_stays_and_replay_falls():
     """[E18]"""
-    stage = train.Stage("extend", 10, 1, 1, "none", "first", lr=8.0)
+    stage = train.Stage("extend", 10, 1, 1, lr=8.0, how={})
     assert [train.learning_rate(stage, i, 4) for i in range(6)] == [2, 4, 6, 8, 8, 8]
     assert train.learning_rate(stage, 0, 4, first_step=2) == 6  # goes on where the probe was
-    replay = train.Stage("replay", 4, 1, 1, "none", "first", lr=8.0)
+    replay = train.Stage("replay", 4, 1, 1, lr=8.0, how={})
     assert [train.learning_rate(replay, i, 4) for i in range(4)] == [8, 6, 4, 2]
 
 
@@ -201,9 +201,11 @@ def test_every_setting_reaches_its_place(toy_dir, tmp_path, prose_file):
         compared_with, extended = call.args[:2]
         assert all(torch.equal(p, original[k]) for k, p in compared_with.named_parameters())
         assert extended is model and call.kwargs == {"first_position": 64, "log_softmax": True}
-    names = ("method", "select", "prefix", "min_segment_tokens")
-    extend, replay = ([call.kwargs[k] for k in names] for call in drawn.call_args_list[-7:-5])
-    assert extend == ["longrecipe", "impact", True, 4] and replay == ["none", "first", False, 1]
+    extend, replay = (call.kwargs for call in drawn.call_args_list[-7:-5])
+    asked = {"method": "longrecipe", "select": "impact", "prefix": True, "min_segment_tokens": 4}
+    assert extend == extend | asked and extend["two_segments"]
+    assert replay == replay | {"method": "none", "select": "first"}
+    assert not {"prefix", "min_segment_tokens", "two_segments"} & replay.keys()
     tokenizer = load_tokenizer(toy_dir)
     batches = [call.args[1] for call in accumulated.call_args_list]
     texts = ["".join(tokenizer.decode(x[0].tolist()) for x, _, _ in batch) for batch in batches]

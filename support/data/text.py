@@ -16,7 +16,6 @@ place that is certain (see encode_pieces).
 import bz2
 import collections
 import contextlib
-import functools
 import gzip
 import io
 import itertools
@@ -32,16 +31,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.huggingface.config import check_no_pointer
-from support.system.bad_input import BadInput
+from support.huggingface.config import check_no_pointer, parse_json
+from support.system.bad_input import BadInput, not_utf8
 from support.system.console import log
 
 SEPARATOR = "\n\n\n"  # between texts that are joined
+PIECE = 1 << 18  # characters of a text that are read at a time
 PLAIN = (".txt", ".text", ".md", ".rst")
 RECORDS = (".jsonl", ".ndjson", ".json")
 IDS = (".npy", ".bin")
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-ICONV = "`iconv -f ENCODING -t UTF-8` converts it"
 ARCHIVES = (".zip", ".zst", ".tar", ".tgz", ".7z", ".rar")
 
 
@@ -73,8 +72,8 @@ def find_files(paths: list[str], say: bool = False) -> list[Path]:
         if path.is_dir():
             found = files_below(path)
             read = [file for file in found if is_read(file)]
-            left = [file for file in found if not is_read(file)]
-            left_out = f"; left out: {counted(left)}" if left else ""
+            left = counted([file for file in found if not is_read(file)])
+            left_out = f"; left out: {left}" if left else ""
             if not read:
                 kinds = ", ".join(PLAIN + RECORDS + IDS)
                 raise BadInput(f"folder {path} holds no file of {kinds}{left_out}")
@@ -98,24 +97,21 @@ def way_out(file: Path) -> str:
     return f"save its text as plain text, for instance as {file.stem}.txt"
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files of a folder and the folders in it, linked ones too, sorted; not the hidden ones. A
-    link that leads nowhere is among them: reading it is an error."""
-    found, seen = [], set()
-
-    def stop(error: OSError):  # os.walk would leave out a folder that cannot be read
-        raise error
-
-    for path, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        seen.add(os.path.realpath(path))
-        folders[:] = [
-            name
-            for name in sorted(folders)
-            if name[0] != "." and os.path.realpath(os.path.join(path, name)) not in seen
-        ]
-        files = (Path(path, name) for name in names if name[0] != ".")
-        found += [file for file in files if file.is_file() or file.is_symlink()]
-    return sorted(found)
+def files_below(folder: Path, seen: set[Path] | None = None) -> list[Path]:
+    """All files of a folder and the folders in it, sorted; not the hidden ones. Links are followed,
+    into each folder once; one that leads nowhere is among the files: reading it is an error."""
+    seen = {folder.resolve()} if seen is None else seen
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if (target := path.resolve()) not in seen:
+                seen.add(target)
+                found += files_below(path, seen)
+        elif path.is_file() or path.is_symlink():
+            found.append(path)
+    return found
 
 
 def counted(files: list[Path]) -> str:
@@ -145,9 +141,9 @@ def read_texts(files: list[Path]) -> Iterator[Iterator[str]]:
             yield read_pieces(file)
 
 
-def pieces_of(stream, characters: int = 1 << 18) -> Iterator[str]:
+def pieces_of(stream) -> Iterator[str]:
     """A text of any length in pieces, cut anywhere: encode_pieces puts the tokens together."""
-    return iter(functools.partial(stream.read, characters), "")
+    return iter(lambda: stream.read(PIECE), "")
 
 
 @contextlib.contextmanager
@@ -160,7 +156,7 @@ def opened(file: Path, mode: str, **options) -> Iterator:
         with PACKED.get(file.suffix.lower(), open)(file, mode, **options) as stream:
             yield stream
     except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 text ({error}): {ICONV}") from error
+        raise not_utf8(file, error) from error
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not a library's
             raise
@@ -178,47 +174,33 @@ def read_pieces(file: Path) -> Iterator[str]:
 
 def read_records(file: Path) -> Iterator[str]:
     """The texts of a file of JSON objects: one in each line, or (.json) one value for all."""
+    one_value = kind_of(file) == ".json"
     with opened(file, "rb") as stream:
-        one_value = kind_of(file) == ".json" and not is_record(stream.readline())
-        stream.seek(0)
         if one_value:
-            value = parse(stream.read(), str(file))
+            with contextlib.suppress(BadInput):  # the first line may be a record of its own
+                one_value = not isinstance(parse_json(stream.readline(), file), dict)
+            stream.seek(0)
+        if one_value:
+            value = parse_json(stream.read(), file)
             for number, record in enumerate(value if isinstance(value, list) else [value], 1):
                 yield text_of(record, f"{file}, record {number}")
         else:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     where = f"{file}, line {number}"
-                    yield text_of(parse(line, where), where)
-
-
-def is_record(line: bytes) -> bool:
-    """Is the first line of a .json a record of its own? (Else its lines make up one value.)"""
-    try:
-        return isinstance(parse(line, ""), dict)
-    except BadInput:
-        return False
-
-
-def parse(data: bytes, where: str):
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 text ({error}): {ICONV}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not JSON ({error})") from error
+                    yield text_of(parse_json(line, where), where)
 
 
 def text_of(record, where: str) -> str:
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(record, dict):
         found = type(record).__name__
-        if isinstance(record, dict):
-            found = f"the keys {', '.join(map(repr, record))[:100] or 'none'}"
-            if "text" in record:
-                found = f'a "text" that is {json.dumps(record["text"])[:20]}'
-        raise BadInput(f'{where}: not a JSON object with a "text": it has {found}')
-    return text
+    elif "text" not in record:
+        found = f"the keys {', '.join(map(repr, record))[:100] or 'none'}"
+    elif isinstance(record["text"], str):
+        return record["text"]
+    else:
+        found = f'a "text" that is {json.dumps(record["text"])[:20]}'
+    raise BadInput(f'{where}: not a JSON object with a "text": it has {found}')
 
 
 # ---- token ids ---------------------------------------------------------------------------------
@@ -295,8 +277,9 @@ def encode_pieces(pieces: Iterable[str], tokenizer, continued: bool = False) -> 
 def certain_place(before: list[int], alone: list[int], behind: list[int]) -> int | None:
     """A place in `alone`, which should end `before` and begin `behind`, around which all three have
     the same SURE tokens, of at least KINDS kinds; the one in the middle of all such places."""
-    first = len(alone) - common_beginning(before[::-1], alone[::-1])
-    last = common_beginning(alone, behind)
+    # in spite of its name, commonprefix takes any lists
+    first = len(alone) - len(os.path.commonprefix((before[::-1], alone[::-1])))
+    last = len(os.path.commonprefix((alone, behind)))
     half = SURE // 2
     places = range(first + half, last - half + 1)
     for place in sorted(places, key=lambda place: abs(place - (first + last) // 2)):
@@ -311,16 +294,6 @@ def take(pieces: Iterator[str], characters: int) -> str:
     while len(taken) < max(1, characters) and (piece := next(pieces, None)) is not None:
         taken += piece
     return taken
-
-
-def common_beginning(a: list[int], b: list[int]) -> int:
-    """How many of the first ids are the same.
-
-    >>> common_beginning([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(different, min(len(a), len(b)))
 
 
 class Tokens:
@@ -359,6 +332,16 @@ class Tokens:
         store.flush()
         if total:  # an empty file cannot be mapped, and no row then points into it
             self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
+
+
+def read_files(paths: list[str], tokenizer, join: bool = False) -> Tokens:
+    """The documents of files and folders; see sources.load_tokens."""
+    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths, say=True)
+    texts = [file for file in files if kind_of(file) not in IDS]
+    tokens.add_texts(read_texts(texts), tokenizer, join)
+    for file in (file for file in files if kind_of(file) in IDS):
+        tokens.add_array(read_tokens(file, tokenizer.vocab_size))
+    return tokens
 
 
 class Corpus:

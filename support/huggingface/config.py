@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from support.system.bad_input import BadInput, read_text
+from support.system.bad_input import BadInput, not_utf8
 
 # What transformers' code fixes for each family (qkv_bias, qk_norm), and its defaults for fields
 # that config.json leaves out. Every other field is read.
@@ -47,14 +47,20 @@ NUMBER = (int, float)
 # ---- reading -----------------------------------------------------------------------------------
 
 
+def parse_json(data: bytes, where: Path | str):
+    """The value of JSON in UTF-8. BadInput names `where` (a file, a line of one) it is from."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(where, error) from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where} is not valid JSON: {error}") from error
+
+
 def read_json(path: Path) -> dict:
     """The JSON object of a file. BadInput names the file and what it holds instead."""
     check_no_pointer(path)
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not valid JSON: {error}") from error
+    value = parse_json(path.read_bytes(), path)
     if not isinstance(value, dict):
         raise BadInput(f"{path} must hold a JSON object, found {type(value).__name__}")
     return value
@@ -100,7 +106,7 @@ def read_config(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_dir():
         kind = "is a file" if path.is_file() else "does not exist"
-        raise BadInput(f"model folder {path} {kind} (--model takes a folder with config.json)")
+        raise BadInput(f"model folder {path} {kind} (a folder with a config.json is needed)")
     if not (path / "config.json").is_file():
         raise not_a_model(path, "config.json")
     if (path / "adapter_config.json").is_file():

@@ -14,8 +14,10 @@ DECODE = 16  # a generated token costs about as much time as so many of a prompt
 def kv_cache_bytes(config, tokens: int, dtype: torch.dtype) -> int:
     """Keys and values of all layers.
 
-    Llama-3-8B at 131,072 tokens in bfloat16: 2 x 32 layers x 8 heads x 128 x 131,072 x 2 bytes =
-    16 GiB."""
+    >>> from support.memory.count import LLAMA3_8B
+    >>> kv_cache_bytes(LLAMA3_8B, 131_072, torch.bfloat16) / 2**30  # GiB
+    16.0
+    """
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return per_token * tokens * dtype.itemsize
 
@@ -47,14 +49,18 @@ def announce(source: str, haystack, candidates: list, missing: list[dict], setti
 LAYOUT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # of the progress bar
 
 
-def tell_time(work: float, config, prefill, tokens: int = 256) -> None:
-    """Log how long `work` FLOPs may take, from the speed of reading a short prompt (the second of
-    two, because the first one warms up)."""
-    ids = torch.arange(tokens) % config.vocab_size
-    for _ in range(2):
+def tell_time(work: float, config, prefill, longest: int) -> None:
+    """Log how long `work` FLOPs may take, from the speed of reading a prompt: of 256 tokens, 512,
+    and so on up to `longest`, until one takes 0.3 s. (Of a small model, short prompts measure the
+    overhead of a call. The very first prompt warms up and counts nothing.)"""
+    tokens, seconds = 128, 0.0
+    prefill(torch.zeros(tokens, dtype=torch.int64))
+    while seconds < 0.3 and 2 * tokens <= max(longest, 256):
+        tokens *= 2
         started = time.monotonic()
-        prefill(ids)
-    speed = forward_flops(config, 0, tokens) / (time.monotonic() - started)
+        prefill(torch.arange(tokens) % config.vocab_size)
+        seconds = time.monotonic() - started
+    speed = forward_flops(config, 0, tokens) / seconds
     minutes = work / speed / 60
     time_left = f"about {minutes:,.0f} minutes" if minutes > 1 else "less than a minute"
-    log(f"a short prompt is read at {speed / 1e9:,.0f} GFLOP/s, so all may take {time_left}")
+    log(f"{tokens:,} tokens are read at {speed / 1e9:,.0f} GFLOP/s, so all may take {time_left}")

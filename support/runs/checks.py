@@ -59,7 +59,7 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
     """Draw a sample of each stage from its text, and samples of the analysis until one is usable,
     as train.py will, so that an error is raised now and not after hours of training."""
     for stage, text in zip(stages, texts, strict=True):
-        waits = settings.analyses and stage.select == "impact"  # for the analysis
+        waits = settings.analyses and stage.how["select"] == "impact"  # for the analysis
         if stage.steps and not waits:
             sample(stage, text, tokenizer, impactful, torch.Generator())
     if not settings.analyses:

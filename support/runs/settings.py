@@ -1,7 +1,7 @@
 """The settings of train.py: what to train, and where and how to run it. Each field is a flag of the
 same name; its text here is its help text."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from support.data.sources import is_toy_model
@@ -219,32 +219,21 @@ class Stage:
     steps: int
     tokens: int  # of one sample
     target_len: int
-    method: str
-    select: str
     lr: float
-    prefix: bool = False
-    min_segment_tokens: int = 1
-    two_segments: bool = False  # if a text leaves only one, another is drawn
+    how: dict  # keyword arguments of recipe.make_example
 
 
 def plan_stages(settings: Settings) -> list[Stage]:
     """probe, extend, replay."""
-    extend = Stage(
-        "extend",
-        settings.steps - settings.probe_steps,
-        settings.train_len,
-        settings.target_len,
-        settings.method,
-        settings.select,
-        settings.lr,
-        settings.prefix,
-        settings.min_segment_tokens,
-        # A text that longrecipe cannot use is left out for all methods, so that all see the same
-        # tokens.
-        two_segments=settings.method != "full",
-    )
+    how = {k: getattr(settings, k) for k in ("method", "select", "prefix", "min_segment_tokens")}
+    # A text that longrecipe cannot use is left out for all methods, so that all see the same tokens
+    how["two_segments"] = settings.method != "full"
     select = "random" if settings.select == "impact" else settings.select  # no types yet
-    probe = replace(extend, name="probe", steps=settings.probe_steps, select=select)
-    length, lr = settings.replay_len, settings.replay_lr
-    replay = Stage("replay", settings.replay_steps, length, length, "none", "first", lr)
-    return [probe, extend, replay]
+    plain = {"method": "none", "select": "first"}
+    long = settings.train_len, settings.target_len, settings.lr
+    short = settings.replay_len, settings.replay_len, settings.replay_lr
+    return [
+        Stage("probe", settings.probe_steps, *long, how | {"select": select}),
+        Stage("extend", settings.steps - settings.probe_steps, *long, how),
+        Stage("replay", settings.replay_steps, *short, plain),
+    ]
