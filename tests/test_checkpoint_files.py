@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_hf_llama
+from conftest import make_hf_llama, snapshot
 from safetensors.torch import load_file, save_file
 from smollm2 import ROOT
-from test_train import snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe

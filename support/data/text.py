@@ -282,10 +282,8 @@ def certain_place(before: list[int], alone: list[int], behind: list[int]) -> int
     last = len(os.path.commonprefix((alone, behind)))
     half = SURE // 2
     places = range(first + half, last - half + 1)
-    for place in sorted(places, key=lambda place: abs(place - (first + last) // 2)):
-        if len(set(alone[place - half : place + half])) >= KINDS:
-            return place
-    return None
+    varied = [p for p in places if len(set(alone[p - half : p + half])) >= KINDS]
+    return min(varied, key=lambda place: abs(place - (first + last) // 2), default=None)
 
 
 def take(pieces: Iterator[str], characters: int) -> str:
