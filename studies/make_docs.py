@@ -22,6 +22,7 @@ from common import (
     WORDS,
     cell,
     cells_table,
+    gain,
     read_json,
     read_lines,
     share,
@@ -33,12 +34,14 @@ from support.needles.intervals import mean_of
 from support.needles.settings import default_lengths
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STUDY, REAL_STUDY = (study.study_of([]) for study in (tiny_study, real_study))
-MERGES = ["merge weight 0.25", "longrecipe", "merge weight 0.75", "no merge"]  # by weight
+STUDY, REAL_STUDY = (of.study_of([]) for of in (tiny_study, real_study))
+MERGES = ["no merge", "merge weight 0.75", "LongRecipe", "merge weight 0.25"]  # their weights fall
 ROWS = ["original", "untrained", *WORDS.values()]  # of every table, in this order
 TOY = "tiny_128k/needle_results.json"
+MORE_TEXTS = "tiny_128k/more_texts.json"  # the same at two lengths, with nats
 TASKS = "smollm2_tasks/needle_results.json"
 REAL = [f"smollm2_16k/{part}/needle_results.json" for part in ("rows", "stages")]
+study = functools.cache(STUDY.cells)
 
 
 def read(path: str) -> dict:
@@ -111,6 +114,27 @@ def main_table() -> str:
     return table(header, [*rows, ["n = answers a row", *counts]])
 
 
+def leads() -> dict[str, dict]:
+    """Row -> by how much the toy at 131,072 tokens is above it, on the texts of MORE_TEXTS."""
+    found = read(MORE_TEXTS)
+    pairs = [e for e in found["pairs"] if e["length"] == 131_072 and e["found"]["interval_95"]]
+    return {rows_of(found["models"])[e["against"]]: e for e in pairs}
+
+
+def more_texts_table() -> str:
+    entries, above, rows = entries_of(read(MORE_TEXTS)), leads(), []
+    n = entries["LongRecipe", False, 131_072]["n"]
+    for row in (row for row in ROWS if (row, False, 131_072) in entries):
+        cells = {f"n = {n} answers": row}
+        for length in (8192, 131_072):
+            e = entries[row, False, length]
+            cells |= {f"at {length:,}": share(e, n), f"nats at {length:,}": f"{e['nats']:.2f}"}
+        cells["LongRecipe above it by"] = gain(above.get(row, {}).get("found"), 100, "+.0f")
+        cells["in nats"] = gain(above.get(row, {}).get("nats"), 1, "+.2f")
+        rows.append(cells)
+    return cells_table(rows)
+
+
 def tasks_table() -> str:
     """Variable tracking and common words, a row a task; hits, and nats an answer."""
     if not (found := read_json(RESULTS / TASKS).get("table")):
@@ -149,13 +173,14 @@ def plan_table() -> str:
 REGIONS = {
     "main": main_table,
     "toy": lambda: needle_table(TOY),
+    "more texts": more_texts_table,
     "windows": windows_table,
-    "study": lambda: cells_table(STUDY.cells()),
+    "study": lambda: cells_table(study()),
     "real study": lambda: cells_table(REAL_STUDY.cells()),
     "real": lambda: needle_table(*REAL),
     "words": lambda: cells_table(word_classes.cells()),
     "tasks": tasks_table,
-    "merge": lambda: cells_table([STUDY.cells_of(name, STUDY.runs()) for name in MERGES]),
+    "merge": lambda: cells_table([row for row in study() if row["setting"] in MERGES]),
     "plan": plan_table,
 }
 
@@ -228,6 +253,11 @@ def facts() -> dict[str, str]:
             if not loss and length == target:
                 known[f"{name} {row}"] = FORMATS["%"](e["mean"])
                 known[f"{name} verdict {row}"] = overlap(e, ours)
+    for row, lead in leads().items():
+        for field, scale, how in (("found", 100, "+.0f"), ("nats", 1, "+.2f")):
+            told = gain(lead[field], scale, how)  # one word for FACT, without round brackets
+            told = told.translate({ord("("): "[", ord(")"): "]", ord(" "): "&nbsp;"})
+            known[f"lead {row}, {field}"] = told
     return known
 
 

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_hf_llama
+from conftest import make_hf_llama, snapshot
 from safetensors.torch import load_file, save_file
 from smollm2 import ROOT
-from test_train import snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipe
@@ -30,25 +29,22 @@ IDS = torch.arange(60)[None]
 # ---- memory ------------------------------------------------------------------------------------
 
 MEASURE = """
-import sys, threading, time
-import torch
+import sys, threading, torch
 sys.path.insert(0, ".")
 import recipe
 from model import load_pretrained, save_pretrained
-from support.huggingface import checkpoint as checkpoint_files
-checkpoint_files.SHARD_BYTES = 12_000_000
-task, source, out = sys.argv[1:]
+from support.huggingface import checkpoint
+checkpoint.SHARD_BYTES = 12_000_000
 def anonymous():  # MB of memory that is not a mapped file
     line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
     return int(line.split()[1]) * 1024 / 1e6
+task, source, out = sys.argv[1:]
 model = load_pretrained(source) if task == "save" else None
 torch.zeros(1)
-before, peak, done = anonymous(), 0.0, False
+before, peaks, done = anonymous(), [0], threading.Event()
 def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
+    while not done.wait(0.0005):
+        peaks.append(anonymous())
 thread = threading.Thread(target=watch)
 thread.start()
 if task == "load":
@@ -57,9 +53,9 @@ elif task == "save":
     save_pretrained(model, out)
 else:
     recipe.merge(source, source, out, 0.5)
-done = True
+done.set()
 thread.join()
-print(peak - before)
+print(max(peaks) - before)
 """
 
 
@@ -397,11 +393,10 @@ def test_a_folder_with_other_files_is_not_touched(name, toy_dir, tmp_path):
     shutil.copytree(toy_dir, folder)
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("mine")
-    before, match = snapshot(folder), f"holds {name.split('/')[0]}.*not replacing it"
-    with pytest.raises(BadInput, match=match):
-        save_pretrained(model, folder)
-    with pytest.raises(BadInput, match=match):
-        recipe.merge(toy_dir, toy_dir, folder)
+    before = snapshot(folder)
+    for write in (lambda: save_pretrained(model, folder), lambda: recipe.merge(*3 * [folder])):
+        with pytest.raises(BadInput, match=f"holds {name.split('/')[0]}.*not replacing it"):
+            write()
     assert snapshot(folder) == before
 
 
@@ -479,33 +474,27 @@ def test_an_older_transformers_reads_the_same_model(family, toy_dir, tmp_path, t
 # ---- models by name ----------------------------------------------------------------------------
 
 
-def test_a_name_is_found_in_the_local_hub_cache_offline(toy_dir, tmp_path):
+def test_a_name_is_found_in_the_local_hub_cache_offline(toy_dir, tmp_path, monkeypatch):
     cache = tmp_path / "models--someone--toy"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("abc")
     shutil.copytree(toy_dir, cache / "snapshots" / "abc")
-    env = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    code = """
-import sys
-sys.path.insert(0, '.')
-from support.huggingface.hub import local_folder
-print(local_folder('someone/toy'))
-local_folder('someone/other')"""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
-    assert done.stdout == f"{cache}/snapshots/abc\n"
-    assert "BadInput: someone/other is not a folder and could not be fetched from" in done.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert local_folder("someone/toy") == f"{cache}/snapshots/abc"
+    with pytest.raises(BadInput, match="someone/other is not a folder and could not be fetched"):
+        local_folder("someone/other")
 
 
 def test_only_what_a_command_reads_is_fetched(toy_dir, tmp_path, monkeypatch, capsys):
     """--plan: config.json alone; recipe.py: no weights. A hub that holds the toy as someone/toy."""
+    cache = tmp_path / "cache"
 
     def snapshot_download(name: str, allow_patterns) -> str:
         assert name == "someone/toy"
-        cache.mkdir()
-        for file in toy_dir.iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
-                shutil.copy(file, cache)
+        left_out = {f.name for f in toy_dir.iterdir()}
+        left_out -= {n for p in allow_patterns for n in fnmatch.filter(left_out, p)}
+        shutil.copytree(toy_dir, cache, ignore=lambda *_: left_out)
         return str(cache)
 
     def fetched() -> set[str]:
@@ -513,12 +502,11 @@ def test_only_what_a_command_reads_is_fetched(toy_dir, tmp_path, monkeypatch, ca
         shutil.rmtree(cache)
         return names
 
-    cache, hub = tmp_path / "cache", SimpleNamespace(snapshot_download=snapshot_download)
+    hub = SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     flags = ["--model", "someone/toy", "--target_len", "2000"]
     train.main([*flags, "--plan", "H100"])
-    assert "plan: " in capsys.readouterr().out
-    assert fetched() == {"config.json"}
+    assert "plan: " in capsys.readouterr().out and fetched() == {"config.json"}
     recipe.main([*flags, "--figure", str(tmp_path / "r.png")])
     assert {"config.json", "tokenizer.json"} <= (found := fetched())
     assert not any(name.endswith(".safetensors") for name in found)

@@ -1,12 +1,10 @@
 """model.py against transformers, tokenizers, float64 and slow loops."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -24,6 +22,7 @@ from transformers import LlamaConfig as LlamaConfigOfTransformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import model as model_py
+import recipe as recipe_py
 from model import (
     KVCache,
     Llama,
@@ -44,31 +43,11 @@ from support.huggingface import yarn
 from support.memory import activations
 from support.memory.activations import LayerInputsOnHost, set_levers
 
-
-def position_ids(kind: str, T: int) -> torch.Tensor:
-    if kind == "plain":
-        return torch.arange(T)[None]
-    gaps = torch.randint(0, 40, (T,), generator=torch.Generator().manual_seed(1))
-    return (torch.arange(T) + gaps.cumsum(0))[None]  # far beyond the window of 256
-
+SMALL = LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64)
+MODEL, WINDOWED = Llama(SMALL), Llama(dataclasses.replace(SMALL, sliding_window=50))
+NONE, IDS = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
 
 # ---- transformers as the oracle ----------------------------------------------------------------
-
-
-def compare_with_transformers(hf, ours, kind: str) -> None:
-    ids = torch.randint(331, (2, 50), generator=torch.Generator().manual_seed(2))
-    pos = position_ids(kind, 50).expand(2, -1)
-    # subtle: without the all-ones mask transformers cuts attention at every gap, see the next test
-    theirs = hf(ids, position_ids=pos, attention_mask=torch.ones_like(ids)).logits
-    logits = ours(ids, pos)
-    assert (logits - theirs).abs().max() < 1e-4
-    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(3))
-    (theirs * weights).sum().backward()
-    (logits * weights).sum().backward()
-    grads = dict(ours.named_parameters())
-    for name, p in hf.named_parameters():
-        error = (grads[name].grad - p.grad).abs().max() / p.grad.abs().max()
-        assert error < 1e-4, (name, error)
 
 
 LLAMA3 = {
@@ -120,10 +99,9 @@ FAMILIES = {  # model_type and a name: changes of the small model
 }
 
 
-@pytest.mark.parametrize("spelling", ["new", "old"])
-@pytest.mark.parametrize("kind", ["plain", "gapped"])
+@pytest.mark.parametrize(("spelling", "gaps"), [("new", True), ("old", False)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_and_rope_types_equal_transformers(family, kind, spelling, tmp_path):
+def test_families_and_rope_types_equal_transformers(family, spelling, gaps, tmp_path):
     """[E1], [E27] and [E28] in their place: logits to 1e-4, every gradient to 1e-4 of its largest
     entry. Both spellings of RoPE in config.json say the same."""
     hf = make_hf_llama(family.split("_")[0], **FAMILIES[family])
@@ -135,7 +113,19 @@ def test_families_and_rope_types_equal_transformers(family, kind, spelling, tmp_
         if rope["rope_type"] != "default":
             config["rope_scaling"] = {"type" if k == "rope_type" else k: v for k, v in rope.items()}
         (tmp_path / "config.json").write_text(json.dumps(config))
-    compare_with_transformers(hf, load_pretrained(tmp_path), kind)
+    ours, ids = load_pretrained(tmp_path), torch.randint(331, (2, 50))
+    jumps = torch.randint(40 if gaps else 1, (50,))  # far beyond the window of 256, or none
+    pos = (torch.arange(50) + jumps.cumsum(0)).expand(2, -1)
+    # subtle: without the all-ones mask transformers cuts attention at every gap, see below
+    theirs = hf(ids, position_ids=pos, attention_mask=torch.ones_like(ids)).logits
+    logits, weights = ours(ids, pos), torch.randn(theirs.shape)
+    assert (logits - theirs).abs().max() < 1e-4
+    (theirs * weights).sum().backward()
+    (logits * weights).sum().backward()
+    grads = {name: p.grad for name, p in ours.named_parameters()}
+    for name, p in hf.named_parameters():
+        error = (grads[name] - p.grad).abs().max() / p.grad.abs().max()
+        assert error < 1e-4, (name, error)
 
 
 # the hub's config.json files: model_type, the fields of SHAPE, others; and the published counts
@@ -236,25 +226,19 @@ def test_the_attention_factor_of_yarn_by_hand(fields, factor):
 
 
 def test_angles_stay_fp32_when_the_model_is_cast():
-    config = LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64)
-    model = Llama(config).to(torch.bfloat16)
-    assert not list(model.buffers())
+    model = Llama(SMALL).to(torch.bfloat16)
+    assert not list(model.buffers()) and model(IDS).dtype == torch.bfloat16
     cos, _ = rotary_angles(torch.tensor([[1001]]), inverse_frequencies(8, 10000.0))
-    assert cos.dtype == torch.float32
     # bf16 would round position 1001 to 1000: another angle
-    assert (
-        abs(float(cos[0, 0, 0, 0]) - float(torch.tensor(1001.0, dtype=torch.float64).cos())) < 1e-4
-    )
-    assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+    assert cos.dtype == torch.float32 and abs(float(cos[0, 0, 0, 0]) - math.cos(1001)) < 1e-4
 
 
 def test_the_norm_is_computed_in_fp32_and_rounded_once():
     torch.manual_seed(0)
-    norm, x = model_py.RMSNorm(64, 1e-6), torch.randn(5, 64) * 100
+    norm, x = model_py.RMSNorm(64, 1e-6).double(), torch.randn(5, 64).double() * 100
     with torch.no_grad():
         norm.weight.copy_(torch.rand(64) + 0.5)
-    exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
-    exact = exact * norm.weight.double()
+    exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm.weight
     for dtype, precision in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         y = norm.to(dtype)(x.to(dtype))
         assert y.dtype == dtype and (y / exact - 1).abs().max() < precision
@@ -286,7 +270,7 @@ def test_activation_checkpointing_and_its_levers_change_no_bit(dtype, monkeypatc
     """Attention runs forward once a layer where it is kept, else twice. The host gets the layer
     inputs and nothing else. In pieces the MLP keeps nothing of its width (192)."""
     monkeypatch.setattr(activations, "PIECE_TOKENS", 64)
-    ids, results = (torch.arange(130) % 97)[None], []
+    ids, results = (torch.arange(172) % 97)[None], []
     for on, keep, offload, split in [
         (0, 1, 0, 0),
         (0, 1, 0, 1),
@@ -390,9 +374,6 @@ def test_the_cache_makes_room_for_many_tokens_at_once():
         assert (logits - model(ids[None])[0, -1]).abs().max() < 1e-5
 
 
-SMALL = LlamaConfig(50, 16, 16, 1, 2, 2, 8, 64)
-MODEL, WINDOWED = Llama(SMALL), Llama(dataclasses.replace(SMALL, sliding_window=50))
-NONE, IDS = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
 HEADS, HEAD = torch.zeros(1, 2, 5, 8), MODEL.lm_head.weight
 REFUSED = [  # the message, the function, its arguments
     (r"input_ids \(1, 0\)", prefill, MODEL, NONE),
@@ -554,84 +535,75 @@ def test_a_real_model_speaks(smollm2_dir):
 
 # ---- copied into another project ---------------------------------------------------------------
 
-ALONE = """
-import torch
-from model import *
+RESCALED = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
 
-def answers(scaling):
+
+def of_the_model(model_py, scaling: dict | None) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    config = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64, rope_scaling=scaling)
-    model, pos = Llama(config), torch.tensor([[0, 1, 2, 9, 10, 40, 41, 42, 43, 99]])
+    config = model_py.LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64, rope_scaling=scaling)
+    model, pos = model_py.Llama(config), torch.tensor([[0, 1, 2, 9, 10, 40, 41, 42, 43, 99]])
     model.activation_checkpointing = True
-    ids = torch.randint(97, (1, 10))
-    logits = model(ids, pos)
-    loss, n = linear_cross_entropy(model.hidden(ids, pos), model.lm_head.weight, ids.roll(-1))
+    ids, head = torch.randint(97, (1, 10)), model.lm_head.weight
+    loss, n = model_py.linear_cross_entropy(model.hidden(ids, pos), head, ids.roll(-1))
     (loss / n).backward()
-    out = generate(model, ids[0], 5)
-    cache = prefill(model, ids[0, :4], chunk_tokens=3)[1]
-    assert generate(model, ids[0, 4:], 5, cache) == out
-    return [logits.detach(), loss.detach(), model.lm_head.weight.grad, torch.tensor(out)]
-
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3["original_max_position_embeddings"] = 32
-plain, scaled = answers(None), answers(LLAMA3)
-assert (plain[0] - scaled[0]).abs().max() > 5e-5  # the scaling does act
-
-import recipe
-
-original, tuned = (Llama(LlamaConfig(256, 32, 48, 2, 4)) for _ in range(2))
-theta = recipe.ntk_rope_base(1e4, 8, 64, 512)
-tuned.config = tuned.config.with_rope(theta, 512)
-text = torch.tensor(list(b"Ada had 7 apples. Nobody knew! Was it Bob? " * 12))
-starts = torch.arange(0, len(text), 18)  # segments of one's own
-g = torch.Generator().manual_seed(0)
-
-def sample(select, impactful=None):
-    kept, begins = recipe.select_segments(text, starts, 160, select, g, impactful)
-    return text[kept], recipe.sample_position_ids("longrecipe", 160, 512, begins, g)
-
-shift, total, count = recipe.logit_shift(original, tuned, *sample("random"), first_position=64)
-types = recipe.impactful_types(total, count)
-x, pos = (t[None] for t in sample("impact", types))
-targets = recipe.next_token_targets(x)
-loss, n = linear_cross_entropy(tuned.hidden(x, pos), tuned.lm_head.weight, targets)
-merged = recipe.merge_weights(original.state_dict(), tuned.state_dict())
-results = [*plain, *scaled, torch.tensor(theta), shift, types, x, pos, loss.detach() / n]
-results += merged.values()
-"""
-ASKS = """
-import sys
-errors = []
-for ask in (
-    lambda: load_pretrained("x"),
-    lambda: load_tokenizer("x"),
-    lambda: LlamaConfig.from_dir("x"),
-    lambda: save_pretrained(original, "x"),
-    lambda: inverse_frequencies(8, 1e4, {"rope_type": "yarn", "factor": 8.0}),
-    lambda: recipe.split_segments(text, None),
-    lambda: recipe.make_example(text, None, 9, 999, method="none", select="first", generator=g),
-    lambda: recipe.merge("a", "b", "c"),
-    lambda: recipe.main([]),
-):
-    try:
-        ask()
-    except ModuleNotFoundError as error:
-        errors.append(str(error))
-assert "support" not in sys.modules
-torch.save((results, errors), "results.pt")
-"""
+    out = model_py.generate(model, ids[0], 5)
+    _, cache = model_py.prefill(model, ids[0, :4], chunk_tokens=3)
+    assert model_py.generate(model, ids[0, 4:], 5, cache) == out
+    return [model(ids, pos).detach(), loss.detach(), head.grad, torch.tensor(out)]
 
 
-def test_model_py_and_recipe_py_work_alone(tmp_path):
-    """Copied into an empty folder they give what they give here; what splits texts, or reads or
-    writes model folders, says in one line what it lacks."""
-    for name in ("model.py", "recipe.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", ALONE + ASKS], check=True, cwd=tmp_path, env=env)
-    theirs, errors = torch.load(tmp_path / "results.pt", weights_only=True)
-    here: dict = {}
-    exec(ALONE, here)
-    for a, b in zip(theirs, here["results"], strict=True):
+def of_the_recipe(model_py, recipe) -> list[torch.Tensor]:
+    config = model_py.LlamaConfig(256, 32, 48, 2, 4)
+    original, tuned = model_py.Llama(config), model_py.Llama(config)
+    theta = recipe.ntk_rope_base(1e4, 8, 64, 512)
+    tuned.config = tuned.config.with_rope(theta, 512)
+    text = torch.tensor(list(b"Ada had 7 apples. Nobody knew! Was it Bob? " * 12))
+    starts, g = torch.arange(0, len(text), 18), torch.Generator().manual_seed(0)
+
+    def sample(select, impactful=None):
+        kept, begins = recipe.select_segments(text, starts, 160, select, g, impactful)
+        return text[kept], recipe.sample_position_ids("longrecipe", 160, 512, begins, g)
+
+    sums = recipe.logit_shift(original, tuned, *sample("random"), first_position=64)
+    types = recipe.impactful_types(*sums[1:])
+    x, pos = (t[None] for t in sample("impact", types))
+    targets = recipe.next_token_targets(x)
+    loss, _ = model_py.linear_cross_entropy(tuned.hidden(x, pos), tuned.lm_head.weight, targets)
+    merged = recipe.merge_weights(original.state_dict(), tuned.state_dict())
+    return [torch.tensor(theta), sums[0], types, x, pos, loss.detach(), *merged.values()]
+
+
+def test_model_py_and_recipe_py_work_alone(monkeypatch):
+    """Without support/ they give what they give here; what splits texts, or reads or writes model
+    folders, says what it lacks."""
+
+    def results(*files) -> list[torch.Tensor]:
+        plain, scaled = (of_the_model(files[0], scaling) for scaling in (None, RESCALED))
+        assert (plain[0] - scaled[0]).abs().max() > 5e-5  # the scaling does act
+        return plain + scaled + of_the_recipe(*files)
+
+    expected, alone = results(model_py, recipe_py), []
+    for name in {"support", *(name for name in sys.modules if name.startswith("support."))}:
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    for name in ("model", "recipe"):
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(sys.modules[name])
+        alone.append(sys.modules[name])
+    for a, b in zip(results(*alone), expected, strict=True):
         assert a.dtype == b.dtype and torch.allclose(a.double(), b.double(), atol=1e-5)
-    assert errors == ["No module named 'support'"] * 9
+    model, recipe = alone
+    yarn, options = {"rope_type": "yarn", "factor": 8.0}, {"method": "none", "select": "first"}
+    for ask in (
+        lambda: model.load_pretrained("x"),
+        lambda: model.load_tokenizer("x"),
+        lambda: model.LlamaConfig.from_dir("x"),
+        lambda: model.save_pretrained(MODEL, "x"),
+        lambda: model.inverse_frequencies(8, 1e4, yarn),
+        lambda: recipe.split_segments(IDS[0], None),
+        lambda: recipe.make_example(IDS[0], None, 3, 4, generator=torch.Generator(), **options),
+        lambda: recipe.merge("a", "b", "c"),
+        lambda: recipe.main([]),
+    ):
+        with pytest.raises(ModuleNotFoundError, match="support"):
+            ask()

@@ -11,15 +11,7 @@ import torch
 
 from support.data import toy
 from support.data.segments import rarely_ends
-from support.data.text import (
-    SEPARATOR,
-    Corpus,
-    Tokens,
-    find_files,
-    kind_of,
-    read_texts,
-    read_tokens,
-)
+from support.data.text import SEPARATOR, Corpus, Tokens, find_files, read_files
 from support.data.toy import TINY, ToyCorpus
 from support.system.console import log
 
@@ -70,12 +62,7 @@ def load_tokens(paths: list[str] | None, tokenizer, join: bool = False) -> Token
     if paths is None:
         source = "the Python standard library (default; --data for your own)"
         return one_document(source, standard_library_text(), tokenizer)
-    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths, say=True)
-    arrays = [f for f in files if kind_of(f) in (".npy", ".bin")]
-    tokens.add_texts(read_texts([f for f in files if f not in arrays]), tokenizer, join)
-    for file in arrays:
-        tokens.add_array(read_tokens(file, tokenizer.vocab_size))
-    return tokens
+    return read_files(paths, tokenizer, join)
 
 
 def one_document(source: str, text: str, tokenizer) -> Tokens:

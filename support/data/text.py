@@ -282,10 +282,8 @@ def certain_place(before: list[int], alone: list[int], behind: list[int]) -> int
     last = len(os.path.commonprefix((alone, behind)))
     half = SURE // 2
     places = range(first + half, last - half + 1)
-    for place in sorted(places, key=lambda place: abs(place - (first + last) // 2)):
-        if len(set(alone[place - half : place + half])) >= KINDS:
-            return place
-    return None
+    varied = [p for p in places if len(set(alone[p - half : p + half])) >= KINDS]
+    return min(varied, key=lambda place: abs(place - (first + last) // 2), default=None)
 
 
 def take(pieces: Iterator[str], characters: int) -> str:
@@ -332,6 +330,16 @@ class Tokens:
         store.flush()
         if total:  # an empty file cannot be mapped, and no row then points into it
             self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
+
+
+def read_files(paths: list[str], tokenizer, join: bool = False) -> Tokens:
+    """The documents of files and folders; see sources.load_tokens."""
+    tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths, say=True)
+    texts = [file for file in files if kind_of(file) not in IDS]
+    tokens.add_texts(read_texts(texts), tokenizer, join)
+    for file in (file for file in files if kind_of(file) in IDS):
+        tokens.add_array(read_tokens(file, tokenizer.vocab_size))
+    return tokens
 
 
 class Corpus:

@@ -62,7 +62,7 @@ def needle() -> dict:
 
 
 class Weaver:
-    """Builds toy samples in token space."""
+    """The words and sentences of toy samples as ids."""
 
     def __init__(self, tokenizer):
         def encode(text: str) -> Tensor:
@@ -75,28 +75,6 @@ class Weaver:
         self.pairs = [(encode(before), encode(after)) for before, after in PAIRS]
         self.questions = [encode(question) for question in QUESTIONS]
         self.comma = encode(",")
-
-    def weave_lists(
-        self, draw: Callable[[int], Tensor], tokens: int, keys: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """ids (tokens,): each of `keys` (n,) with a value, eight pairs to a line, the lines at
-        random places of the text draw(n) -> (n,); at its end the same pairs in other lines.
-
-        Each pair is told once: where copies are between a pair and its question, the near one is
-        taken, and the distance is not learnt (LOG.md)."""
-        values = self.values[torch.randint(len(self.values), (len(keys),), generator=generator)]
-        pairs = torch.stack((keys, values), dim=1)
-        inserts: list[Insert] = []
-        for asked in (False, True):
-            for line in torch.randperm(len(keys), generator=generator).split(PAIRS_A_LINE):
-                before, after = self.pairs[integer(len(self.pairs), generator)]
-                place = float(torch.rand(1, generator=generator))
-                if asked:
-                    place, after = 1.0, self.comma[:0]
-                    before = self.questions[integer(len(self.questions), generator)]
-                listed = torch.cat([torch.cat((pairs[i], self.comma)) for i in line])[:-1]
-                inserts.append((place, torch.cat((before, listed, after))))
-        return insert(draw, tokens, inserts)
 
 
 Insert = tuple[float, Tensor]  # place in 0..1 of the text, ids
@@ -149,12 +127,25 @@ class ToyCorpus(Corpus):
         self.pairs = max(1, min(len(self.keys), min_tokens // TOKENS_A_PAIR))  # of one window
 
     def window(self, tokens: int, generator: torch.Generator) -> Tensor:
-        return self.weaver.weave_lists(
-            lambda n: super(ToyCorpus, self).window(n, generator),
-            tokens,
-            pick(self.keys, self.pairs, generator),
-            generator,
-        )
+        """ids (tokens,): some keys with a value each, eight pairs to a line, the lines at random
+        places of a window of the text; at its end the same pairs in other lines.
+
+        Each pair is told once: where copies are between a pair and its question, the near one is
+        taken, and the distance is not learnt (LOG.md)."""
+        weaver, keys = self.weaver, pick(self.keys, self.pairs, generator)
+        chosen = torch.randint(len(weaver.values), (len(keys),), generator=generator)
+        pairs = torch.stack((keys, weaver.values[chosen]), dim=1)
+        inserts: list[Insert] = []
+        for asked in (False, True):
+            for line in torch.randperm(len(keys), generator=generator).split(PAIRS_A_LINE):
+                before, after = weaver.pairs[integer(len(weaver.pairs), generator)]
+                place = float(torch.rand(1, generator=generator))
+                if asked:
+                    place, after = 1.0, weaver.comma[:0]
+                    before = weaver.questions[integer(len(weaver.questions), generator)]
+                listed = torch.cat([torch.cat((pairs[i], weaver.comma)) for i in line])[:-1]
+                inserts.append((place, torch.cat((before, listed, after))))
+        return insert(lambda n: super(ToyCorpus, self).window(n, generator), tokens, inserts)
 
 
 def answerable(text: str) -> tuple[int, int]:

@@ -114,20 +114,17 @@ def not_finite(value, name: str = "") -> Iterator[str]:
             yield name
 
 
-def finite(file, key: str, path: Path) -> torch.Tensor:
-    """A tensor of an open safetensors file."""
-    tensor = file.get_tensor(key)
-    if any(not_finite(tensor, key)):
-        raise BadInput(f"{path}: tensor {key} holds NaN or infinity: a failed training?")
-    return tensor
-
-
 def iter_tensors(found: Found) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) one by one, file by file. BadInput for one that is not finite."""
     for path in sorted({path for path, _ in found.values()}):
         with open_safetensors(path) as file:
             for name in sorted(n for n, (p, _) in found.items() if p == path):
-                yield name, finite(file, found[name][1], path)
+                tensor = file.get_tensor(key := found[name][1])
+                if any(not_finite(tensor, key)):
+                    raise BadInput(
+                        f"{path}: tensor {key} holds NaN or infinity: a failed training?"
+                    )
+                yield name, tensor
 
 
 def read_tensor(found: Found, name: str) -> torch.Tensor:
@@ -153,11 +150,20 @@ def has_own_head(path: Path) -> bool:
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """One file up to SHARD_BYTES, else shards and an index; holds one shard at a time."""
     names: list[list[str]] = []  # of the tensors in each shard
+    shard: dict[str, torch.Tensor] = {}
     total = 0
-    for shard in in_shards(tensors):
+
+    def finish_shard() -> None:
         write_shard(folder / f"shard-{len(names)}", shard)
         names.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in (tensor, *shard.values())) > SHARD_BYTES:
+            finish_shard()
+        shard[name] = tensor.detach().to("cpu").contiguous()
+        total += tensor.nbytes
+    finish_shard()
     if len(names) == 1:
         (folder / "shard-0").rename(folder / SINGLE)
         return
@@ -168,18 +174,6 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> 
         weight_map |= dict.fromkeys(in_shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def in_shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors in groups of up to SHARD_BYTES (or of one that is larger): the same dict each
-    time, emptied and filled again, so that no shard outlives its turn."""
-    shard: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors:
-        if shard and sum(t.nbytes for t in (tensor, *shard.values())) > SHARD_BYTES:
-            yield shard
-            shard.clear()
-        shard[name] = tensor.detach().to("cpu").contiguous()
-    yield shard
 
 
 def write_shard(file: Path, shard: dict[str, torch.Tensor]) -> None:

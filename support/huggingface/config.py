@@ -39,8 +39,6 @@ OTHER_FORMATS = {
     " as a Hugging Face folder, too",
     "*.safetensors": "the weights must be in model.safetensors, or in files that"
     " model.safetensors.index.json names",
-    "tf_model.h5": "weights of TensorFlow are not read",
-    "flax_model.msgpack": "weights of Flax are not read",
 }
 NUMBER = (int, float)
 
@@ -206,8 +204,7 @@ def read_heads(raw: dict, defaults: dict) -> dict:
             f"config.json: head_dim must be even, found {head_dim}, and hidden_size {width} a"
             f" multiple of num_attention_heads {heads} where head_dim is not given"
         )
-    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    return dict(zip(names, (heads, kv_heads, head_dim), strict=True))
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
 def read_sliding_window(raw: dict, family: str) -> int | None:

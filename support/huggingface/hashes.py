@@ -9,13 +9,13 @@ from support.system.whole_files import write_atomically
 
 
 class Hashes:
-    """SHA-256 of files. What was hashed before is remembered in `file` (a JSON file in a folder of
-    ours, never in the model's) by path, size and time of change, and hashed again when they
-    differ."""
+    """SHA-256 of files. `file` (a JSON file in a folder of ours, never in the model's; None: there
+    is none) remembers what was hashed before, by path, size and time of change; when they differ,
+    it is hashed again."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path | None = None):
         self.file = file
-        self.known = json.loads(file.read_text()) if file.is_file() else {}
+        self.known = json.loads(file.read_text()) if file and file.is_file() else {}
 
     def of_model(self, folder: str | Path) -> str:
         """Over config.json and all safetensors files of a folder; 12 hexadecimal digits."""

@@ -111,11 +111,11 @@ class ByteLevelTokenizer(Tokenizer):
         self._nfc = nfc
 
     def _encode(self, text: str, continued: bool) -> list[int]:
-        return self._before.encode(text, self._encode_text)
+        def normalised(text: str) -> list[int]:
+            text = unicodedata.normalize("NFC", text) if self._nfc else text
+            return self._after.encode(text, self._encode_pieces)
 
-    def _encode_text(self, text: str) -> list[int]:
-        text = unicodedata.normalize("NFC", text) if self._nfc else text
-        return self._after.encode(text, self._encode_pieces)
+        return self._before.encode(text, normalised)
 
     def _encode_pieces(self, text: str) -> list[int]:
         ids = []
@@ -153,16 +153,17 @@ class AddedTokens:
 class LibraryTokenizer(Tokenizer):
     """Any other tokenizer.json, through the package `tokenizers`."""
 
-    def __init__(self, data: dict, settings: dict, reason: str):
+    def __init__(self, data: dict, settings: dict, file: Path):
         try:
             from tokenizers import Tokenizer as Library
         except ImportError:
-            raise BadInput(f"{reason}; `pip install tokenizers` reads it") from None
+            why = "is not one of the byte-level BPEs that are read here"
+            raise BadInput(f"{file} {why}; `pip install tokenizers` reads it") from None
         # settings for batches and for training must not change a text's ids
         data = data | {"truncation": None, "padding": None}
         data["model"] = data["model"] | ({"dropout": None} if "dropout" in data["model"] else {})
         steps = {name: without_prefix(data.get(name)) for name in ("normalizer", "pre_tokenizer")}
-        with errors_of_library("tokenizer.json is damaged"):
+        with errors_of_library(f"{file} is damaged"):
             self._whole, self._continued = (
                 Library.from_str(json.dumps(d)) for d in (data, data | steps)
             )
@@ -246,10 +247,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     data = read_json(file)
     try:
         settings["post_processor"] = data.get("post_processor")
-        pattern, reason = split_pattern(data)
-        if pattern is None:
-            reason = f"{path}: {reason} is beyond our byte-level BPE"
-            return LibraryTokenizer(data, settings, reason)
+        if (pattern := split_pattern(data)) is None:
+            return LibraryTokenizer(data, settings, file)
         return from_bpe(data, pattern, settings)
     except BadInput:
         raise
@@ -335,39 +334,34 @@ DIFFERENT = regex.compile(
 )
 
 
-def split_pattern(data: dict) -> tuple[str | None, str]:
-    """(pattern by which a byte-level BPE splits its text, "") or (None, what is in the way)."""
-    model, pre = data["model"], data.get("pre_tokenizer") or {}
-    for step in steps_of(data.get("normalizer")):
-        if step.get("type") != "NFC":
-            return None, f"normalizer {step.get('type')}"
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        return None, f"a {model.get('type')} model"
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            return None, f"{name} {model[name]!r}"
+def split_pattern(data: dict) -> str | None:
+    """The pattern by which a byte-level BPE splits its text. None for any other tokenizer, and for
+    settings that only `tokenizers` knows."""
+    model, steps = data["model"], steps_of(data.get("pre_tokenizer"))
+    if any(step.get("type") != "NFC" for step in steps_of(data.get("normalizer"))):
+        return None
+    others = ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if model.get("type", "BPE") != "BPE" or any(model.get(name) for name in others):
+        return None
     if model.get("unk_token") is not None and not set(byte_alphabet()) <= set(model["vocab"]):
-        return None, "a vocabulary without all bytes, but with an unk_token,"
+        return None
+    flags = ["lstrip", "rstrip", "single_word"] + ["normalized"] * bool(data.get("normalizer"))
     for token in data.get("added_tokens") or []:
-        flags = [f for f in ("lstrip", "rstrip", "single_word") if token.get(f)]
-        if token.get("normalized") and data.get("normalizer"):
-            flags.append("normalized")
-        if flags and not token.get("special"):
-            return None, f"added token {token['content']!r} with {flags[0]}"
-    steps = steps_of(pre)
+        if not token.get("special") and any(token.get(flag) for flag in flags):
+            return None
     kinds = [step.get("type") for step in steps]
-    if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
-        first, by_regex = steps[0], steps[-1].get("use_regex", True)
-        if kinds == ["ByteLevel"] and by_regex:
-            return GPT2_SPLIT, ""
-        if kinds == ["Digits", "ByteLevel"] and by_regex:
-            return DIGITS_SPLIT % (r"\p{N}" if first.get("individual_digits") else r"\p{N}+"), ""
-        isolated = first.get("behavior") == "Isolated" and not first.get("invert")
-        pattern = (first.get("pattern") or {}).get("Regex")
-        plain = kinds == ["Split", "ByteLevel"] and not by_regex and isolated and pattern
-        if plain and not DIFFERENT.search(pattern) and not regex.match(pattern, ""):
-            return pattern, ""
-    return None, f"pre-tokenizer {json.dumps(pre)[:100]}"
+    if kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space"):
+        return None
+    first, by_regex = steps[0], steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and by_regex:
+        return GPT2_SPLIT
+    if kinds == ["Digits", "ByteLevel"] and by_regex:
+        return DIGITS_SPLIT % (r"\p{N}" if first.get("individual_digits") else r"\p{N}+")
+    isolated = first.get("behavior") == "Isolated" and not first.get("invert")
+    pattern = (first.get("pattern") or {}).get("Regex")
+    plain = kinds == ["Split", "ByteLevel"] and not by_regex and isolated and pattern
+    understood = plain and not DIFFERENT.search(pattern) and not regex.match(pattern, "")
+    return pattern if understood else None
 
 
 def ids_in(value) -> list[int]:

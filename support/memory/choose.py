@@ -23,7 +23,7 @@ def needs(config, settings, kind: str) -> tuple[dict[str, float], dict[str, floa
 
 
 def totals(config, settings, there: Machine) -> tuple[float, float]:
-    """(bytes on the device, on the host beside it). A CPU's device is its host."""
+    """(bytes on the device, on the host beside it); a CPU's device is its host."""
     device, host = (sum(parts.values()) for parts in needs(config, settings, there.kind))
     return (device + host, 0.0) if there.kind == "cpu" else (device, host)
 

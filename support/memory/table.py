@@ -55,13 +55,27 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
     second."""
     device, host = fit.needs(config, settings, there.kind)
     on_disk = budget.disk_bytes(config, settings, options)
-    state = on_disk["training state"]
-    rows = by_stage(config, settings, stages, there, rate)
+    state, B = on_disk["training state"], settings.batch_sequences
+    N, w = sum(budget.parameters(config)), budget.weight_bytes(settings)
+    step_s = host_step_s(there, N, w) if settings.optimizer == "adamw-host" else 0.0
+    rows = {}
+
+    def row(name: str, seconds: float, steps=0, sequences=0, tokens=0, flops=0) -> None:
+        """A line of the table of stages: FLOPs of one sample, seconds of all."""
+        counts = {"steps": steps, "sequences": sequences, "tokens": tokens}
+        rows[name] = counts | {"flops": flops, "seconds": seconds}
+
+    for s in stages:
+        flops = flops_of(config, settings, s.tokens)
+        row(s.name, s.steps * (B * flops / rate + step_s), s.steps, s.steps * B, s.tokens, flops)
+        if s.name == "probe" and settings.analyses:
+            # H' and H, forward only
+            n, flops = settings.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
+            row("analysis", n * flops / rate, 0, n, s.tokens, flops)
     steps, trained_s = (sum(r[k] for r in rows.values()) for k in ("steps", "seconds"))
     saves = int(min(steps, trained_s // (60 * max(options.save_minutes, 1e-3)))) if state else 0
-    weights = budget.weight_bytes(settings) * sum(budget.parameters(config))
-    rows["merge"] = row(4 * weights / disk)
-    rows["saves"] = row(saves * state / disk, steps=saves)
+    row("merge", 4 * w * N / disk)
+    row("saves", saves * state / disk, saves)
     return {
         "levers": {k: getattr(settings, k) for k in LEVERS},
         "bytes": {"device": device, "host": host, "disk": on_disk},
@@ -72,27 +86,10 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
     }
 
 
-def row(seconds: float, steps=0, sequences=0, tokens=0, flops=0) -> dict:
-    """A line of the table of stages: FLOPs of one sample, seconds of all."""
-    counts = {"steps": steps, "sequences": sequences, "tokens": tokens}
-    return counts | {"flops": flops, "seconds": seconds}
-
-
-def by_stage(config, settings, stages, there: Machine, rate: float) -> dict[str, dict]:
-    """What each stage computes and how long it takes at `rate` FLOP/s."""
-    N, B = sum(budget.parameters(config)), settings.batch_sequences
-    on_host = settings.optimizer == "adamw-host"
-    step_s = host_step_s(there, N, budget.weight_bytes(settings)) if on_host else 0.0
-    rows = {}
-    for s in stages:
-        flops = flops_of(config, settings, s.tokens)
-        seconds = s.steps * (B * flops / rate + step_s)
-        rows[s.name] = row(seconds, s.steps, s.steps * B, s.tokens, flops)
-        if s.name == "probe" and settings.analyses:
-            # H' and H, forward only
-            n, flops = settings.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
-            rows["analysis"] = row(n * flops / rate, 0, n, s.tokens, flops)
-    return rows
+def extension_s(stages: dict) -> float:
+    """Seconds of probe, analysis and extension."""
+    names = ("probe", "analysis", "extend")
+    return sum(stages[name]["seconds"] for name in names if name in stages)
 
 
 # ---- in words ----------------------------------------------------------------------------------
@@ -100,10 +97,9 @@ def by_stage(config, settings, stages, there: Machine, rate: float) -> dict[str,
 
 def table(plan: dict) -> str:
     """The plan in the terminal."""
-    sizes, there = plan["bytes"], plan["there"]
+    sizes, there, rate, disk = (plan[k] for k in ("bytes", "there", "rate", "disk_rate"))
     parts = dict.fromkeys(part for column in sizes.values() for part in column)
     cells = {part: [column.get(part, 0) for column in sizes.values()] for part in parts}
-    cells = {part: numbers for part, numbers in cells.items() if any(numbers)}
     cells["sum"] = [sum(column.values()) for column in sizes.values()]
     cells["available"] = [there[column] for column in sizes]
     lines = [
@@ -113,56 +109,49 @@ def table(plan: dict) -> str:
         f"{'GB (1e9 bytes)':32}{'device':>10}{'host':>10}{'disk':>10}",
     ]
     for name, numbers in cells.items():
-        lines.append(f"{name:32}" + "".join(f"{short(x / 1e9) if x else '':>10}" for x in numbers))
+        in_gb = "".join(f"{short(x / 1e9) if x else '':>10}" for x in numbers)
+        lines += [f"{name:32}{in_gb}"] if any(numbers) else []
     if there["disk"] is None:
         lines.append(f"host and disk of that {plan['machine']} are not known and not checked")
-    lines += [
-        "",
-        f"{'stage':10}{'steps':>8}{'samples':>9}{'tokens':>9}{'FLOPs each':>12}{'hours':>9}",
-    ]
+    header = f"{'stage':10}{'steps':>8}{'samples':>9}{'tokens':>9}{'FLOPs each':>12}{'hours':>9}"
+    lines += ["", header]
     for name, r in plan["stages"].items():
         numbers = f"{r['steps']:>8,}{r['sequences']:>9,}{r['tokens']:>9,}{r['flops']:>12.2e}"
         lines.append(f"{name:10}{numbers}{short(r['seconds'] / 3600):>9}")
-    rate, disk = plan["rate"], plan["disk_rate"]
     lines += [
         f"{'sum':48}{short(plan['seconds'] / 3600):>9}",
         f"at {rate['flops_per_s'] / 1e12:.3g} TFLOP/s executed, {rate['from']};"
         f" a save: {plan['save_s'] / 60:.2g} minutes at {disk['bytes_per_s'] / 1e9:.2g} GB/s,"
         f" {disk['from']}",
         "",
+        *against_full_length(plan),
     ]
-    return "\n".join(lines + against_full_length(plan))
+    return "\n".join(lines)
 
 
 def against_full_length(plan: dict) -> list[str]:
     """Lines that compare with full length: the FLOPs of a sample by each convention; then hours and
     memory, each run with the levers that it would be given."""
     full, (short_len, full_len) = plan["full_length"], plan["lengths"]
+    numbers = {
+        "hours: probe, analysis, extend *": lambda p: extension_s(p["stages"]) / 3600,
+        "hours: all, with merge and saves *": lambda p: p["seconds"] / 3600,
+        "GB of device *": lambda p: sum(p["bytes"]["device"].values()) / 1e9,
+    }
+    pairs = {"seconds *": plan["one_sample_s"]}
+    pairs |= {name: (number(plan), number(full)) for name, number in numbers.items()}
 
     def line(name: str, a: float, b: float, form=short) -> str:
         return f"{name:48}{form(a):>10}{form(b):>10}{1 - a / b:>8.1%}"
-
-    def both(name: str, number) -> str:
-        return line(name, number(plan), number(full))
 
     fits = f"does not fit: {full['shortage']}" if full["shortage"] else "fits"
     return [
         f"{'one sample, forward and backward':48}{short_len:>10,}{full_len:>10,}{'less':>8}",
         *(line(name, *pair, "{:.2e}".format) for name, pair in plan["one_sample"].items()),
-        line("seconds *", *plan["one_sample_s"]),
-        both("hours: probe, analysis, extend *", lambda p: extension_s(p["stages"]) / 3600),
-        both("hours: all, with merge and saves *", lambda p: p["seconds"] / 3600),
-        both("GB of device *", lambda p: sum(p["bytes"]["device"].values()) / 1e9),
+        *(line(name, *pair) for name, pair in pairs.items()),
         f"* {full_len:,}: --method full with the same steps and samples, and levers of its own:",
         f"  {in_words(full['levers'])}; {fits}",
     ]
-
-
-def extension_s(stages: dict) -> float:
-    """Seconds of probe, analysis and extension."""
-    return sum(
-        stages[name]["seconds"] for name in ("probe", "analysis", "extend") if name in stages
-    )
 
 
 def in_words(levers: dict) -> str:

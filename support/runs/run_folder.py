@@ -59,7 +59,7 @@ class RunFolder:
     def check_data(self, settings, resume: bool) -> None:
         """BadInput that names a text, or the model, that is another one than when the run began
         (an older version did not write that down). Writes nothing; write_settings will."""
-        hashes, folder = Hashes(self.path / "hashes.json"), Path(settings.model)
+        hashes, folder = Hashes(), Path(settings.model)
         original = {"sha256": hashes.of_model(folder), "tokenizer": hashes.of_tokenizer(folder)}
         self.data = [*corpora.contents(settings), {"path": settings.model, **original}]
         began = read_json(self.path / "run.json").get("data", []) if resume else []

@@ -2,7 +2,9 @@
 
 import base64
 import copy
+import functools
 import json
+import operator
 import random
 
 ODD = (
@@ -23,29 +25,27 @@ def places(value, path=()) -> list[tuple]:
     return found
 
 
+def at(value, path):
+    """What a path of `places` leads to."""
+    return functools.reduce(operator.getitem, path, value)
+
+
 def damage_value(value, rng: random.Random):
     """A JSON value with one to three places changed, dropped or exchanged."""
     value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
-        paths = places(value)
-        if not paths:
+        if not (paths := places(value)):
             break
-        path = rng.choice(paths)
-        owner = value
-        for key in path[:-1]:
-            owner = owner[key]
-        kind = rng.random()
+        *above, last = rng.choice(paths)
+        owner, kind = at(value, above), rng.random()
         if kind < 0.15:
-            del owner[path[-1]]
+            del owner[last]
         elif kind < 0.3:
-            source = value
-            for key in rng.choice(paths):
-                source = source[key]
-            owner[path[-1]] = copy.deepcopy(source)
+            owner[last] = copy.deepcopy(at(value, rng.choice(paths)))
         elif kind < 0.4 and isinstance(owner, dict):
-            owner[str(rng.choice(ODD))[:20]] = owner.pop(path[-1])
+            owner[str(rng.choice(ODD))[:20]] = owner.pop(last)
         else:
-            owner[path[-1]] = copy.deepcopy(rng.choice(ODD))
+            owner[last] = copy.deepcopy(rng.choice(ODD))
     return value
 
 
