@@ -71,8 +71,7 @@ def support(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama, under Hugging Face's names and with its defaults (the first 7B Llama);
-    `raw` keeps config.json as it was read."""
+    """Shape of a Llama, under Hugging Face's names and with its defaults (the first 7B Llama)."""
 
     vocab_size: int = 32_000
     hidden_size: int = 4096
@@ -89,7 +88,7 @@ class LlamaConfig:
     qkv_bias: bool = False  # qwen2
     qk_norm: bool = False  # qwen3
     sliding_window: int | None = None  # longest input that attention sees whole (mistral)
-    raw: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    raw: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # config.json
 
     def __post_init__(self):
         H = self.num_attention_heads
@@ -372,8 +371,7 @@ def linear_cross_entropy(
 class KVCache:
     """Keys and values of the `length` tokens seen so far: a (2, B, KV, room, d) tensor a layer.
 
-    `truncate(n)` forgets all but the first n tokens, so that prompts share the prefill of a common
-    beginning."""
+    `truncate(n)` forgets all but the first n: prompts with a common beginning prefill it once."""
 
     def __init__(self):
         self.length = 0

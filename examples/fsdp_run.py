@@ -17,12 +17,12 @@ import importlib.metadata
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,12 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+import train  # noqa: E402
+from support.data.sources import standard_library_topics  # noqa: E402
+from support.explain.command import OF_THE_TOY  # noqa: E402
+from support.runs.flags import settings_of  # noqa: E402
 from support.system.bad_input import BadInput  # noqa: E402
+from support.system.console import provenance, report_errors  # noqa: E402
 
 OUT = ROOT / "assets" / "results" / "fsdp.json"
 # The tiny model, extended to 16 times a window of 256; every stage and a batch for each process.
@@ -88,8 +93,6 @@ def worker(folder: Path, losses: Path | None, mask: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
     from transformers.distributed import DistributedConfig
 
-    from support.runs.flags import settings_of
-
     samples, rows = Samples(folder, mask), []
     steps, settings = samples.index["steps"], settings_of(folder, "samples.json")
     processes = int(os.environ["WORLD_SIZE"])
@@ -113,10 +116,7 @@ def worker(folder: Path, losses: Path | None, mask: bool) -> None:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings["batch_sequences"] // processes,
         learning_rate=settings["lr"],
-        weight_decay=settings["weight_decay"],  # not of norms, as here
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        adam_epsilon=1e-8,
+        weight_decay=settings["weight_decay"],  # not of norms, as here; so are AdamW's defaults
         max_grad_norm=settings["clip"],
         train_sampling_strategy="sequential",
         logging_steps=1,
@@ -141,15 +141,12 @@ def worker(folder: Path, losses: Path | None, mask: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-def torchrun(folder: Path, losses: Path, *more: str, processes: int = 2) -> dict:
-    """worker in `processes` processes -> what it found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += [f"--master_port={port}", __file__, "--samples", folder, "--losses", losses, *more]
+def torchrun(folder: Path, losses: Path, *more: str) -> dict:
+    """worker in two processes -> what it found."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [__file__, "--samples", str(folder), "--losses", str(losses), *more]
     env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([str(x) for x in command], check=True, cwd=ROOT, env=os.environ | env)
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | env)
     return json.loads(losses.read_text())
 
 
@@ -164,72 +161,60 @@ def tolerance(loss: float, tokens: int) -> float:
     return math.sqrt(tokens) * 2.0**-24 * loss
 
 
-def ours(flags: list[str], out: Path, reverse: bool = False) -> tuple[list[dict], dict]:
-    """A run of train.py in this process -> its metrics, and the weights before the merge."""
-    import train
-
-    original = train.draw
-    if reverse:  # the samples of a step the other way round: the same loss, another rounding
-        train.draw = lambda *args: reversed(list(original(*args)))
-    try:
-        train.main([*flags, "--out", str(out), "--keep_stages"])
-    finally:
-        train.draw = original
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return rows, load_file(out / "replayed" / "model.safetensors")
+def ours(flags: list[str], out: Path) -> list[dict]:
+    """The metrics of a run of train.py in this process."""
+    train.main([*flags, "--out", str(out), "--keep_stages"])
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def measure(work: Path) -> dict:
     """Train in every way in the empty folder `work`, and compare."""
-    import train
-    from support.data.sources import standard_library_topics
-    from support.explain.command import OF_THE_TOY
-    from support.system.console import provenance
 
     torch.set_num_threads(1)
-    started, text = time.time(), work / "text.txt"
+    started, text, draw = time.time(), work / "text.txt", train.draw
     text.write_text(standard_library_topics())
-    flags = [*FLAGS.split(), "--data", str(text), "--impactful", str(OF_THE_TOY)]
-    rows, weights = ours(flags, work / "out")
-    backwards, _ = ours(flags, work / "backwards", reverse=True)
+    flags = [*FLAGS.split(), "--data", str(text), "--impactful", str(ROOT / OF_THE_TOY)]
+    runs = {"train.py": ours(flags, work / "out")}
+    # the samples of a step the other way round: the same loss, another rounding
+    with mock.patch.object(train, "draw", lambda *args: reversed(list(draw(*args)))):
+        runs["train.py, batch reversed"] = ours(flags, work / "backwards")
     train.main(["--export", str(work / "samples"), *flags])
     found = torchrun(work / "samples", work / "fsdp.json")
     blind = torchrun(work / "samples", work / "blind.json", "--no_mask")
-    theirs = load_file(work / "fsdp.safetensors")
-    if theirs.keys() != weights.keys() or len(found["rows"]) != len(rows):
-        raise BadInput("the two engines trained other tensors, or another number of steps")
-    runs = {"train.py": rows, "train.py, batch reversed": backwards}
     runs |= {"FSDP": found["rows"], "FSDP without a mask": blind["rows"]}
     loss = {name: [step["loss"] for step in run] for name, run in runs.items()}
+    off = {
+        name: [abs(a - b) for a, b in zip(loss["train.py"], losses, strict=True)]
+        for name, losses in loss.items()
+    }
+    rows, theirs = runs["train.py"], load_file(work / "fsdp.safetensors")
+    weights = load_file(work / "out" / "replayed" / "model.safetensors")
+    if theirs.keys() != weights.keys():
+        raise BadInput("the two engines trained other tensors")
+    norms = ([step["grad_norm"] for step in run] for run in (rows, found["rows"]))
     allowed = [tolerance(r["loss"], r["tokens"]) for r in rows]
-
-    def apart(name: str) -> list[float]:
-        return [abs(a - b) for a, b in zip(loss["train.py"], loss[name], strict=True)]
-
-    norms = zip(rows, found["rows"], strict=True)
-    ratios = [ours["grad_norm"] / theirs["grad_norm"] for ours, theirs in norms]
     return {
         "command": "python examples/fsdp_run.py",
         "flags": FLAGS,
         "processes": 2,
         "share_of_the_weights_per_process": found["share"],
         "loss": loss,
-        "largest_difference_nats": {name: max(apart(name)) for name in loss if name != "train.py"},
+        "largest_difference_nats": {k: max(gaps) for k, gaps in off.items() if k != "train.py"},
         "tokens_of_a_step": [r["tokens"] for r in rows],
         "tolerance_nats": [min(allowed), max(allowed)],
-        "within": all(gap <= x for gap, x in zip(apart("FSDP"), allowed, strict=True)),
+        "within": all(gap <= most for gap, most in zip(off["FSDP"], allowed, strict=True)),
         "largest_difference_of_a_weight": max(
             float((weights[k] - theirs[k]).abs().max()) for k in weights
         ),
-        "largest_relative_difference_of_a_gradient_norm": max(abs(x - 1) for x in ratios),
+        "largest_relative_difference_of_a_gradient_norm": max(
+            abs(a / b - 1) for a, b in zip(*norms, strict=True)
+        ),
         **{name: importlib.metadata.version(name) for name in ("transformers", "accelerate")},
         **provenance(started),
     }
 
 
 def main(argv=None) -> None:
-    from support.system.console import report_errors
-
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", type=Path, default=OUT)
     p.add_argument("--samples", type=Path, help="of an export: be one of torchrun's processes")

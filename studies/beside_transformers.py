@@ -23,7 +23,6 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -138,9 +137,11 @@ def timed_answers(prompts: list[list[int]], new_tokens: int, stop: int) -> dict:
 def in_turns(folder: str, dtype: torch.dtype, work, tasks: list[tuple]) -> dict[str, list[dict]]:
     """What each of the two found for each task but the first, which warms up."""
     found: dict[str, list[dict]] = {kind: [] for kind in ENGINES}
+    spawn, processes = multiprocessing.get_context("spawn"), {}
     with contextlib.ExitStack() as both:
-        own = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), start)
-        processes = {kind: both.enter_context(own((kind, folder, dtype))) for kind in ENGINES}
+        for kind in ENGINES:
+            pool = ProcessPoolExecutor(1, spawn, start, (kind, folder, dtype))
+            processes[kind] = both.enter_context(pool)
         for task, (kind, process) in itertools.product(tasks, processes.items()):
             try:
                 found[kind].append(process.submit(work, *task).result())

@@ -34,13 +34,14 @@ from support.needles.intervals import mean_of
 from support.needles.settings import default_lengths
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STUDY, REAL_STUDY = (study.study_of([]) for study in (tiny_study, real_study))
-MERGES = ["merge weight 0.25", "longrecipe", "merge weight 0.75", "no merge"]  # by weight
+STUDY, REAL_STUDY = (of.study_of([]) for of in (tiny_study, real_study))
+MERGES = ["no merge", "merge weight 0.75", "LongRecipe", "merge weight 0.25"]  # their weights fall
 ROWS = ["original", "untrained", *WORDS.values()]  # of every table, in this order
 TOY = "tiny_128k/needle_results.json"
 MORE_TEXTS = "tiny_128k/more_texts.json"  # the same at two lengths, with nats
 TASKS = "smollm2_tasks/needle_results.json"
 REAL = [f"smollm2_16k/{part}/needle_results.json" for part in ("rows", "stages")]
+study = functools.cache(STUDY.cells)
 
 
 def read(path: str) -> dict:
@@ -174,12 +175,12 @@ REGIONS = {
     "toy": lambda: needle_table(TOY),
     "more texts": more_texts_table,
     "windows": windows_table,
-    "study": lambda: cells_table(STUDY.cells()),
+    "study": lambda: cells_table(study()),
     "real study": lambda: cells_table(REAL_STUDY.cells()),
     "real": lambda: needle_table(*REAL),
     "words": lambda: cells_table(word_classes.cells()),
     "tasks": tasks_table,
-    "merge": lambda: cells_table([STUDY.cells_of(name, STUDY.runs()) for name in MERGES]),
+    "merge": lambda: cells_table([row for row in study() if row["setting"] in MERGES]),
     "plan": plan_table,
 }
 

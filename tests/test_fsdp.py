@@ -49,12 +49,6 @@ def test_the_tolerance_holds_for_sums_in_any_order():
     assert 0.05 < np.sqrt((off**2).mean()) / tolerance < 1 / 3
 
 
-def test_an_export_that_is_not_complete_is_refused(tmp_path):
-    (tmp_path / "samples.json").write_text('{"status": "running", "steps": [], "settings": {}}')
-    with pytest.raises(ValueError, match="is not complete: give the same --export again"):
-        fsdp_run.Samples(tmp_path)
-
-
 def test_what_the_engine_is_given_keeps_the_scaling_of_the_rope():
     """Another theta and window, as train.py leaves them in the config of its result."""
     transformers = pytest.importorskip("transformers")
@@ -69,19 +63,20 @@ def test_what_the_engine_is_given_keeps_the_scaling_of_the_rope():
 
 
 @pytest.mark.parametrize(
-    ("processes", "more", "line"),
+    ("processes", "argv", "line"),
     [
-        ("1", ["--losses", "x"], "No such file or directory: 'nope/samples.json'"),
-        (None, ["--losses", "x"], "is for a process of torchrun"),
-        ("1", [], "--samples DIR --losses FILE"),
+        ("1", "--samples nope --losses x", "No such file or directory: 'nope/samples.json'"),
+        ("1", "--samples . --losses x", "is not complete: give the same --export again"),
+        (None, "--samples . --losses x", "is for a process of torchrun"),
+        ("1", "--samples .", "--samples DIR --losses FILE"),
     ],
 )
-def test_what_the_engine_cannot_work_with_is_one_line(processes, more, line, monkeypatch, capsys):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if processes:
-        monkeypatch.setenv("WORLD_SIZE", processes)
-    with pytest.raises(SystemExit) as stop:
-        fsdp_run.main(["--samples", "nope", *more])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and line in error
-    assert error.count("\n") == 1
+def test_what_the_engine_cannot_work_with_is_one_line(
+    processes, argv, line, tmp_path, monkeypatch, error_of
+):
+    (tmp_path / "samples.json").write_text('{"status": "running", "steps": [], "settings": {}}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", processes or "")
+    if processes is None:
+        monkeypatch.delenv("WORLD_SIZE")
+    assert line in error_of(fsdp_run.main, argv.split(), tmp_path)

@@ -40,7 +40,7 @@ from recipe import (
     train_length,
 )
 from support.data.segments import CLOSERS, STOPS, WIDE_STOPS, digit_types
-from support.data.sources import standard_library_text, standard_library_topics
+from support.data.sources import standard_library_topics
 from support.data.toy import TINY
 from support.explain import command, distances
 from support.huggingface.config import read_window
@@ -359,18 +359,15 @@ def test_make_example_aligns_tokens_and_positions(tokenizer):
         assert before.rstrip()[-1] in ".?!", before[-20:]
 
 
-def test_131072_tokens_take_a_tenth_of_a_second(smollm2_dir):
-    tokenizer = load_tokenizer(smollm2_dir)
-    ids = torch.tensor(tokenizer.encode(standard_library_text()[:600_000]))[:131072]
-    assert len(ids) == 131072
+def test_131072_tokens_take_a_tenth_of_a_second(tokenizer):
+    ids = torch.tensor(tokenizer.encode(PROSE)).repeat(20)[:131_072]
     options = {"method": "longrecipe", "select": "impact", "impactful": digit_types(tokenizer)}
-    split_segments(ids[:10], tokenizer)  # makes the table
     seconds = []
-    for seed in range(4):  # of this process: others use this machine too
+    for seed in range(5):  # of this process: others use this machine too
         started = time.process_time()
-        make_example(ids, tokenizer, 39424, 131072, generator=generator(seed), **options)
+        make_example(ids, tokenizer, 39_424, 131_072, generator=generator(seed), **options)
         seconds.append(time.process_time() - started)
-    assert min(seconds) < 0.1, seconds
+    assert len(ids) == 131_072 and min(seconds) < 0.1, seconds
 
 
 def test_sample_length_is_30_percent_rounded_up_to_whole_blocks():
@@ -413,20 +410,17 @@ def test_merge_weighs_and_keeps_the_tuned_config(tmp_path):
     assert out.config.rope_theta == 77777.0 and out.config.max_position_embeddings == 999
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "weight", "match"),
-    [
+def test_merge_refuses_what_does_not_fit(tmp_path):
+    make_hf_llama().save_pretrained(tmp_path / "a")
+    for family, changes, weight, match in (
         ("llama", {"vocab_size": 330}, 0.5, "vocab_size is 331 and 330"),
         ("mistral", {"sliding_window": None}, 0.5, "model_type is llama and mistral"),
         ("llama", {}, 1.5, "merge weight 1.5"),
-    ],
-)
-def test_merge_refuses_what_does_not_fit(family, changes, weight, match, tmp_path):
-    make_hf_llama().save_pretrained(tmp_path / "a")
-    make_hf_llama(family, **changes).save_pretrained(tmp_path / "b")
-    with pytest.raises(BadInput, match=match):
-        merge(tmp_path / "a", tmp_path / "b", tmp_path / "out", weight)
-    assert not (tmp_path / "out").exists()
+    ):
+        make_hf_llama(family, **changes).save_pretrained(tmp_path / "b")
+        with pytest.raises(BadInput, match=match):
+            merge(tmp_path / "a", tmp_path / "b", tmp_path / "out", weight)
+        assert not (tmp_path / "out").exists()
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -609,6 +603,8 @@ def test_new_angles_equal_a_brute_force_over_positions(old_len, more, turns, slo
     """A pair that makes so many turns in the old window, and is slower afterwards. (The windows are
     small, so that one position too many or too few is seen.)"""
     old = turns * 2 * math.pi / old_len
+    beyond = slower * (old_len + more - 1) - (old_len - 1)
+    assume(min(abs(turns - 1), abs(beyond)) > 1e-6)  # on the border rounding decides
     slow = new_angles_one_by_one(old, old * slower, old_len, old_len + more)
     pairs = (torch.tensor([w], dtype=torch.float64) for w in (old, old * slower))
     assert bool(distances.meets_new_angles(*pairs, old_len, old_len + more)) == slow
