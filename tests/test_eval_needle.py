@@ -469,6 +469,9 @@ def test_results_survive_a_stop_and_are_not_measured_again(judge, tmp_path, monk
     again = judge("--lengths 300 --n 3").rows
     assert len(measured) == 3 + 4  # the third again, the fourth, and the new texts
     assert again == [*measured[:2], old, *measured[3:]] and measured[3] == measured[2]
+    path.write_text(path.read_text().removesuffix("\n"))  # of a whole line only its end is missing
+    assert judge("--lengths 300 --n 3").rows == again and len(measured) == 7
+    assert path.read_text().endswith("\n")
 
 
 @pytest.mark.parametrize("rope", [(1e7, 512), (1e4, 512, yarn_scaling(64, 512)), (1e4, 512)])

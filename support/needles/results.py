@@ -15,6 +15,7 @@ from support.system.console import log, telling
 from support.system.whole_files import check_unlocked, only_writer, write_atomically
 
 KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
+NOT_A_RESULT = (ValueError, KeyError, TypeError, RecursionError)  # what reading another line raises
 
 
 class Results:
@@ -28,16 +29,20 @@ class Results:
         self.hashes = Hashes(folder / "needle_hashes.json")
         text = read_text(self.path) if self.path.is_file() else ""
         # not splitlines(): an answer may hold U+2028
-        *lines, cut_off = text.split("\n")
+        *lines, last = text.split("\n")
         for i, line in enumerate(lines, 1):
             try:
                 self.remember(json.loads(line))
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except NOT_A_RESULT:
                 raise BadInput(
                     f"{self.path}, line {i} is not a result of this program; move the file away"
                 ) from None
-        if cut_off:  # by a kill
-            write_atomically(self.path, text.removesuffix(cut_off))
+        if last:  # cut off by a kill; or whole, and only its line end is missing
+            kept = text.removesuffix(last)
+            with contextlib.suppress(*NOT_A_RESULT):
+                self.remember(json.loads(last))
+                kept = text + "\n"
+            write_atomically(self.path, kept)
 
     @staticmethod
     def key(result: dict) -> tuple:
