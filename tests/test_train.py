@@ -200,6 +200,7 @@ def test_every_setting_reaches_its_place(toy_dir, tmp_path, prose_file):
     for call in compared.call_args_list:
         compared_with, extended = call.args[:2]
         assert all(torch.equal(p, original[k]) for k, p in compared_with.named_parameters())
+        assert compared_with.config == LlamaConfig.from_dir(toy_dir)  # without --rebased_analysis
         assert extended is model and call.kwargs == {"first_position": 64, "log_softmax": True}
     extend, replay = (call.kwargs for call in drawn.call_args_list[-7:-5])
     asked = {"method": "longrecipe", "select": "impact", "prefix": True, "min_segment_tokens": 4}
