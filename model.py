@@ -386,7 +386,7 @@ class KVCache:
         """Append k and v (B, KV, T, d) of one layer; returns views (B, KV, length + T, d)."""
         new, end = torch.stack((k, v)), self.length + k.shape[2]
         kept = self.layers.get(layer, new[:, :, :, :0])
-        if (missing := end - kept.shape[3]) > 0:  # with room for 1,024 more: no copy for each
+        if (missing := end - kept.shape[3]) > 0:  # room for 1,024 more, so that few calls copy
             kept = self.layers[layer] = F.pad(kept, (0, 0, 0, missing + 1024))
         kept[:, :, :, self.length : end] = new
         return kept[0, :, :, :end], kept[1, :, :, :end]

@@ -116,7 +116,7 @@ def worker(folder: Path, losses: Path | None, mask: bool) -> None:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings["batch_sequences"] // processes,
         learning_rate=settings["lr"],
-        weight_decay=settings["weight_decay"],  # not of norms, as here; so are AdamW's defaults
+        weight_decay=settings["weight_decay"],  # not of norms; betas and eps are train.py's, too
         max_grad_norm=settings["clip"],
         train_sampling_strategy="sequential",
         logging_steps=1,

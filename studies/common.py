@@ -61,7 +61,7 @@ def write_json(file: Path, found: dict, indent: int | None = None) -> None:
 
 
 def table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
-    """Of Markdown."""
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

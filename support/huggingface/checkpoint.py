@@ -119,7 +119,8 @@ def iter_tensors(found: Found) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted({path for path, _ in found.values()}):
         with open_safetensors(path) as file:
             for name in sorted(n for n, (p, _) in found.items() if p == path):
-                tensor = file.get_tensor(key := found[name][1])
+                _, key = found[name]
+                tensor = file.get_tensor(key)
                 if any(not_finite(tensor, key)):
                     raise BadInput(
                         f"{path}: tensor {key} holds NaN or infinity: a failed training?"

@@ -38,9 +38,10 @@ class MasterAdamW:
     masters take the update, and the weights are rounded from them after each step. fp32 weights on
     the model's device are their own masters.
 
-    A step walks through the tensors, so that the host needs room for one gradient only. The copies
-    go through two buffers of the size of the largest tensor, page-locked if the model is on a GPU:
-    from ordinary memory the driver copies several times slower."""
+    A step walks through the tensors, so that the host needs room for one gradient only. With
+    on_host, gradients and weights are copied through two buffers of the size of the largest tensor,
+    page-locked if the model is on a GPU: from ordinary memory the driver copies several times
+    slower."""
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, on_host: bool = False):
         self.params = [p for p in model.parameters() if p.requires_grad]

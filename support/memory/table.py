@@ -110,7 +110,8 @@ def table(plan: dict) -> str:
     ]
     for name, numbers in cells.items():
         in_gb = "".join(f"{short(x / 1e9) if x else '':>10}" for x in numbers)
-        lines += [f"{name:32}{in_gb}"] if any(numbers) else []
+        if any(numbers):
+            lines.append(f"{name:32}{in_gb}")
     if there["disk"] is None:
         lines.append(f"host and disk of that {plan['machine']} are not known and not checked")
     header = f"{'stage':10}{'steps':>8}{'samples':>9}{'tokens':>9}{'FLOPs each':>12}{'hours':>9}"
