@@ -109,9 +109,9 @@ def same_recipe(recorded: dict, flags: str) -> bool:
 
 def train_into(out: Path, flags: str) -> dict:
     """run.json of train.py with these flags, which is run, resumed, or found finished in `out`.
-    SystemExit if the folder holds a run of other settings."""
-    made = read_json(out / "run.json")
-    if made and not same_recipe(made["settings"], flags):
+    SystemExit if the folder holds a run of other settings, or of another model."""
+    made, model = read_json(out / "run.json"), train.as_kept(resolved(flags))["model"]
+    if made and not (same_recipe(made["settings"], flags) and made["settings"]["model"] == model):
         sys.exit(f"error: {out} holds a run of other settings; move it away")
     if made.get("status") != "done":
         run(f"train.py {flags} --out {out} {'--resume' if made else ''}")

@@ -52,6 +52,19 @@ def test_a_recipe_is_the_same_until_a_setting_differs_that_both_versions_know():
     assert not common.same_recipe(then | {"lr": 2e-3}, flags)
 
 
+def test_a_finished_run_is_taken_unless_its_settings_or_its_model_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(common.ROOT)
+    flags = "--target_len 32768 --steps 40"
+    settings = common.train.as_kept(common.resolved(flags))
+    for other in ({}, {"steps": 41}, {"model": "/another"}):
+        common.write_json(tmp_path / "run.json", {"settings": settings | other, "status": "done"})
+        if not other:
+            assert common.train_into(tmp_path, flags)["settings"] == settings
+            continue
+        with pytest.raises(SystemExit, match="holds a run of other settings"):
+            common.train_into(tmp_path, flags)
+
+
 def test_rows_are_kept_at_once_and_the_table_tells_them_apart(tiny, capsys):
     found = {  # hits and nats of 3 texts
         "longrecipe": ([[1, 1], [1, 0], [1, 1]], [[-0.5, -0.5], [-1.0, -1.0], [-0.5, -0.5]]),
