@@ -16,7 +16,9 @@ when that layer's backward pass begins, half a sequence apart on average. A laye
 --split_mlp: the MLP runs in pieces of tokens and keeps its input alone, so that three tensors of
 its width are alive in the backward pass instead of six. It is computed once more for that.
 
-None changes a bit of the gradients (tested on a CPU)."""
+None changes a bit of the gradients (tested on a CPU), with one exception: products of very few rows
+may be rounded otherwise, so --split_mlp may where the last piece has a few tokens only. Sample
+lengths that are multiples of 128, as by default, have no such piece."""
 
 import mmap
 import weakref

@@ -26,7 +26,7 @@ from support.system.whole_files import is_fresh, replacing, sync, write_atomical
 
 STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
 SKIPS = 3  # so many steps in a row without a finite loss and gradient end a run
-# settings that --resume may change, because none of them changes a bit of the result
+# settings that --resume may change, because none of them changes what is computed
 MAY_DIFFER = ("save_minutes", "keep_stages", "no_saves")
 MAY_DIFFER += ("keep_attention", "offload_inputs", "split_mlp")
 BEFORE_THE_ANALYSIS = ("top", "min_count")  # may be others as long as they have not been used
