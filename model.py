@@ -374,7 +374,7 @@ class KVCache:
     `truncate(n)` forgets all but the first n: prompts with a common beginning prefill it once."""
 
     def __init__(self):
-        self.length = 0
+        self.length = self.room = 0  # room: for how many tokens prefill asks, all at once
         self.layers: dict[int, Tensor] = {}
 
     def truncate(self, length: int) -> None:
@@ -386,7 +386,7 @@ class KVCache:
         """Append k and v (B, KV, T, d) of one layer; returns views (B, KV, length + T, d)."""
         new, end = torch.stack((k, v)), self.length + k.shape[2]
         kept = self.layers.get(layer, new[:, :, :, :0])
-        if (missing := end - kept.shape[3]) > 0:  # room for 1,024 more, so that few calls copy
+        if (missing := max(end, self.room) - kept.shape[3]) > 0:  # and 1,024 more: few copies
             kept = self.layers[layer] = F.pad(kept, (0, 0, 0, missing + 1024))
         kept[:, :, :, self.length : end] = new
         return kept[0, :, :, :end], kept[1, :, :, :end]
@@ -396,10 +396,10 @@ class KVCache:
 def prefill(
     model: Llama, ids: Tensor, cache: KVCache | None = None, chunk_tokens: int | None = None
 ) -> tuple[Tensor, KVCache]:
-    """Run ids (T,) int64, T >= 1, after what the cache holds -> (last logits (V,), cache).
-
-    To save memory, chunk_tokens at a time (None: 16,384 on a GPU, 2,048 on a CPU)."""
+    """Run ids (T,) int64, T >= 1, after what the cache holds -> (last logits (V,), cache); to save
+    memory, chunk_tokens at a time (None: 16,384 on a GPU, 2,048 on a CPU)."""
     cache = KVCache() if cache is None else cache
+    cache.room = cache.length + len(ids)
     ids = ids.to(model.lm_head.weight.device)
     chunk_tokens = chunk_tokens or (16_384 if ids.is_cuda else 2048)
     for chunk in ids.split(chunk_tokens):

@@ -370,6 +370,8 @@ def test_the_cache_makes_room_for_many_tokens_at_once():
         logits, _ = prefill(model, chunk, cache)
         rooms.add(cache.layers[0].shape[3])
     assert rooms == {100 + 1024, 1200 + 1024}
+    _, in_chunks = prefill(model, ids.repeat(3), chunk_tokens=4000)
+    assert in_chunks.layers[0].shape[3] == 4500 + 1024  # made for all, before the first chunk
     with torch.no_grad():
         assert (logits - model(ids[None])[0, -1]).abs().max() < 1e-5
 

@@ -128,6 +128,19 @@ def test_impactful_types_by_hand():
         assert impactful_types(SHIFTS, COUNTS, **options).nonzero()[:, 0].tolist() == chosen
 
 
+def test_impactful_types_covers_the_share_and_no_type_more():
+    """[E4]"""
+    for seed in range(20):
+        total = torch.randn(200, generator=generator(seed), dtype=torch.float64)
+        count = torch.randint(0, 9, (200,), generator=generator(seed + 100))
+        chosen = impactful_types(total, count, 0.2)
+        mean = total / count
+        covered, needed = int(count[chosen].sum()), 0.2 * int(count.sum())
+        weakest = count[chosen & (mean == mean[chosen].min())].sum()
+        assert covered >= needed > covered - int(weakest)
+        assert mean[chosen].min() >= mean[~chosen & (count > 0)].max()
+
+
 # ---- 2. Segments -------------------------------------------------------------------------------
 
 

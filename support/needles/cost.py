@@ -51,16 +51,16 @@ LAYOUT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # of the progr
 
 def tell_time(work: float, config, prefill, longest: int) -> None:
     """Log how long `work` FLOPs may take, from the speed of reading a prompt: of 256 tokens, 512,
-    and so on up to `longest`, until one takes 0.3 s. (Of a small model, short prompts measure the
-    overhead of a call. The very first prompt warms up and counts nothing.)"""
-    tokens, seconds = 128, 0.0
-    prefill(torch.zeros(tokens, dtype=torch.int64))
-    while seconds < 0.3 and 2 * tokens <= max(longest, 256):
-        tokens *= 2
+    and so on up to `longest`, until one takes 0.3 s. (With a small model, short prompts measure the
+    overhead of a call.)"""
+    tokens, seconds = min(256, longest), 0.0
+    prefill(torch.zeros(tokens, dtype=torch.int64))  # warms up
+    while seconds < 0.3 and tokens <= longest:
+        ids = torch.arange(tokens) % config.vocab_size
         started = time.monotonic()
-        prefill(torch.arange(tokens) % config.vocab_size)
-        seconds = time.monotonic() - started
-    speed = forward_flops(config, 0, tokens) / seconds
+        prefill(ids)
+        seconds, read, tokens = time.monotonic() - started, tokens, 2 * tokens
+    speed = forward_flops(config, 0, read) / seconds
     minutes = work / speed / 60
     time_left = f"about {minutes:,.0f} minutes" if minutes > 1 else "less than a minute"
-    log(f"{tokens:,} tokens are read at {speed / 1e9:,.0f} GFLOP/s, so all may take {time_left}")
+    log(f"{read:,} tokens are read at {speed / 1e9:,.0f} GFLOP/s, so all may take {time_left}")
