@@ -142,9 +142,10 @@ def tasks_table() -> str:
     lengths, n = sorted({e["length"] for e in found}), statistics.mode(e["n"] for e in found)
     rows = []
     for task in dict.fromkeys(e["task"] for e in found):
-        cells = [share(e, n) for e in found if e["task"] == task]
+        cells = [f"{share(e, n)}; {e['nats']:.2f}" for e in found if e["task"] == task]
         rows.append([task.replace("_", " "), *cells])
-    return table([f"n = {n} answers", *(f"{length:,} tokens" for length in lengths)], rows)
+    header = [f"n = {n} answers; nats an answer", *(f"{length:,} tokens" for length in lengths)]
+    return table(header, rows)
 
 
 def windows_table() -> str:
