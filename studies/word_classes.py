@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import RESULTS, ROOT, read_json, resolved, write_json
+from common import RESULTS, ROOT, gain, read_json, resolved, write_json
 
 import train
 from model import load_pretrained, load_tokenizer
@@ -85,13 +85,12 @@ def cells() -> list[dict[str, str]]:
     n, best = (sum(t[name][k] for t in texts for name in CLASSES) for k in (0, 2))
     rows = []
     for name in CLASSES:
-        tokens, total, in_top = (sum(t[name][k] for t in texts) for k in range(3))
-        spread = paired([t[name][1] / t[name][0] for t in texts if t[name][0]])["interval_95"]
+        tokens, in_top = (sum(t[name][k] for t in texts) for k in (0, 2))
+        shift = paired([t[name][1] / t[name][0] for t in texts if t[name][0]])
         row = {f"{n:,} tokens of {len(texts)} texts": name, "of all tokens": f"{tokens / n:.1%}"}
         row["of the fifth with the largest shift"] = f"{in_top / best:.1%}"
         row["of its tokens in that fifth"] = f"{in_top / tokens:.1%}"
-        low, high = (f"{x:+.2f}" for x in spread)
-        rows.append(row | {"mean shift, nats": f"{total / tokens:+.2f} ({low} to {high})"})
+        rows.append(row | {"mean shift of a text, nats": gain(shift, 1, "+.2f")})
     return rows
 
 
