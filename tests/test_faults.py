@@ -424,7 +424,7 @@ MANY = pytest.param(range(1000, 11_000), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("seeds", [range(150), MANY], ids=["some", "many"])
+@pytest.mark.parametrize("seeds", [range(400), MANY], ids=["some", "many"])
 def test_damaged_files_are_refused(name, seeds, toy_dir, tmp_path):
     """Read, or refused by an error that main() reports, in time and memory."""
     folder, file = tmp_path / "model", tmp_path / "model" / name

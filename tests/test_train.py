@@ -171,6 +171,15 @@ def test_the_whole_story_on_a_toy(finished, toy_dir):
     assert any(not torch.equal(extended[n], replayed[n]) for n in extended)
 
 
+def test_transformers_opens_the_result(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hf = AutoModelForCausalLM.from_pretrained(finished).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(finished)("Ada had 7 apples.").input_ids)[None]
+    with torch.no_grad():
+        assert (hf(ids).logits - load_pretrained(finished)(ids)).abs().max() < 1e-4
+
+
 def test_every_setting_reaches_its_place(toy_dir, tmp_path, prose_file):
     """Optimizer, schedule, memory options, analysis, replay's text and merge weight of one run."""
     (tmp_path / "other.txt").write_text("Zoe sings. " * 400)
