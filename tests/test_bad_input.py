@@ -164,7 +164,7 @@ RECIPE = [
     ("--target_len -9", "--target_len -9 must be above 1"),
     ("--train_len 1", "--train_len 1 must be above 1"),
     ("--train_len 2", "endprompt needs more than --train_len 2"),
-    ("--target_len 100 --train_len 101", "100 tokens are shorter .* --train_len 101"),
+    ("--target_len 100 --train_len 101", "--train_len 101 must be at most --target_len 100"),
     ("--seed -1", "--seed -1 must be within"),
     ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),
     ("--figure r.xyz", r"--figure r.xyz must end in one of \..*\.png"),

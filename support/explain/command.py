@@ -53,6 +53,9 @@ def run(argv: list[str] | None, model: ModuleType, recipe: ModuleType) -> None:
         check_ranges(args, above_1=("target_len", "train_len"), seed=("seed",))
         if args.train_len is None:
             args.train_len = recipe.train_length(args.target_len)
+        if args.train_len > args.target_len:
+            both = f"--train_len {args.train_len} must be at most --target_len {args.target_len}"
+            raise BadInput(both)
         check_path("--positions" if args.positions else "--figure", args.positions or args.figure)
         args.model = local_folder(args.model, SMALL)
         if args.positions:
