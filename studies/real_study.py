@@ -32,7 +32,11 @@ from support.system.console import report_errors
 
 # In order of worth. Theta is the original's x target / 8,192 unless the name says that it is the
 # paper's. A sample of `--method full` is of other tokens.
-NAMES = ["longrecipe", "none", "untrained", "original"]
+VARIANTS = {  # of longrecipe, each with an analysis of its own
+    "min_count 5": "--min_count 5",
+    "segments of 32 tokens": "--min_segment_tokens 32",
+}
+NAMES = ["longrecipe", "none", "untrained", "original", *VARIANTS]
 NAMES += [m for m in METHODS if m not in (*NAMES, "full")]
 NAMES += [name + ", paper's theta" for name in NAMES if name != "original"]
 
@@ -64,8 +68,9 @@ class RealStudy(Study):
         method = name.partition(",")[0]
         if method in ("original", "untrained"):
             return None
-        flags = f"{self.train_flags()} --method {method} --rope_base {self.theta_of(name)}"
-        if name != reference(name):
+        more = VARIANTS.get(method) or f"--method {method}"
+        flags = f"{self.train_flags()} {more} --rope_base {self.theta_of(name)}"
+        if name != reference(name) and method not in VARIANTS:
             flags += f" --impactful {self.types_of(name, seed)}"
         return f"{flags} --seed {seed}"
 

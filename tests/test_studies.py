@@ -102,6 +102,8 @@ def test_the_rows_of_a_theta_are_trained_on_the_same_tokens(tiny, real):
         (tiny, "longrecipe", "share 60 %", {"train_len", "steps"}),
         (real, "longrecipe", "none", {"method"}),
         (real, "none", "rpes, paper's theta", {"method", "rope_base"}),
+        (real, "longrecipe", "min_count 5", {"min_count"}),
+        (real, "longrecipe", "segments of 32 tokens", {"min_segment_tokens"}),
     ):
         ours, theirs = (recipe_of(study.flags_of(row, 0)) for row in (name, other))
         assert {k for k in ours if ours[k] != theirs[k]} == differ, other
@@ -152,6 +154,7 @@ def test_rows_outlive_their_models_until_what_is_asked_for_changes(real):
 def test_the_rows_of_the_real_study_on_a_cpu_stay_what_they_were():
     """Studies that were begun with another version go on with this one."""
     study = real_study.study_of([])
+    assert not any("--impactful" in study.flags_of(name, 0) for name in real_study.VARIANTS)
     assert study.about().items() <= common.read_json(study.file).items()
     assert study.folder("none, paper's theta", 1).name == "none__paper_s_theta_1"
     of_a_gpu = real_study.study_of("--samples 512 --target 32768".split())
