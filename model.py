@@ -25,8 +25,8 @@ Glossary (one for all four files)
     theta      RoPE's base frequency (rope_theta in config.json, --rope_base)
     window L0  longest context of the checkpoint (max_position_embeddings, --base_len)
     target T*  the window we extend to (--target_len); sample L: tokens trained on (--train_len)
-    segment    a sentence or line: N in a window, M kept; positions may jump between two segments
-    fill       segments without an impactful token, kept because too few others were there
+    segment    a sentence or line: N in a text, M kept of it; positions may jump between segments
+    fill       segments without an impactful token, kept because the others are too few
     prefix r   length of the contiguous start that the released code puts before the spread-out rest
     original   the model one starts from, the paper's H; H': the same after a few steps
     untrained  the original's weights under the new theta (or yarn): the control to beat
