@@ -509,21 +509,26 @@ def test_any_of_several_end_tokens_stops_an_answer(judge, haystack, toy_dir, tmp
 
 
 def test_the_grid_and_who_is_compared_come_from_the_template_and_the_run(
-    toy_dir, prose_file, tmp_path, figures
+    judge, toy_dir, prose_file, tmp_path, figures
 ):
     """All defaults: the original beside the result, from the old window to the new one, with the
-    template's n; the original gets --n_beyond texts past its window."""
-    model, window, base, result = load_pretrained(toy_dir), 256, tmp_path / "b", tmp_path / "result"
-    for folder, length in ((base, window), (result, 4 * window)):
+    template's n; the original gets --n_beyond texts past its window. Other models in its place are
+    not taken silently."""
+    model, window, result = load_pretrained(toy_dir), 256, tmp_path / "result"
+    original = tmp_path / "first"
+    for folder, length in ((original, window), (result, 4 * window)):
         model.config = model.config.with_rope(1e4, length)
         save_pretrained(model, folder, tokenizer_from=toy_dir)
-    (result / "run.json").write_text(json.dumps({"settings": {"model": str(base)}}))
+    (result / "run.json").write_text(json.dumps({"settings": {"model": str(original)}}))
     template(result, n=2, n_beyond=9)
     eval_needle.main(f"--model {result} --haystack {prose_file} --depths 0.5 --n_beyond 1".split())
     rows = map(json.loads, (result / "needle.jsonl").read_text().splitlines())
     counts = Counter((r["model"], r["length"] // window) for r in rows)
     ours = {("result", times): 2 for times in (1, 2, 4)}
     assert counts == ours | {("original", 1): 2, ("original", 2): 1, ("original", 4): 1}
+    found = judge(f"--compare {toy_dir} --lengths 300 --n_beyond 1", model=result)
+    assert list(found.report["models"]) == [toy_dir.name, "result"]
+    assert f"--compare leaves out the original, {original}, and so its row untrained" in found.err
 
 
 def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path):

@@ -153,6 +153,8 @@ def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
         raise BadInput(f"--compare {model} is --model itself")
     starts = [os.path.realpath(folder) for folder in begun_with]
     original = next((f for f in compare if os.path.realpath(f) in starts), None)
+    if flags.compare and begun_with and original is None:
+        log(f"--compare leaves out the original, {begun_with[0]}, and so its row untrained")
     if flags.controls and original is None:
         original = next(iter(compare), None)
         if original is None:
