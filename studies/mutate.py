@@ -25,8 +25,8 @@ from support.system.console import log, progress, provenance
 TABLE = ROOT / "assets" / "results" / "mutants.json"
 
 MUTANTS = [  # tag, right text (once in the file that docs/equations.md names), wrong text
-    ("E1", "1.0 / theta ** (j / head_dim)", "1.0 * theta ** (j / head_dim)"),
-    ("E1", "theta ** (j / head_dim)", "theta ** (2 * j / head_dim)"),
+    ("E1", "1.0 / theta ** (2 * j / head_dim)", "1.0 * theta ** (2 * j / head_dim)"),
+    ("E1", "theta ** (2 * j / head_dim)", "theta ** (j / head_dim)"),
     ("E1", ":, None].float() * inv_freq", ":, None].float().add(1) * inv_freq"),
     ("E1", "a * cos - b * sin", "a * cos + b * sin"),
     ("E1", "b * cos + a * sin", "b * cos - a * sin"),

@@ -188,7 +188,7 @@ def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
             make_sample(change("niah_single", **fields), story, 900, 0.5, "0")
 
 
-@pytest.mark.parametrize("name", TASKS.keys() - {"common_words"})
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.needles])
 def test_controls_leave_out_the_needles_or_all_but_the_needle(name, haystack):
     """Without needles a prompt is as long as with them; alone, what is asked for is in a short
     text, and what is not asked for is in none."""
@@ -433,7 +433,7 @@ def test_the_command_writes_results_tables_and_figures(judge, toy_dir, tmp_path)
         "\nmultiquery (found, 95 % interval; n answers)\n",
         "\nneedles_8, each in turn (log-probability of an answer, nats)\n",
         "NIAH(M): the mean of multikey, multivalue and multiquery\n",
-        "\nloss (nats per token)\n",
+        "\nloss (nats per token; number of texts)\n",
         "theta   window  ",
         "key-value cache at 900 tokens: 0.00 GiB (float32)",
         "to do: 30 prompts of 25,500 tokens together",
@@ -510,21 +510,26 @@ def test_any_of_several_end_tokens_stops_an_answer(judge, haystack, toy_dir, tmp
 
 
 def test_the_grid_and_who_is_compared_come_from_the_template_and_the_run(
-    toy_dir, prose_file, tmp_path, figures
+    judge, toy_dir, prose_file, tmp_path, figures
 ):
     """All defaults: the original beside the result, from the old window to the new one, with the
-    template's n; the original gets --n_beyond texts past its window."""
-    model, window, base, result = load_pretrained(toy_dir), 256, tmp_path / "b", tmp_path / "result"
-    for folder, length in ((base, window), (result, 4 * window)):
+    template's n; the original gets --n_beyond texts past its window. Other models in its place are
+    not taken silently."""
+    model, window, result = load_pretrained(toy_dir), 256, tmp_path / "result"
+    original = tmp_path / "first"
+    for folder, length in ((original, window), (result, 4 * window)):
         model.config = model.config.with_rope(1e4, length)
         save_pretrained(model, folder, tokenizer_from=toy_dir)
-    (result / "run.json").write_text(json.dumps({"settings": {"model": str(base)}}))
+    (result / "run.json").write_text(json.dumps({"settings": {"model": str(original)}}))
     template(result, n=2, n_beyond=9)
     eval_needle.main(f"--model {result} --haystack {prose_file} --depths 0.5 --n_beyond 1".split())
     rows = map(json.loads, (result / "needle.jsonl").read_text().splitlines())
     counts = Counter((r["model"], r["length"] // window) for r in rows)
     ours = {("result", times): 2 for times in (1, 2, 4)}
     assert counts == ours | {("original", 1): 2, ("original", 2): 1, ("original", 4): 1}
+    found = judge(f"--compare {toy_dir} --lengths 300 --n_beyond 1", model=result)
+    assert list(found.report["models"]) == [toy_dir.name, "result"]
+    assert f"--compare leaves out the original, {original}, and so its row untrained" in found.err
 
 
 def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path):
@@ -791,7 +796,7 @@ def test_the_heatmap_can_be_read(heatmap):
     assert first_lines == ["base", "a/very/long/folder", "in quite a few"]
     assert [len(a.lines) for a in axes] == [1, 0, 0]
     assert "dashed line: end of the trained window" in figure.get_supxlabel()
-    assert "n = 4 per cell" in axes[0].get_title()
+    assert "n = 4 answers a cell" in axes[0].get_title()
     cells = {t.get_position(): t.get_text() for t in axes[0].texts}
     assert cells == {(x, y): mean for x in (0, 1) for y, mean in enumerate(("0%", "50%", "100%"))}
     for step in range(11):

@@ -26,7 +26,7 @@ from support.data.toy import TINY
 from support.memory.activations import LayerInputsOnHost, keep_attention
 from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
-from support.runs.flags import as_kept, base_of_run, settings_of
+from support.runs.flags import as_kept, original_of_run, settings_of
 from support.runs.settings import TOY
 from support.system.ahead import made_ahead
 
@@ -541,4 +541,4 @@ def test_the_toy_runs_through_all_stages(tmp_path, capsys, monkeypatch):
     log = capsys.readouterr().err
     assert "toy model; for a real one: --model DIR" in log
     assert f"next: python eval_needle.py --model {out}\n" in log
-    assert (out / "needle.json").is_file() and base_of_run(out) == [TOY["model"]]
+    assert (out / "needle.json").is_file() and original_of_run(out) == [TOY["model"]]

@@ -70,8 +70,8 @@ def student(freedom: int) -> float:
 def paired(differences: list[float]) -> dict:
     """Mean of the differences between two models, one for each text that both were asked about,
     and its 95 % interval (Student's t); what that says ("above", "below" or "not told apart"), and
-    how many texts would tell a difference of that size (None: 10,000 would not, or one text is too
-    few to say).
+    how many texts would tell a difference of that size, in about one case of two (None: 10,000
+    would not, or one text is too few to say).
 
     >>> paired([1.0, 2.0, 3.0, 2.0])["verdict"], paired([1.0, -2.0, 3.0, 2.0])["verdict"]
     ('above', 'not told apart')
