@@ -388,6 +388,9 @@ def measure(asked: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dic
         answer = shared.answer(sample.ids, sample.answer_tokens, tokenizer.eos_ids)
         result["output"] = tokenizer.decode(answer)
         result["score"] = score(sample.expected, result["output"])
+    if not math.isfinite(found := result.get("answer_logprob", result["score"])):
+        model = asked["model"]
+        raise BadInput(f"{model} gives {found} nats: too large weights, or another --dtype helps")
     return result | {"seconds": round(time.monotonic() - started, 2)}
 
 
