@@ -120,6 +120,7 @@ TRAIN = [
     ("--data nowhere.txt", "nowhere.txt does not exist"),
     ("--method full", "--method full needs --train_len 512"),
     ("--min_count 0", "--min_count 0 must be at least 1"),
+    ("--min_count 999", r"--min_count 999: the analysis sees no token type more than \d+ times"),
     ("--min_segment_tokens 0", "--min_segment_tokens 0 must be at least 1"),
     ("--min_segment_tokens 256 --train_len 256", "--min_segment_tokens 256 must be below --train_"),
     ("--method pose --prefix", "--prefix belongs to --method longrecipe"),
