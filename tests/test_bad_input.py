@@ -152,7 +152,7 @@ TRAIN = [
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
     ("--resume --out {tmp}/zero", r"no file can have the path 'a\\x00b'"),
     ("--resume --out {tmp}/half", r"no file can have the path 'a\\ud800'"),
-    ("--out {tmp}/busy", "busy is not empty: another --out, or --resume"),
+    ("--out {tmp}/busy", "busy is not empty: give another --out, or --resume"),
     ("--out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
     (
         "--base_len 505 --method pose",
@@ -163,7 +163,7 @@ RECIPE = [
     ("--target_len 0", "--target_len 0 must be above 1"),
     ("--target_len -9", "--target_len -9 must be above 1"),
     ("--train_len 1", "--train_len 1 must be above 1"),
-    ("--train_len 2", "endprompt needs more than --train_len 2"),
+    ("--train_len 2", "endprompt needs more than 20 tokens"),
     ("--target_len 100 --train_len 101", "--train_len 101 must be at most --target_len 100"),
     ("--seed -1", "--seed -1 must be within"),
     ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),
@@ -198,7 +198,7 @@ EVAL = [
     ("--n 0", "--n 0 must be at least 1"),
     ("--depths 2", "--depths 2 must be within 0..1"),
     ("--seed -5", "--seed -5 must be within"),
-    ("--tasks", "--tasks without a name takes --loss"),
+    ("--tasks", "--tasks without a name needs --loss"),
     ("--out {tmp}/latin.txt", "latin.txt is a file; a folder for the results is needed"),
 ]
 

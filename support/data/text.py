@@ -233,8 +233,8 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise BadInput(
-            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: another"
-            f" tokenizer's, or not stored as {ids.dtype.name}?"
+            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: are they"
+            f" another tokenizer's, or not stored as {ids.dtype.name}?"
         )
     return ids
 
@@ -295,7 +295,8 @@ def take(pieces: Iterator[str], characters: int) -> str:
 
 
 class Tokens:
-    """All documents as token ids: `parts` are flat arrays, `documents` (n, 3) part, begin, size.
+    """All documents as token ids: `parts` are flat arrays, `documents` (n, 3) int64 says of each in
+    which part it is, where it begins there, and how many tokens it has.
 
     Encoded text goes to an unnamed temporary file: memory stays flat however much there is."""
 
@@ -332,7 +333,7 @@ class Tokens:
             self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
 
 
-def read_files(paths: list[str], tokenizer, join: bool = False) -> Tokens:
+def read_files(paths: list[str], tokenizer, join: bool) -> Tokens:
     """The documents of files and folders; see sources.load_tokens."""
     tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths, say=True)
     texts = [file for file in files if kind_of(file) not in IDS]
