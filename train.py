@@ -395,6 +395,7 @@ def main(argv: list[str] | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         there = machine(options.plan or HERE, device, options.out)
         settings = resolve(flags | {"model": folder}, config, there)
+        checks.check_folders(settings, options)
         if options.export:
             return export(config, settings, options)
         if options.plan:

@@ -25,7 +25,7 @@ from model import BadInput, generate, load_pretrained, load_tokenizer, save_pret
 from support.huggingface.config import yarn_scaling
 from support.memory.count import LLAMA3_8B, forward_flops, training_flops
 from support.needles.figures import draw_curves, draw_heatmap
-from support.needles.haystack import Hidden, listed, load_haystack
+from support.needles.haystack import MADE_UP, Hidden, listed, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.summary import gain, gains, summarise, versus
 
@@ -289,8 +289,8 @@ def test_gain_by_hand():
 
 
 def test_models_are_compared_text_by_text_on_the_same_prompts():
-    """Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for 3 texts);
-    the prompt that only one was asked counts for neither."""
+    """[E30] Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for three
+    texts); the prompt that only one was asked counts for neither."""
     rows = [result_of("a", i, 1.0, -1.0) for i in range(4)]
     rows += [result_of("b", i, float(i > 0), -2.0 - i) for i in range(3)]
     rows += [result_of("b", 3, 1.0, -99.0, prompt="another")]
@@ -465,7 +465,8 @@ def test_results_survive_a_stop_and_are_not_measured_again(judge, tmp_path, monk
     )
     lines, old = path.read_text().split("\n"), dict(measured[2])
     del old["answer_logprob"]  # which that version did not measure
-    path.write_text("\n".join([*lines[:2], json.dumps(old), lines[0][:40]]))
+    # the kill came in the middle of a character
+    path.write_bytes("\n".join([*lines[:2], json.dumps(old), lines[0][:40] + "é"]).encode()[:-1])
     again = judge("--lengths 300 --n 3").rows
     assert len(measured) == 3 + 4  # the third again, the fourth, and the new texts
     assert again == [*measured[:2], old, *measured[3:]] and measured[3] == measured[2]
@@ -614,6 +615,16 @@ def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, essays_dir):
         assert score(sample.expected, tokenizer.decode(answer)) == 1
 
 
+def test_made_up_keys_that_the_haystack_holds_are_made_up_again(haystack):
+    task, row_seed = change("niah_single", keys="letters"), "0/niah_single/300/0"
+    word = MADE_UP["letters"](random.Random(row_seed))
+    text = Haystack(PROSE.replace("Nobody", word), haystack.tokenizer)
+    asked = re.findall(
+        "for ([A-Z]+) that", text_of(text, make_sample(task, text, 300, 0, row_seed))
+    )
+    assert [len(key) for key in asked] == [5] and asked != [word]
+
+
 # ---- templates, and what is refused ------------------------------------------------------------
 
 
@@ -686,6 +697,13 @@ BAD = [  # flags (more of them are in test_bad_input.py), or the fields of a tem
     ({"values": ["zyx"], "needles": 2, "task": "multiquery"}, "haystack lacks only 1 of theirs"),
     ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "has 2 needles, but only 1 keys"),
     ({"values": ["zyx"], "haystack": "needles"}, "needs more values than its needles have"),
+    ({"keys": ["Anna"], "task": "multikey_hard"}, "has 1 needles, but only 1 keys"),
+    ({"values": ["zyx", "for"]}, "value 'for' occurs in its own wording or keys"),
+    ({"values": ["lim", "zyx"], "task": "multikey_hard"}, "value 'lim' occurs in"),
+    ({"task": "multivalue", "ask": "each"}, "ask 'each' is for needles with a key of their own"),
+    ({"task": "variable_tracking", "ask": "each"}, "is for needles with a key of their own"),
+    ({"task": "variable_tracking", "needle": "{value}"}, "needle must hold {key} and {value}"),
+    ({"task": "common_words", "needles": 3}, "hides no needles, found: needles 3"),
     ({"task": "sing"}, "task 'sing' is none of"),
     ({"ask": "none"}, "ask 'none' is none of first, each, all"),
 ]

@@ -141,13 +141,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def running(self, settings: dict, trainer) -> Iterator[None]:
-        """Around the training. Stopped by a signal it saves first; whatever stops it, the last line
+        """Around the training. Stopped by a signal, or by the end of the
+        program that reads its log, it saves first; whatever stops it, the last line
         says what is saved and which command goes on."""
         with telling(self.what_is_saved):
             self.write_settings(settings, status="running")
             try:
                 yield
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, BrokenPipeError):  # the second: nobody reads the log now
                 with unbroken():  # a second Ctrl-C does not cost the save
                     if trainer.step > (self.saved_step or 0) and not self.finished():
                         trainer.save()
