@@ -62,6 +62,10 @@ PAST_THE_END = len(HEADER).to_bytes(8, "little") + HEADER  # of the file
 BAD_FOLDERS = {
     "missing folder": (shutil.rmtree, "does not exist"),
     "no config": (without("config.json"), "holds no config.json"),
+    "unfinished run": (
+        lambda f: (f / "config.json").rename(f / "run.json"),
+        "but run.json: a run whose result is not complete; to go on: python train.py --resume",
+    ),
     "config no json": (holding("config.json", "{"), "not valid JSON"),
     "nested JSON": (holding("config.json", "[" * 10**5), "not valid JSON"),
     "unknown family": (configured(model_type="gpt_neox"), "model_type 'gpt_neox'"),
