@@ -182,7 +182,7 @@ class Sample:
 class Prompts:
     """What all prompts of one (task, length, repeat) share; they differ in depth and question."""
 
-    hidden: Hidden  # in words; what follows is token ids
+    hidden: Hidden  # ids of the haystack; needles, questions, answers in words; below all as ids
     head: list[int]  # BOS and task text
     places: list[int]  # in the haystack, where a needle may go
     room: int  # haystack tokens beside the longest question: the same places for every question

@@ -15,9 +15,8 @@ The paper does not say how H' was trained. Here, H' is the model after the first
 which use randomly chosen sentences. Training continues from H', so the analysis costs only a few
 forward passes. --extended DIR takes a trained H' instead.
 
-What it does to fit on one GPU: activation checkpointing, a loss that never holds the logits, one
-sequence at a time, gradients summed over the batch in fp32, and fp32 master weights beside the bf16
-ones. Further options, and how they are chosen: docs/memory.md.
+To fit on one GPU: activation checkpointing, a loss that never holds the logits, one sequence at a
+time; gradients are summed, and master weights kept, in fp32. Further options: docs/memory.md.
 
 Does NOT do: several GPUs, LoRA, padding or packing (every sample is full).
 Glossary: see model.py.
@@ -230,8 +229,11 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def train(self, stage: Stage, corpus: Corpus) -> None:
-        """Take the steps of one stage that are still to be done. While a GPU computes one step, a
-        thread draws the samples of the next. On a CPU that made the steps slower (LOG.md)."""
+        """Take the steps of one stage that are still to be done. One without a finite loss and
+        gradient changes no weight; a few of these in a row end the run.
+
+        While a GPU computes one step, a thread draws the samples of the next. On a CPU that made
+        the steps slower (LOG.md)."""
         settings, batch_sequences = self.settings, self.settings.batch_sequences
         first = sum(s.steps for s in self.stages[: self.stages.index(stage)])
         steps = range(max(first, self.step), first + stage.steps)
@@ -257,7 +259,7 @@ class Trainer:
                     row = {"stage": stage.name, "step": self.step, "loss": loss, "lr": lr}
                     seconds = time.monotonic() - started
                     self.metrics.add(row | {"grad_norm": norm}, stage.tokens, seconds, waited)
-                gives_up = self.run.too_many_skips()  # steps without a finite loss and gradient
+                gives_up = self.run.too_many_skips()
                 minutes = (time.monotonic() - self.last_save) / 60
                 if gives_up or minutes > self.options.save_minutes:
                     self.save()
