@@ -428,7 +428,7 @@ def generate(
 
 def load_tokenizer(path: str | Path):
     """A folder's tokenizer: encode(text), decode(ids), ... (support/huggingface/tokenizer.py)."""
-    return support("huggingface.folders").load_tokenizer(path)
+    return support("huggingface.tokenizer").load_tokenizer(path)
 
 
 def load_pretrained(

@@ -49,8 +49,8 @@ from support.data.text import Corpus
 from support.huggingface.config import check_extendable
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
-from support.memory import choose as fit
 from support.memory.activations import set_levers
+from support.memory.choose import check_resources, choose_levers
 from support.memory.kernels import use_flash_package
 from support.memory.machine import HERE, Machine, machine
 from support.memory.optimizer import make_optimizer
@@ -103,7 +103,7 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
         theta = recipe.ntk_rope_base(theta, config.head_dim, settings.base_len, target_len)
     replay_steps = math.ceil(68e6 / (settings.replay_len * settings.batch_sequences))  # 68M tokens
     settings = fill_in(settings, rope_base=theta, replay_steps=replay_steps)
-    return fit.choose(config, settings, there, flags)
+    return choose_levers(config, settings, there, flags)
 
 
 # ---- 2. Samples --------------------------------------------------------------------------------
@@ -396,13 +396,14 @@ def main(argv: list[str] | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         there = machine(options.plan or HERE, device, options.out)
         settings = resolve(flags | {"model": folder}, config, there)
+        checks.check_folders(settings, options)
         if options.export:
             return export(config, settings, options)
         if options.plan:
             plan = make_plan(config, settings, options, plan_stages(settings), there, flags)
             print(table(plan), flush=True)
         if not RunFolder(options.out).finished():
-            fit.check(config, settings, options, there)
+            check_resources(config, settings, options, there)
         if not options.plan:
             with only_writer(options.out):
                 train(config, settings, options, device)

@@ -350,14 +350,14 @@ def test_the_fastest_combination_that_fits_is_chosen(
     refusal = "does not fit, with --optimizer adamw: GPU memory: 1"
     short = "--optimizer adamw " in flags
     with pytest.raises(BadInput, match=refusal) if short else contextlib.nullcontext():
-        fit.check(config, settings, options, there)
+        fit.check_resources(config, settings, options, there)
 
 
-def test_the_help_tells_what_no_saves_spares(llama3, capsys, monkeypatch):
+def test_the_help_tells_what_a_saved_state_takes(llama3, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    said = re.search(r"saves (\d+) to (\d+) bytes of disk per parameter", capsys.readouterr().out)
+    said = re.search(r"takes (\d+) to (\d+) bytes of disk per parameter", capsys.readouterr().out)
     config, settings, options, *_ = planned(llama3, "")
     sizes, N = [], sum(budget.parameters(config))
     for optimizer, dtype in itertools.product(NAMES, DTYPES):

@@ -136,9 +136,9 @@ def code_of(argv: list[str]) -> int:
     return stop.value.code
 
 
-def run_stopped(argv: list[str], after: int) -> int:
-    """Run train.py and press Ctrl-C in the step after so many: its exit code."""
-    with watched(train, "accumulate", [mock.DEFAULT] * after + [KeyboardInterrupt]):
+def run_stopped(argv: list[str], after: int, by=KeyboardInterrupt) -> int:
+    """Run train.py and press Ctrl-C (or raise `by`) in the step after so many: its exit code."""
+    with watched(train, "accumulate", [mock.DEFAULT] * after + [by]):
         return code_of(argv)
 
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from support.memory import choose as fit
-from support.memory import count as budget
+from support.memory import count
+from support.memory.choose import choose_levers, needs, shortage
 from support.memory.machine import Machine, disk_rate, host_step_s, training_rate
 
 LEVERS = ("optimizer", "keep_attention", "offload_inputs", "split_mlp")
 CONVENTIONS = {  # FLOPs of a sample of t tokens, forward and backward
-    "model FLOPs, causal attention, nothing twice": budget.training_flops,
-    "FLOPs executed, attention computed twice": lambda c, t: budget.executed_flops(c, t, False),
-    "FLOPs executed, attention kept": lambda c, t: budget.executed_flops(c, t, True),
-    "model FLOPs, attention without its causal half": budget.noncausal_flops,
+    "model FLOPs, causal attention, nothing twice": count.training_flops,
+    "FLOPs executed, attention computed twice": lambda c, t: count.executed_flops(c, t, False),
+    "FLOPs executed, attention kept": lambda c, t: count.executed_flops(c, t, True),
+    "model FLOPs, attention without its causal half": count.noncausal_flops,
 }
 
 
@@ -25,13 +25,13 @@ def make_plan(config, settings, options, stages, there: Machine, given: dict) ->
     those of --method full with the same steps, samples and replay, but with levers of its own where
     `given` (name -> value) does not have them."""
     full = replace(settings, method="full", train_len=settings.target_len)
-    full = fit.choose(config, full, there, given)
+    full = choose_levers(config, full, there, given)
     long = [s if s.name == "replay" else replace(s, tokens=full.train_len) for s in stages]
     rate, rate_from = training_rate(there, getattr(torch, settings.dtype))
     disk, disk_from = disk_rate(there, options.out)
     lengths = (settings.train_len, settings.target_len)
     return {
-        "parameters": sum(budget.parameters(config)),
+        "parameters": sum(count.parameters(config)),
         "dtype": settings.dtype,
         "machine": there.name,
         "there": {"device": there.device, "host": there.host, "disk": there.disk},
@@ -47,16 +47,16 @@ def make_plan(config, settings, options, stages, there: Machine, given: dict) ->
 
 def flops_of(config, settings, tokens: int) -> float:
     """FLOPs executed for a sample."""
-    return budget.executed_flops(config, tokens, settings.keep_attention, settings.split_mlp)
+    return count.executed_flops(config, tokens, settings.keep_attention, settings.split_mlp)
 
 
 def of_run(config, settings, options, stages, there: Machine, rate: float, disk: float) -> dict:
     """Bytes, seconds and levers of a run; shortage: None if it fits. rate: FLOP/s, disk: bytes a
     second."""
-    device, host = fit.needs(config, settings, there.kind)
-    on_disk = budget.disk_bytes(config, settings, options)
+    device, host = needs(config, settings, there.kind)
+    on_disk = count.disk_bytes(config, settings, options)
     state, B = on_disk["training state"], settings.batch_sequences
-    N, w = sum(budget.parameters(config)), budget.weight_bytes(settings)
+    N, w = sum(count.parameters(config)), count.weight_bytes(settings)
     step_s = host_step_s(there, N, w) if settings.optimizer == "adamw-host" else 0.0
     rows = {}
 
@@ -70,7 +70,7 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
         row(s.name, s.steps * (B * flops / rate + step_s), s.steps, s.steps * B, s.tokens, flops)
         if s.name == "probe" and settings.analyses:
             # H' and H, forward only
-            n, flops = settings.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
+            n, flops = settings.analysis_samples, 2 * count.training_flops(config, s.tokens) / 3
             row("analysis", n * flops / rate, 0, n, s.tokens, flops)
     steps, trained_s = (sum(r[k] for r in rows.values()) for k in ("steps", "seconds"))
     saves = int(min(steps, trained_s // (60 * max(options.save_minutes, 1e-3)))) if state else 0
@@ -79,7 +79,7 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
     return {
         "levers": {k: getattr(settings, k) for k in LEVERS},
         "bytes": {"device": device, "host": host, "disk": on_disk},
-        "shortage": fit.shortage(config, settings, there),
+        "shortage": shortage(config, settings, there),
         "stages": rows,
         "seconds": sum(r["seconds"] for r in rows.values()),
         "save_s": state / disk,

@@ -6,6 +6,7 @@ import dataclasses
 import torch
 
 from support.data.sources import is_toy_model
+from support.data.text import check_outside
 from support.huggingface.config import read_config
 from support.memory import kernels
 from support.system.bad_input import BadInput
@@ -48,6 +49,15 @@ def check_settings(settings) -> None:
     probe, steps = settings.probe_steps, settings.steps
     if not int(settings.has_probe) <= probe <= steps:
         raise BadInput(f"--probe_steps {probe} must be between 1 and --steps {steps}")
+
+
+def check_folders(settings, options) -> None:
+    """Raises BadInput if what the command writes would be among the texts that it reads."""
+    read = [*(settings.data or []), *(settings.replay_data or [])]
+    if options.export:
+        check_outside("--export", options.export, read)
+    else:
+        check_outside("--out", options.out, read)
 
 
 def check_extended(folder: str | None, vocab_size: int) -> None:

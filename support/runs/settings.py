@@ -7,7 +7,7 @@ from pathlib import Path
 from support.data.sources import is_toy_model
 from support.data.toy import TINY
 from support.huggingface.config import yarn_scaling
-from support.memory import count as budget
+from support.memory import count
 from support.memory.machine import HERE
 from support.memory.optimizer import NAMES as OPTIMIZERS
 from support.runs.flags import Parser, add_flags, flag, settings_to_resume
@@ -152,7 +152,7 @@ class RunOptions:
         "only print memory, FLOPs and hours of the run, on this machine or on that GPU",
         nargs="?",
         const=HERE,
-        choices=(HERE, *budget.GPUS),
+        choices=(HERE, *count.GPUS),
     )
 
 
