@@ -289,8 +289,8 @@ def test_gain_by_hand():
 
 
 def test_models_are_compared_text_by_text_on_the_same_prompts():
-    """Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for 3 texts);
-    the prompt that only one was asked counts for neither."""
+    """[E30] Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for three
+    texts); the prompt that only one was asked counts for neither."""
     rows = [result_of("a", i, 1.0, -1.0) for i in range(4)]
     rows += [result_of("b", i, float(i > 0), -2.0 - i) for i in range(3)]
     rows += [result_of("b", 3, 1.0, -99.0, prompt="another")]

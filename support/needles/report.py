@@ -119,7 +119,7 @@ def write_report(
         "gains": gains(needles, own, NO_NEEDLES, NEEDLE_ALONE),
         "overall": summarise(needles, ("model", "task")),
         "cells": cells,
-        "seconds_of_all_rows": round(sum(r["seconds"] for r in results), 1),
+        "seconds_of_all_results": round(sum(r["seconds"] for r in results), 1),
         **provenance(started),
     }
     print_table(summary["table"], tasks, candidates)
