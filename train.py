@@ -357,7 +357,7 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
     write_samples(settings, options.export, tokenizer, texts, impactful, learning_rate, draw)
 
 
-def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: str) -> None:
+def train(config: LlamaConfig, settings: Settings, options: RunOptions, there: Machine) -> None:
     """The whole run. Whatever can be refused is refused before the weights are loaded."""
     started, run, kept = time.time(), RunFolder(options.out), as_kept(settings, options)
     if options.attention == "flash":
@@ -374,9 +374,9 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
-    model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
+    model = load_pretrained(settings.model, getattr(torch, settings.dtype), there.kind)
 
-    checks.log_run(device, settings, stages, corpus)
+    checks.log_run(there, config, settings, options, stages, corpus)
     # the original as it is trained: under the new RoPE, and with the memory options on
     model.config = config.with_rope(settings.rope_base, settings.target_len, settings.new_scaling)
     set_levers(model, settings)
@@ -385,7 +385,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     with run.running(kept, trainer):
         run_stages(trainer, corpus, replay_corpus)
         run.write_settings(kept, status="done", **provenance(started))
-    checks.log_done(settings, options, device, time.time() - started)
+    checks.log_done(settings, options, there.kind, time.time() - started)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -406,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
             check_resources(config, settings, options, there)
         if not options.plan:
             with only_writer(options.out):
-                train(config, settings, options, device)
+                train(config, settings, options, there)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Figures, all with axes, units and n. matplotlib is imported only where something is drawn."""
+"""The figures of an evaluation: heat-maps by length and depth, curves by distance and position.
+matplotlib is imported only where something is drawn."""
 
 import textwrap
 from pathlib import Path
