@@ -122,6 +122,8 @@ MUTANTS = [  # tag, right text (once in the file that docs/equations.md names), 
     ("E29", "start - kept[-1] >=", "start - kept[0] >="),
     ("E29", "total_tokens - start >= min_tokens", "total_tokens - start > min_tokens"),
     ("E29", " and total_tokens - start >= min_tokens", ""),
+    ("E30", "student(texts - 1) * spread", "student(texts) * spread"),
+    ("E30", "spread / math.sqrt(texts)", "spread / texts"),
 ]
 
 # Lines of the training that hold no formula: each wrong text has to fail one of TRAIN_TESTS.

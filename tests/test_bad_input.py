@@ -62,6 +62,10 @@ PAST_THE_END = len(HEADER).to_bytes(8, "little") + HEADER  # of the file
 BAD_FOLDERS = {
     "missing folder": (shutil.rmtree, "does not exist"),
     "no config": (without("config.json"), "holds no config.json"),
+    "unfinished run": (
+        lambda f: (f / "config.json").rename(f / "run.json"),
+        "but run.json: a run whose result is not complete; to go on: python train.py --resume",
+    ),
     "config no json": (holding("config.json", "{"), "not valid JSON"),
     "nested JSON": (holding("config.json", "[" * 10**5), "not valid JSON"),
     "unknown family": (configured(model_type="gpt_neox"), "model_type 'gpt_neox'"),
@@ -156,9 +160,9 @@ TRAIN = [
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
     ("--resume --out {tmp}/zero", r"no file can have the path 'a\\x00b'"),
     ("--resume --out {tmp}/half", r"no file can have the path 'a\\ud800'"),
-    ("--data {tmp} --out {tmp}/x/y", "--out .*/x/y is inside .*, which is read: another --out"),
-    ("--replay_data {tmp} --export {tmp}/x", "--export .*/x is inside .*: another --export"),
-    ("--out {tmp}/busy", "busy is not empty: another --out, or --resume"),
+    ("--data {tmp} --out {tmp}/x/y", "/x/y is inside .*, which is read: give another --out"),
+    ("--replay_data {tmp} --export {tmp}/x", "--export .*/x is inside .*: give another --export"),
+    ("--out {tmp}/busy", "busy is not empty: give another --out, or --resume"),
     ("--out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
     (
         "--base_len 505 --method pose",
@@ -169,7 +173,7 @@ RECIPE = [
     ("--target_len 0", "--target_len 0 must be above 1"),
     ("--target_len -9", "--target_len -9 must be above 1"),
     ("--train_len 1", "--train_len 1 must be above 1"),
-    ("--train_len 2", "endprompt needs more than --train_len 2"),
+    ("--train_len 2", "endprompt needs more than 20 tokens"),
     ("--target_len 100 --train_len 101", "--train_len 101 must be at most --target_len 100"),
     ("--seed -1", "--seed -1 must be within"),
     ("--figure nowhere/r.png", "--figure nowhere/r.png: folder nowhere does not exist"),
@@ -196,7 +200,7 @@ EVAL = [
     ("--lengths x", "argument --lengths: invalid int value: 'x'"),
     ("--tasks niah", "argument --tasks: invalid choice: 'niah'"),
     ("--haystack {tmp}/latin.txt", "."),
-    ("--haystack {tmp}", "--out .*/out is inside .*, which is read: another --out"),
+    ("--haystack {tmp}", "--out .*/out is inside .*, which is read: give another --out"),
     ("--template {tmp}/nowhere.json", "."),
     ("--template {tmp}/attribute.json", "only {key} and {value} may be in braces"),
     ("--out {tmp}/latin", "needle.jsonl, line 1 is not a result"),
@@ -207,7 +211,7 @@ EVAL = [
     ("--n 0", "--n 0 must be at least 1"),
     ("--depths 2", "--depths 2 must be within 0..1"),
     ("--seed -5", "--seed -5 must be within"),
-    ("--tasks", "--tasks without a name takes --loss"),
+    ("--tasks", "--tasks without a name needs --loss"),
     ("--out {tmp}/latin.txt", "latin.txt is a file; a folder for the results is needed"),
 ]
 

@@ -264,6 +264,7 @@ def test_the_plan_needs_config_json_only_and_compares_with_full_length(llama3, t
     rows = {line.split()[0]: line.split() for line in lines if line}  # the last "sum"
     hours = {k: float(rows[k][-1]) for k in ("probe", "extend", "replay", "merge", "saves", "sum")}
     total = hours.pop("sum")
+    assert f"about {total:.0f} hours, at 501 TFLOP/s executed" in "\n".join(lines)
     assert 16 < total < 40 and abs(sum(hours.values()) - total) < 0.1
     assert rows["replay"][1] == "87"  # 68M tokens
     said = {line[:48].strip(): line[48:].split() for line in lines}
@@ -272,7 +273,9 @@ def test_the_plan_needs_config_json_only_and_compares_with_full_length(llama3, t
     a, b, less = said["hours: all, with merge and saves *"]
     assert a == rows["sum"][-1]
     assert float(less.rstrip("%")) == pytest.approx(100 - 100 * float(a) / float(b), abs=0.5)
-    assert lines[-1].endswith("split_mlp True; fits")
+    assert lines[0].endswith("; fits") and lines[-1].endswith("split_mlp True; fits")
+    told = plan.expected_s(*make_plans.planned(llama3, "--plan H100")[:5]) / 3600
+    assert told == pytest.approx(total - hours["merge"] - hours["saves"], rel=0.01)
 
 
 def test_the_kept_plan_is_the_one_made_now_from_a_clean_tree_and_adds_up():

@@ -404,7 +404,7 @@ def test_a_finished_run_says_so_and_is_left_alone(finished, toy_dir, prose_file,
     train.main(command(toy_dir, prose_file, finished, "--resume"))
     assert "finished: nothing to do" in capsys.readouterr().err and snapshot(finished) == before
     error = error_of(train.main, command(toy_dir, prose_file, finished), finished)
-    assert "holds a finished run: another --out, or move it away" in error
+    assert "holds a finished run: give another --out, or move it away" in error
 
 
 # ---- the analysis ------------------------------------------------------------------------------
@@ -419,7 +419,8 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     assert model_bytes(tmp_path / "a") == model_bytes(finished)  # the probe's two steps included
     err = capsys.readouterr().err
     assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
-    assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64" in err
+    assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64\nthe whole run may take" in err
+    assert "\n  recipe: method=longrecipe select=impact prefix=False" in err
     assert re.search(r"100%.*<00:00.*tok/s", err)  # the progress line has rate and ETA
     hint = f"next: python eval_needle.py --model {tmp_path / 'a'}"
     assert f"{hint} --lengths 512 --n 1\n" in err  # small, for a CPU

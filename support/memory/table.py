@@ -10,6 +10,7 @@ import torch
 from support.memory import count
 from support.memory.choose import choose_levers, needs, shortage
 from support.memory.machine import Machine, disk_rate, host_step_s, training_rate
+from support.system.console import duration
 
 LEVERS = ("optimizer", "keep_attention", "offload_inputs", "split_mlp")
 CONVENTIONS = {  # FLOPs of a sample of t tokens, forward and backward
@@ -86,6 +87,12 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
     }
 
 
+def expected_s(config, settings, options, stages, there: Machine) -> float:
+    """Seconds of a run but for merge and saves: the disk is not timed."""
+    rate, _ = training_rate(there, getattr(torch, settings.dtype))
+    return of_run(config, settings, options, stages, there, rate, float("inf"))["seconds"]
+
+
 def extension_s(stages: dict) -> float:
     """Seconds of probe, analysis and extension."""
     names = ("probe", "analysis", "extend")
@@ -104,7 +111,7 @@ def table(plan: dict) -> str:
     cells["available"] = [there[column] for column in sizes]
     lines = [
         f"plan: {plan['parameters']:,} parameters, {plan['dtype']}, on {plan['machine']};"
-        f" {in_words(plan['levers'])}",
+        f" {in_words(plan)}",
         "",
         f"{'GB (1e9 bytes)':32}{'device':>10}{'host':>10}{'disk':>10}",
     ]
@@ -117,11 +124,13 @@ def table(plan: dict) -> str:
     header = f"{'stage':10}{'steps':>8}{'samples':>9}{'tokens':>9}{'FLOPs each':>12}{'hours':>9}"
     lines += ["", header]
     for name, r in plan["stages"].items():
-        numbers = f"{r['steps']:>8,}{r['sequences']:>9,}{r['tokens']:>9,}{r['flops']:>12.2e}"
+        numbers = f"{r['steps']:>8,}{r['sequences']:>9,}{r['tokens']:>9,}"
+        numbers += f"{r['flops']:>12.2e}" if r["flops"] else f"{'':12}"
         lines.append(f"{name:10}{numbers}{short(r['seconds'] / 3600):>9}")
     lines += [
         f"{'sum':48}{short(plan['seconds'] / 3600):>9}",
-        f"at {rate['flops_per_s'] / 1e12:.3g} TFLOP/s executed, {rate['from']};"
+        f"{duration(plan['seconds'])}, at {rate['flops_per_s'] / 1e12:.3g} TFLOP/s executed,"
+        f" {rate['from']};"
         f" a save: {plan['save_s'] / 60:.2g} minutes at {disk['bytes_per_s'] / 1e9:.2g} GB/s,"
         f" {disk['from']}",
         "",
@@ -145,24 +154,27 @@ def against_full_length(plan: dict) -> list[str]:
     def line(name: str, a: float, b: float, form=short) -> str:
         return f"{name:48}{form(a):>10}{form(b):>10}{1 - a / b:>8.1%}"
 
-    fits = f"does not fit: {full['shortage']}" if full["shortage"] else "fits"
     return [
         f"{'one sample, forward and backward':48}{short_len:>10,}{full_len:>10,}{'less':>8}",
         *(line(name, *pair, "{:.2e}".format) for name, pair in plan["one_sample"].items()),
         *(line(name, *pair) for name, pair in pairs.items()),
-        f"* {full_len:,}: --method full with the same steps and samples, and levers of its own:",
-        f"  {in_words(full['levers'])}; {fits}",
+        f"* {full_len:,}: another run, --method full with as many samples and levers of its own:",
+        f"  {in_words(full)}",
     ]
 
 
-def in_words(levers: dict) -> str:
-    return ", ".join(f"{k} {v}" for k, v in levers.items())
+def in_words(run: dict) -> str:
+    """The levers of a run, and whether it fits into memory."""
+    levers = ", ".join(f"{k} {v}" for k, v in run["levers"].items())
+    return levers + (f"; does not fit: {run['shortage']}" if run["shortage"] else "; fits")
 
 
 def short(x: float) -> str:
     """Three significant digits, but no fewer than are before the point.
 
-    >>> short(12345.6), short(12.345), short(0.0123456)
-    ('12,346', '12.3', '0.0123')
+    >>> short(12345.6), short(12.345), short(0.0123456), short(0.0000685)
+    ('12,346', '12.3', '0.0123', '0.0001')
     """
+    if x < 0.001:
+        return f"{x:.4f}"
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

@@ -82,6 +82,8 @@ def paired(differences: list[float]) -> dict:
         return found | {"texts_needed": None}
     spread = statistics.stdev(differences)
 
+    # [E30] mean +- t(n - 1) s / sqrt(n)   n texts, s the standard deviation of their differences,
+    #       t(n - 1) the 97.5 % quantile of Student's t with n - 1 degrees of freedom
     def half(texts: int) -> float:  # of the interval
         return student(texts - 1) * spread / math.sqrt(texts)
 

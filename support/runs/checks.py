@@ -9,8 +9,10 @@ from support.data.sources import is_toy_model
 from support.data.text import check_outside
 from support.huggingface.config import read_config
 from support.memory import kernels
+from support.memory.machine import Machine
+from support.memory.table import expected_s
 from support.system.bad_input import BadInput
-from support.system.console import check_ranges, log
+from support.system.console import check_ranges, duration, log
 
 
 def check_settings(settings) -> None:
@@ -44,7 +46,7 @@ def check_settings(settings) -> None:
     if settings.has_probe and method == "none" and train_len <= window:
         raise BadInput(
             "--method none never leaves the old window, so its analysis would see nothing:"
-            " --impactful FILE of another run, or another --select"
+            " give the --impactful FILE of another run, or another --select"
         )
     probe, steps = settings.probe_steps, settings.steps
     if not int(settings.has_probe) <= probe <= steps:
@@ -79,8 +81,9 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
     counted = torch.cat([ids[1:][positions[1:] >= window] for ids, positions in drawn])
     if len(counted) == 0:
         raise BadInput(
-            f"no position of the {n} samples of the analysis is past the old window {window}: more"
-            f" --analysis_samples, a longer --train_len, or another --seed than {settings.seed}"
+            f"no position of the {n} samples of the analysis is past the old window {window}: give"
+            " more --analysis_samples, a longer --train_len, or another --seed than"
+            f" {settings.seed}"
         )
     if (most := int(counted.bincount().max())) < settings.min_count:
         raise BadInput(
@@ -89,21 +92,24 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
         )
 
 
-def log_run(device: str, settings, stages, corpus) -> None:
-    """Log the device, what is read, the stages, and every setting that has a value."""
-    if device != "cpu":
+def log_run(there: Machine, config, settings, options, stages, corpus) -> None:
+    """Log the device, what is read, the stages, how long they may take, and every setting that has
+    a value."""
+    if there.kind != "cpu":
         log(f"{torch.cuda.get_device_name()}; attention: {kernels.in_words()}")
     elif is_toy_model(settings.model):
         log("no CUDA device: going on with the CPU, for which the toy's numbers are made")
     else:
         log(
-            "no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:\n"
-            "--steps, --replay_steps, --batch_sequences and --train_len make less of it"
+            "no CUDA device: going on with the CPU. The defaults are the paper's, for a GPU: "
+            "smaller --steps, --replay_steps, --batch_sequences and --train_len make a shorter run"
         )
     log(f"data: {corpus.summary()}")
     batch = settings.batch_sequences
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
     log(f"plan, steps x samples x tokens: {', '.join(plan)}")
+    seconds = expected_s(config, settings, options, stages, there)
+    log(f"the whole run may take {duration(seconds)} (--plan shows the parts)")
     if settings.select == "impact" and settings.probe_steps == settings.steps:
         log("warning: the probe takes all --steps: no sample is selected by the analysis")
     shown = "settings"
@@ -112,7 +118,7 @@ def log_run(device: str, settings, stages, corpus) -> None:
         if group := field.metadata["group"]:
             shown += f"\n  {group.split(' (')[0]}:"
         if value is not None:
-            shown += f" {field.name} {f'{value:.6g}' if isinstance(value, float) else value}"
+            shown += f" {field.name}={f'{value:.6g}' if isinstance(value, float) else value}"
     log(shown)
 
 
