@@ -391,8 +391,10 @@ def measure(cell: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict
         result["output"] = tokenizer.decode(answer)
         result["score"] = score(sample.expected, result["output"])
     if not math.isfinite(found := result.get("answer_logprob", result["score"])):
-        model = asked["model"]
-        raise BadInput(f"{model} gives {found} nats: too large weights, or another --dtype helps")
+        raise BadInput(
+            f"{cell['model']} gives {found} nats, so its numbers overflow in {cell['dtype']}: a"
+            " failed training, or another --dtype is needed"
+        )
     return result | {"seconds": round(time.monotonic() - started, 2)}
 
 

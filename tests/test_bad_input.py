@@ -138,6 +138,7 @@ TRAIN = [
     ("--replay_len 1", "--replay_len 1 must be between 2"),
     ("--replay_len 600", "--replay_len 600 must be between 2"),
     ("--rope_base -1", "--rope_base -1.0 must be above 1"),
+    ("--rope_base 1e16", r"rope_theta must be a positive number up to .*, found 1e\+16"),
     ("--replay_steps -1", "--replay_steps -1 must not be negative"),
     ("--lr nan", "--lr nan must be positive"),
     ("--seed 99999999999999", "--seed 99999999999999 must be within"),
