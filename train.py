@@ -351,7 +351,7 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
     check_exportable(settings, options)
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, config.vocab_size)
-    impactful = read_impactful(settings.impactful, config.vocab_size)
+    impactful = read_impactful(settings.impactful, tokenizer, config.vocab_size)
     texts = load_texts(settings, tokenizer)
     write_samples(settings, options.export, tokenizer, texts, impactful, learning_rate, draw)
 
@@ -369,7 +369,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, there: M
         return
     run.check_data(settings, options.resume)
     corpus, replay_corpus = load_texts(settings, tokenizer)
-    impactful = read_impactful(settings.impactful, config.vocab_size)
+    impactful = read_impactful(settings.impactful, tokenizer, config.vocab_size)
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
