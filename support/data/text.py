@@ -92,7 +92,7 @@ def check_outside(flag: str, folder: str, paths: Iterable[str]) -> None:
     would be taken for texts, and a run could not be resumed."""
     for path in paths:
         if Path(path).is_dir() and Path(folder).resolve().is_relative_to(Path(path).resolve()):
-            raise BadInput(f"{flag} {folder} is inside {path}, which is read: another {flag}")
+            raise BadInput(f"{flag} {folder} is inside {path}, which is read: give another {flag}")
 
 
 def way_out(file: Path) -> str:
@@ -241,8 +241,8 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise BadInput(
-            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: another"
-            f" tokenizer's, or not stored as {ids.dtype.name}?"
+            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: are they"
+            f" another tokenizer's, or not stored as {ids.dtype.name}?"
         )
     return ids
 
@@ -303,7 +303,8 @@ def take(pieces: Iterator[str], characters: int) -> str:
 
 
 class Tokens:
-    """All documents as token ids: `parts` are flat arrays, `documents` (n, 3) part, begin, size.
+    """All documents as token ids: `parts` are flat arrays, `documents` (n, 3) int64 says of each in
+    which part it is, where it begins there, and how many tokens it has.
 
     Encoded text goes to an unnamed temporary file: memory stays flat however much there is."""
 
@@ -340,7 +341,7 @@ class Tokens:
             self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
 
 
-def read_files(paths: list[str], tokenizer, join: bool = False) -> Tokens:
+def read_files(paths: list[str], tokenizer, join: bool) -> Tokens:
     """The documents of files and folders; see sources.load_tokens."""
     tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths, say=True)
     texts = [file for file in files if kind_of(file) not in IDS]

@@ -103,7 +103,7 @@ def pick_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str
         return different(n, lambda: MADE_UP[words](rng), text)
     free = [word for word in words if fold(word) not in text]
     if len(free) < n:
-        raise BadInput(f"the haystack holds all but {len(free)} of the needles' {n} words")
+        raise BadInput(f"the needles need {n} words, the haystack lacks only {len(free)} of theirs")
     return rng.sample(free, n)
 
 
@@ -141,7 +141,7 @@ def pick_needles(task, n_keys: int, tokens: int, tokenizer, rng) -> tuple[list, 
         else:
             free = [value for value in task.values if value not in keys + values]
             if not free:
-                raise BadInput("a haystack of needles takes more values than those of the needles")
+                raise BadInput("a haystack of needles needs more values than its needles have")
             drawn = rng.choices(free, k=n_lines)
         lines = [task.needle.format(key=k, value=v) for k, v in zip(others, drawn, strict=True)]
         answers = [fold(answer) for answer in keys + values]
