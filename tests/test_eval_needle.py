@@ -813,3 +813,12 @@ def test_no_needle_is_drawn_farther_than_the_text_is_long(tmp_path, figures):
     needle = result_of(length=1024) | {"expected": ["7"], "output": "7"}
     draw_curves(tmp_path / "c.png", [needle | {"true_depth": d} for d in (0.0, 1.0)], "t")
     assert figures[0].axes[0].lines[0].get_xdata().tolist() == [0.5 / 8, 7.5 / 8]
+
+
+def test_a_model_has_one_colour_in_both_panels_of_the_curves(tmp_path, figures):
+    """Also where the loss of another, drawn before it, was not measured."""
+    needles = [result_of(m, length=1024, output="", true_depth=0.5) for m in ("a", "b")]
+    loss = {"model": "b", "task": "loss", "length": 1024, "loss_by_1024": [3.0]}
+    draw_curves(tmp_path / "c.png", [*needles, loss], "t")
+    left, right = figures[0].axes
+    assert right.lines[0].get_color() == left.lines[1].get_color() != left.lines[0].get_color()
