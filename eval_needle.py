@@ -17,7 +17,7 @@ the checkpoint's own tokenizer does so; needles go in at sentence ends found in 
 their keys and values occur nowhere else in the haystack, asserted.
 
 Files, by default in the folder of --model: needle.jsonl (a result per line; what is there is not
-run again), needle_results.json, needle.png, curves.png.
+run again), needle_results.json, needle.png, nats.png, curves.png.
 Does NOT do: chat templates, sampling. Glossary: see model.py.
 """
 
