@@ -306,8 +306,8 @@ def find_types(trainer: Trainer, corpus: Corpus) -> None:
     if settings.extended:
         extended = load_pretrained(settings.extended, **load)
     if settings.rebased_analysis:
-        # Measures what training taught. Under its own rope_theta, the comparison would mostly
-        # measure how the original fails past its window.
+        # Measures what training taught. With the original under its own rope_theta, the comparison
+        # would mostly measure how it fails past its window.
         rope = {name: getattr(extended.config, name) for name in ("rope_theta", "rope_scaling")}
         original.config = replace(original.config, **rope)
     probe, tokenizer = trainer.stages[0], trainer.tokenizer
