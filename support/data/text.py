@@ -1,16 +1,8 @@
 """Documents as arrays of token ids: which files are read, how, and what a sample is drawn from.
 
-    .txt .text .md .rst, or no suffix   one document, UTF-8 (no suffix: only by its own path)
-    .jsonl .ndjson                      a document in each line: a JSON object with a "text"
-    .json                               such lines, or a list of such objects, or one of them
-    these and .gz, .bz2 or .xz          unpacked while they are read
-    .npy                                token ids: (N,) is one document, (n, N) are n of them
-    .bin                                the ids of one document, uint16 where the vocabulary fits
-
-Any other file is refused; in a folder it is left out, and the log says how many of which kind.
-Memory stays flat however long a text is, with three exceptions that are held as a whole: a line of
-a .jsonl, a .json that is a list, and a run of millions of characters in which no token ends at a
-place that is certain (see encode_pieces).
+docs/running.md has the table of the kinds of files, and names the few things that memory holds as a
+whole; all else is read in pieces. Any other file is refused; in a folder it is left out, and the
+log says how many of which kind.
 """
 
 import bz2
@@ -96,6 +88,7 @@ def check_outside(flag: str, folder: str, paths: Iterable[str]) -> None:
 
 
 def way_out(file: Path) -> str:
+    """What to do with a file that is not read, for an error message."""
     if file.suffix.lower() in (*ARCHIVES, *PACKED):
         return "unpack it first"
     if kind_of(file) in (".parquet", ".arrow", ".csv", ".tsv"):
@@ -200,6 +193,7 @@ def read_records(file: Path) -> Iterator[str]:
 
 
 def text_of(record, where: str) -> str:
+    """The "text" of a record. BadInput names `where` it is from, and what it holds instead."""
     if not isinstance(record, dict):
         found = type(record).__name__
     elif "text" not in record:
@@ -316,6 +310,7 @@ class Tokens:
         return np.array(self._rows, dtype=np.int64).reshape(-1, 3)
 
     def add_array(self, ids: np.ndarray) -> None:
+        """Token ids (N,), one document, or (n, N), n of them."""
         rows = 1 if ids.ndim == 1 else len(ids)
         size = ids.size // rows
         for i in range(rows):

@@ -8,15 +8,14 @@ import string
 import unicodedata
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from support.data.sources import standard_library_topics
 from support.data.text import SEPARATOR, find_files, read_texts
+from support.data.toy import ROOT
 from support.system.bad_input import BadInput
 
-ROOT = Path(__file__).resolve().parents[2]
 ESSAYS = ROOT / "data" / "essays"  # where examples/smollm2.py puts them
 
 REFERENCE = "python-reference"  # --haystack by this name: the reference that Python ships

@@ -176,6 +176,7 @@ def default_lengths(windows: list[int]) -> list[int]:
 
 
 def check_settings(settings: Settings, tasks: dict, depths_given: bool) -> None:
+    """BadInput for a number that cannot be meant, or if nothing is to be run."""
     each = [name for name in settings.tasks if tasks[name].ask == "each"]
     if depths_given and each:
         log(f"--depths is not for {', '.join(each)}: the needles divide the text among them")
