@@ -214,6 +214,7 @@ WORDS = {  # how a recorded row or label is shown in tables and figures, in thei
     "prefix": "LongRecipe with prefix",
     "full": "full length",
     "yarn": "LongRecipe with yarn",
+    "none with yarn": "plain positions with yarn",
 }
 
 
