@@ -1,13 +1,13 @@
 """A Llama from scratch that takes any position ids.
 
 What it is: the decoder-only transformer of the Llama family in plain PyTorch, bottom-up, with a
-loss that never holds all logits and a cache for greedy generation. fp32 logits and gradients equal
-those of `transformers`. You can copy this file alone into your own project: see `support` below.
+loss that never holds all logits and a cache for greedy generation. In fp32, logits and gradients
+equal those of `transformers` up to rounding. The file can be copied alone: see `support` below.
 
 Why it exists beside `transformers`: LongRecipe (Hu et al., ACL 2025, section 4.2) trains on
 samples whose position ids have gaps. Here a position id is a RoPE position and nothing else;
-attention is causal in token order, whatever the ids say. (transformers takes a gap for the border
-of two packed documents and silently cuts attention there, unless given an all-ones mask.)
+attention is causal in token order, whatever the ids say. (transformers reads a gap as the border
+between two packed documents and silently cuts attention there, unless given an all-ones mask.)
 
     import torch
     from model import load_pretrained, load_tokenizer, generate
@@ -18,17 +18,17 @@ of two packed documents and silently cuts attention there, unless given an all-o
 Does NOT do: padding masks, dropout, sampling, several GPUs, sliding windows.
 
 Glossary (one for all four files)
-    B, T, S    sequences in a batch; tokens in a sequence; tokens seen by attention (cache included)
+    B, T, S    sequences in a batch; tokens in a sequence; keys seen by attention (cache included)
     D, V       width of the model (hidden_size); size of the vocabulary
     H, KV, d   query heads; key and value heads (H is a multiple of KV); width of one head
     pos        position ids (B, T) int64: what RoPE rotates by. NOT the token index
     theta      RoPE's base frequency (rope_theta in config.json, --rope_base)
     window L0  longest context of the checkpoint (max_position_embeddings, --base_len)
     target T*  the window we extend to (--target_len); sample L: tokens trained on (--train_len)
-    segment    a sentence or line: N in a window, M kept; positions may jump between two segments
-    fill       segments without an impactful token, kept because too few others were there
+    segment    a sentence or line: N in a text, M kept of it; positions may jump between segments
+    fill       segments without an impactful token, kept because the others are too few
     prefix r   length of the contiguous start that the released code puts before the spread-out rest
-    original   the model one starts from: H in equations; H': the same after its first steps
+    original   the model one starts from, the paper's H; H': the same after a few steps
     untrained  the original's weights under the new theta (or yarn): the control to beat
     plain positions  0, 1, 2, ... (--method none): the control without spread-out positions
     text       one haystack of the evaluation, with its needles
@@ -61,8 +61,8 @@ except ModuleNotFoundError:
 
 
 def support(name: str):
-    """Import a module of support/ on first use. So this file works when it is copied alone, except
-    for what needs support/: chapter 9, RoPE type yarn, and the memory options of `Llama`."""
+    """Import a module of support/ on first use, so that this file works when it is copied alone.
+    What then fails: chapter 9, LlamaConfig.from_dir, RoPE type yarn, and the MLP in pieces."""
     return import_module(f"support.{name}")
 
 
@@ -71,7 +71,7 @@ def support(name: str):
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a Llama, under Hugging Face's names and with its defaults (the first 7B Llama)."""
+    """Shape of a Llama: names and defaults are Hugging Face's (those of the first 7B Llama)."""
 
     vocab_size: int = 32_000
     hidden_size: int = 4096
@@ -87,14 +87,14 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False  # qwen2
     qk_norm: bool = False  # qwen3
-    sliding_window: int | None = None  # longest input that attention sees whole (mistral)
+    sliding_window: int | None = None  # mistral; a longer input is refused, not cut
     raw: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)  # config.json
 
-    def __post_init__(self):
-        H = self.num_attention_heads
-        for field, value in {"num_key_value_heads": H, "head_dim": self.hidden_size // H}.items():
-            if getattr(self, field) is None:
-                object.__setattr__(self, field, value)  # the only change to a frozen object
+    def __post_init__(self):  # object.__setattr__ gets past frozen=True
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "LlamaConfig":
@@ -102,17 +102,15 @@ class LlamaConfig:
         return cls(**support("huggingface.folders").read_config(path))
 
     def with_rope(self, theta: float, max_len: int, scaling: dict | None = None) -> "LlamaConfig":
-        """The same shape with another theta and window, all that extension changes here; with
-        `scaling` also another rope_scaling (None: it stays as it is)."""
+        """The same shape with another theta, window and, if one is given, rope_scaling."""
         rope = {"rope_theta": float(theta), "rope_scaling": scaling or self.rope_scaling}
         return dataclasses.replace(self, max_position_embeddings=max_len, **rope)
 
 
 # ---- 2. Norm -----------------------------------------------------------------------------------
 
-# Root-mean-square norm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight, in fp32
-# inside. In bf16 the result is rounded once. transformers rounds twice, before and after the
-# product with the weight: there the two differ by at most the last bit.
+# x / sqrt(mean(x^2) + eps) * weight, in fp32 inside (Zhang and Sennrich, 2019). transformers rounds
+# a bf16 result also before the product with the weight, so the last bit of the two may differ.
 RMSNorm = nn.RMSNorm
 
 
@@ -120,17 +118,17 @@ RMSNorm = nn.RMSNorm
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict | None = None) -> Tensor:
-    """Radians per position of each pair of dimensions, (d/2,) fp32, scaled as config.json says."""
-    j = torch.arange(0, head_dim, 2, dtype=torch.int64).float()
-    # [E1] theta_j = theta^(-j/d), j = 0, 2, 4, ...   the first pair turns by 1 radian a position
-    inv_freq = 1.0 / theta ** (j / head_dim)
+    """Radians per position of each pair of dimensions, (d/2,) fp32. scaling: as in config.json."""
+    j = torch.arange(head_dim // 2).float()
+    # [E1] theta_j = theta^(-2j/d), j = 0 .. d/2 - 1   pair 0 turns by 1 radian a position
+    inv_freq = 1.0 / theta ** (2 * j / head_dim)
     if scaling is None:
         return inv_freq
-    slow = inv_freq / scaling["factor"]  # position interpolation
+    slow = inv_freq / scaling["factor"]  # position interpolation: as if all ids were divided
     if scaling["rope_type"] == "linear":
         return slow
-    # llama3 and yarn: pairs that turn often within the original window stay as they are, those
-    # that turn rarely slow down by the factor, the ones between are blended.
+    # llama3 and yarn: pairs that turn often within the original window keep their frequency, those
+    # that turn rarely slow down by the factor, and those in between get a mixture of both.
     if scaling["rope_type"] == "yarn":
         stay = support("huggingface.yarn").share(head_dim, theta, scaling)
     else:
@@ -149,7 +147,8 @@ def rotary_angles(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tenso
 
 @compiled_in_training
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[j], x[j + d/2]) of x (B, H, T, d) by its angle, in fp32."""
+    """Turn each pair (x[j], x[j + d/2]) of x (B, H, T, d) by its angle, in fp32. Hugging Face's
+    checkpoints pair the two halves of a head; the RoPE paper pairs neighbours, x[2j], x[2j + 1]."""
     a, b = x.chunk(2, dim=-1)  # (B, H, T, d/2) each; bf16 times fp32 is fp32
     # [E1] (a, b) -> (a cos - b sin, b cos + a sin)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -159,16 +158,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention in token order: q (B, H, T, d), k and v (B, KV, S, d) -> (B, H, T, d).
-
-    The T queries are the LAST T of the S tokens; the kernels handle grouped-query heads. ValueError
-    unless 1 <= T <= S."""
+    """Causal attention in token order: q (B, H, T, d), k and v (B, KV, S, d) -> (B, H, T, d). The
+    T queries are the LAST T of the S tokens. ValueError unless 1 <= T <= S."""
     T, S = q.shape[2], k.shape[2]
     if not 1 <= T <= S:
         raise ValueError(f"attention of {T} queries to {S} tokens: 1 <= T <= S must hold")
     # subtle: for T < S, SDPA's is_causal aligns the triangle top-left: query 0 would see key 0, not
-    # S - T + 1 keys, and a chunked prefill would be silently wrong. Hence lower-right.
-    mask = None if T in (1, S) else causal_lower_right(T, S)
+    # S - T + 1 keys, and a prefill in chunks would be silently wrong. Hence lower-right.
+    mask = causal_lower_right(T, S) if 1 < T < S else None  # a single query sees all keys
     return scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=True)
 
 
@@ -186,10 +183,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache, layer: int) -> Tensor:
         B, T, _ = x.shape  # cache: a KVCache of the tokens before these T, or None (chapter 8)
-        projected = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in projected)
-        q = rotate(self.q_norm(q), cos, sin)  # (B, H, T, d)
-        k = rotate(self.k_norm(k), cos, sin)  # (B, KV, T, d), as v
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, d)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, KV, S, d)
         return self.o_proj(attention(q, k, v).transpose(1, 2).reshape(B, T, -1))
@@ -209,7 +207,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.split = False  # True: compute it piece by piece (support/memory/activations.py)
+        self.split = False  # True: some tokens at a time (support/memory/activations.py)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split and torch.is_grad_enabled():
@@ -234,11 +232,11 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Parameters carry the names of Hugging Face's checkpoints: no renaming.
+    """The whole model. Its parameters have the names of Hugging Face's checkpoints.
 
-    `activation_checkpointing`: store only each layer's input, and compute the layer again in the
-    backward pass: only one layer's activations are alive at a time. Three more memory options are
-    set by support/memory/activations.py. None of the four changes what is computed."""
+    `activation_checkpointing` stores only each layer's input and computes the layer again in the
+    backward pass, so that the activations of one layer are alive at a time. Other ways to save
+    memory are in support/memory/activations.py. None changes what is computed."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -260,9 +258,9 @@ class Llama(nn.Module):
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None, cache=None) -> Tensor:
         """Last hidden states after the final norm: input_ids (B, T) int64 -> (B, T, D).
 
-        position_ids (B, T) int64 may have gaps and exceed the window; None means cache length ..
-        cache length + T - 1. With a KVCache, keys and values are appended to it. ValueError for
-        empty or misshaped input, and for a cache while gradients are on."""
+        position_ids (B, T) int64 may have gaps and exceed the window; None: they go on from the
+        tokens in the cache, or from 0. A KVCache is extended. ValueError for empty or misshaped
+        input, and for a cache while gradients are on; BadInput beyond a sliding_window."""
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids {tuple(input_ids.shape)} are not (B, T), or hold no token")
         if cache is not None and torch.is_grad_enabled():
@@ -276,21 +274,21 @@ class Llama(nn.Module):
             position_ids = torch.arange(start, start + T, device=input_ids.device).expand(B, T)
         if position_ids.shape != (B, T):
             raise ValueError(f"position_ids {tuple(position_ids.shape)} must be shaped {(B, T)}")
-        # subtle: computed at each call and not stored. As a buffer the frequencies would be cast by
-        # model.to(bfloat16), which holds integers exactly only up to 256.
+        # subtle: computed at each call and not stored. model.to(bfloat16) would round a buffer to 8
+        # bits, and position * frequency would be off by radians at position 8,192.
         inv_freq = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         cos, sin = rotary_angles(position_ids, inv_freq.to(input_ids.device))
         if c.rope_scaling and c.rope_scaling["rope_type"] == "yarn":
             factor = support("huggingface.yarn").attention_factor(c.rope_scaling)
-            cos, sin = factor * cos, factor * sin  # of q and k: scores change by its square
+            cos, sin = factor * cos, factor * sin  # scales q and k, so the scores by its square
         x = self.model["embed_tokens"](input_ids)
-        training = self.activation_checkpointing and torch.is_grad_enabled()
-        with self.around_layers() if training else nullcontext():
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        with self.around_layers() if recompute else nullcontext():
             for i, block in enumerate(self.model["layers"]):
                 # subtle: checkpoint() stores its tensor arguments for every layer. Bound with
                 # partial, cos and sin are stored once.
                 run = partial(block, cos=cos, sin=sin, cache=cache, layer=i)
-                x = checkpoint(run, x, **self.checkpoint_options) if training else run(x)
+                x = checkpoint(run, x, **self.checkpoint_options) if recompute else run(x)
         if cache is not None:
             cache.length += T
         return self.model["norm"](x)
@@ -304,7 +302,8 @@ class Llama(nn.Module):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients come from the forward pass, chunk by chunk: logits exist only inside its loop."""
+    """The loss is one number, so its gradients can be computed in the forward pass, chunk by chunk,
+    while a chunk's logits exist; the backward pass only multiplies them by grad_loss."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, chunk_tokens):
@@ -337,8 +336,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        grads = [None if g is None else (g * grad_loss).to(dtype) for g, dtype in grads]
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        grads = (None if g is None else (g * grad_loss).to(dtype) for g, dtype in pairs)
         return *grads, None, None, None
 
 
@@ -349,16 +348,15 @@ def linear_cross_entropy(
 
     hidden (..., D), weight (V, D), targets (...) int64 -> (loss_sum, n_valid): the SUM of the
     losses in nats, fp32 (float64 for float64 input), and the number of targets that are not
-    ignore_index. The caller divides by the valid tokens of the whole optimizer step, so that
-    accumulation over sequences of unequal length gives every token the same weight. ValueError if
-    there are no tokens, shapes do not fit or chunk_tokens * V reaches 2^31 elements."""
+    ignore_index. The caller divides by the targets of a whole optimizer step ([E17] in train.py).
+    ValueError if there are no tokens, shapes do not fit or chunk_tokens * V reaches 2^31."""
     V, D = weight.shape
     if hidden.shape != (*targets.shape, D) or targets.numel() == 0:
-        sizes = (tuple(x.shape) for x in (hidden, targets, weight))
-        raise ValueError("hidden {}, targets {}, weight {}: empty or do not fit".format(*sizes))
+        shapes = [tuple(x.shape) for x in (hidden, targets, weight)]
+        raise ValueError(f"hidden, targets, weight {shapes}: empty or do not fit")
     if chunk_tokens < 1 or chunk_tokens * V >= 2**31:
         raise ValueError(f"chunk_tokens {chunk_tokens} x vocabulary {V} must be below 2^31")
-    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    flat_hidden, flat_targets = hidden.reshape(-1, D), targets.reshape(-1)
     if not torch.is_grad_enabled():  # an autograd.Function would still compute gradients
         flat_hidden, weight = flat_hidden.detach(), weight.detach()
     loss = _LinearCrossEntropy.apply(flat_hidden, weight, flat_targets, ignore_index, chunk_tokens)
@@ -369,15 +367,15 @@ def linear_cross_entropy(
 
 
 class KVCache:
-    """Keys and values of the `length` tokens seen so far: a (2, B, KV, room, d) tensor a layer.
-
-    `truncate(n)` forgets all but the first n: prompts with a common beginning prefill it once."""
+    """Keys and values of the `length` tokens seen so far. Each layer extends its own; Llama.hidden
+    raises `length` after the last layer."""
 
     def __init__(self):
-        self.length = self.room = 0  # room: for how many tokens prefill asks, all at once
-        self.layers: dict[int, Tensor] = {}
+        self.length = self.room = 0  # tokens held; tokens for which extend makes room at once
+        self.layers: dict[int, Tensor] = {}  # keys and values in one tensor, (2, B, KV, room, d)
 
     def truncate(self, length: int) -> None:
+        """Forget all but the first tokens: prompts with a common beginning then prefill it once."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
         self.length = length
@@ -386,7 +384,8 @@ class KVCache:
         """Append k and v (B, KV, T, d) of one layer; returns views (B, KV, length + T, d)."""
         new, end = torch.stack((k, v)), self.length + k.shape[2]
         kept = self.layers.get(layer, new[:, :, :, :0])
-        if (missing := max(end, self.room) - kept.shape[3]) > 0:  # and 1,024 more: few copies
+        missing = max(end, self.room) - kept.shape[3]
+        if missing > 0:  # 1,024 more than asked for, so that generation seldom has to copy
             kept = self.layers[layer] = F.pad(kept, (0, 0, 0, missing + 1024))
         kept[:, :, :, self.length : end] = new
         return kept[0, :, :, :end], kept[1, :, :, :end]
@@ -396,15 +395,15 @@ class KVCache:
 def prefill(
     model: Llama, ids: Tensor, cache: KVCache | None = None, chunk_tokens: int | None = None
 ) -> tuple[Tensor, KVCache]:
-    """Run ids (T,) int64, T >= 1, after what the cache holds -> (last logits (V,), cache); to save
-    memory, chunk_tokens at a time (None: 16,384 on a GPU, 2,048 on a CPU)."""
+    """Run ids (T,) int64, T >= 1, after what the cache holds, chunk_tokens at a time to save memory
+    (None: 16,384 on a GPU, 2,048 on a CPU) -> (logits of the last token (V,), the cache)."""
     cache = KVCache() if cache is None else cache
     cache.room = cache.length + len(ids)
     ids = ids.to(model.lm_head.weight.device)
     chunk_tokens = chunk_tokens or (16_384 if ids.is_cuda else 2048)
     for chunk in ids.split(chunk_tokens):
-        h = model.hidden(chunk[None], cache=cache)
-    return model.lm_head(h[0, -1]), cache  # logits of the last token only
+        hidden = model.hidden(chunk[None], cache=cache)
+    return model.lm_head(hidden[0, -1]), cache
 
 
 @torch.no_grad()
@@ -414,12 +413,13 @@ def generate(
     """Greedy continuation. ids (T,) int64, T >= 1: the tokens not yet in the cache -> the new ids.
 
     Stops before the first id in stop_ids (which is not returned) or after max_new_tokens."""
-    logits, cache = prefill(model, ids, cache)
     out: list[int] = []
-    while len(out) < max_new_tokens and (token := int(logits.argmax())) not in stop_ids:
-        out.append(token)
-        if len(out) < max_new_tokens:
-            logits, cache = prefill(model, torch.tensor([token]), cache)
+    while len(out) < max_new_tokens:
+        logits, cache = prefill(model, ids, cache)
+        ids = logits.argmax(keepdim=True)  # (1,)
+        if int(ids) in stop_ids:
+            break
+        out.append(int(ids))
     return out
 
 
@@ -427,8 +427,8 @@ def generate(
 
 
 def load_tokenizer(path: str | Path):
-    """The tokenizer of a folder: see support/huggingface/tokenizer.py."""
-    return support("huggingface.folders").load_tokenizer(path)
+    """A folder's tokenizer: encode(text), decode(ids), ... (support/huggingface/tokenizer.py)."""
+    return support("huggingface.tokenizer").load_tokenizer(path)
 
 
 def load_pretrained(
@@ -437,7 +437,7 @@ def load_pretrained(
     """Read a Hugging Face folder (config.json + safetensors, single or sharded), tensor by tensor.
 
     dtype None: bf16 on CUDA, fp32 on CPU (where bf16 can be 50 times slower than fp32).
-    BadInput names tensors that are missing, superfluous or of the wrong shape."""
+    BadInput names tensors that are missing, unknown or of the wrong shape."""
     config = LlamaConfig.from_dir(path)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
@@ -446,5 +446,5 @@ def load_pretrained(
 
 def save_pretrained(model: Llama, path: str | Path, tokenizer_from: str | Path | None = None):
     """Write a folder that transformers can load as it is: config.json, safetensors, and the
-    tokenizer files of `tokenizer_from`. Written beside `path`, then renamed."""
+    tokenizer files of `tokenizer_from`. Written beside `path`, then renamed: never half a model."""
     support("huggingface.folders").save(model, path, tokenizer_from)

@@ -12,8 +12,8 @@
     python recipe.py --positions where.png  # draws where each method puts the tokens of a sample
 
 Everything here works on one sample of token ids (T,); nothing trains or needs a GPU. Copied into
-another project, it works with model.py alone, except `split_segments`, `make_example`, the methods
-that LongRecipe is compared with, `merge` and the command, which need support/.
+another project beside model.py, most of it works; `split_segments`, `make_example`, `merge`, the
+command and the methods that LongRecipe is compared with need support/.
 examples/longrecipe.ipynb extends a model with these functions.
 
 Does NOT do: content jumps of the published PoSE (all methods get the same tokens), parts of speech
@@ -34,13 +34,6 @@ try:
     from support.data.other_methods import OTHERS  # pose, endprompt, cream, rpes
 except ModuleNotFoundError:  # copied without support/
     OTHERS = {}
-
-STRATEGIES = ("impact", "digits", "random", "first")
-
-
-class TooFewSegments(BadInput):
-    """With one segment there is no border at which positions could jump. train.sample then draws
-    another text."""
 
 
 # ---- 1. Token analysis (paper 4.1) -------------------------------------------------------------
@@ -75,7 +68,7 @@ def logit_shift(
         hidden = model.hidden(ids[None].to(head.device), positions[None].to(head.device))[0]
         for i in range(0, len(ids) - 1, chunk_tokens):
             h, y = hidden[:-1][i : i + chunk_tokens], ids[1:][i : i + chunk_tokens].to(head.device)
-            # The logit of the realised token alone is one dot product, no (T, V) matrix is needed.
+            # Only the logit of the token that came is needed: a dot product, no (T, V) matrix.
             score = (h.float() * head[y].float()).sum(-1)
             if log_softmax:
                 score = score - (h @ head.T).float().logsumexp(-1)
@@ -92,7 +85,7 @@ def logit_shift(
 def impactful_types(
     per_type_sum: Tensor, count: Tensor, top: float = 0.2, min_count: int = 1
 ) -> Tensor:
-    """Token types with the largest mean shift that cover `top` of all occurrences, bool (V,).
+    """Token types with the largest mean shift that make up `top` of all occurrences, bool (V,).
 
     per_type_sum, count (V,): those of `logit_shift`, added up over samples. The sums themselves
     would favour frequent types, and a type never seen would have 0, more than every negative one.
@@ -140,10 +133,10 @@ def split_segments(ids: Tensor, tokenizer, at_spaces: bool | None = None) -> Ten
 
 
 def join_short_segments(starts: Tensor, total_tokens: int, min_tokens: int = 1) -> Tensor:
-    """Starts (N,) of segments -> starts (M,), M <= N, of segments of at least min_tokens tokens.
+    """Starts (N,) of segments -> those of fewer segments, each of at least min_tokens tokens.
 
     A short segment is joined with those that follow it until they are long enough together; a
-    short rest at the end, with the segment before it. This keeps more context in sources and
+    short rest at the end, with the segment before it. This keeps more context in source code and
     tables, where each line is a segment. min_tokens = 1, as in the paper, joins none.
 
     >>> join_short_segments(torch.tensor([0, 2, 3, 9, 11]), 12, min_tokens=3).tolist()
@@ -160,6 +153,13 @@ def join_short_segments(starts: Tensor, total_tokens: int, min_tokens: int = 1) 
 
 # ---- 3. Selection (paper 4.1) ------------------------------------------------------------------
 
+STRATEGIES = (  # --select: which segments of a text are taken first
+    "impact",  # those with the largest share of impactful tokens
+    "digits",  # those that hold a token with a digit, as in the released code
+    "random",
+    "first",  # the beginning of the text
+)
+
 
 def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
     """Tokens of each segment, (N,) int64. Raises ValueError unless starts (N,) increase from 0 and
@@ -171,7 +171,7 @@ def segment_lengths(starts: Tensor, total_tokens: int) -> Tensor:
 
 
 def impactful_share(ids: Tensor, starts: Tensor, impactful: Tensor) -> Tensor:
-    """Share of impactful tokens of each segment, (N,) fp64. The paper's rule drops those at 0."""
+    """Share of impactful tokens of each segment, (N,) fp64. The paper drops segments with none."""
     size = segment_lengths(starts, len(ids))
     hits = torch.cat((torch.zeros(1, dtype=torch.int64), impactful[ids].long().cumsum(0)))
     return (hits[starts + size] - hits[starts]).double() / size  # [E13] (impactful in s) / |s|
@@ -185,15 +185,21 @@ def select_segments(
     generator: torch.Generator,
     impactful: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose whole segments until they hold train_len tokens, keep their order, cut the end to fit.
+    """Take whole segments until they hold train_len tokens, keep their order, cut the end to fit.
 
     ids (T,), starts (N,) -> kept (train_len,) increasing indices into ids, and the starts (M,) of
     the kept segments within `kept`, so that positions and selection use the same segments (the
-    released code makes its positions from the unfiltered text). Strategies: impact: by the share
-    of impactful tokens; digits: those that hold a token of `impactful` (make_example passes
-    types with a digit) before the others; random; first. Ties fall at random. Raises BadInput if
-    ids are too short or the strategy is unknown; ValueError if starts are not those of ids, or
-    impactful is missing where it is needed."""
+    released code makes its positions from the unfiltered text). strategy: one of STRATEGIES; ties
+    fall at random. impactful, bool (V,): the types that the analysis found; for digits, those with
+    a digit. Raises BadInput if ids are too short or the strategy is unknown; ValueError if starts
+    are not those of ids, or impactful is missing where it is needed.
+
+    >>> ids, impactful = torch.tensor([0, 0, 1, 0, 1, 1]), torch.tensor([False, True])
+    >>> starts = torch.tensor([0, 2, 3])  # shares of impactful tokens: 0, 1 and 2/3
+    >>> kept, starts = select_segments(ids, starts, 3, "impact", torch.Generator(), impactful)
+    >>> kept.tolist(), starts.tolist()  # the second segment, and the third cut to fit
+    ([2, 3, 4], [0, 1])
+    """
     if strategy not in STRATEGIES:
         raise BadInput(f"unknown selection {strategy!r}: {', '.join(STRATEGIES)} (--select)")
     if train_len < 1:
@@ -209,21 +215,27 @@ def select_segments(
         # tokens". If more segments qualify than fit, those with the largest share win. If too few
         # qualify, segments without an impactful token fill the sample ("fill" in the output of
         # `python recipe.py`).
-        rank = impactful_share(ids, starts, impactful)
-        rank = (rank > 0).double() if strategy == "digits" else rank
+        share = impactful_share(ids, starts, impactful)
+        rank = (share > 0).double() if strategy == "digits" else share
         order = order[rank[order].argsort(descending=True, stable=True)]
     taken_before = size[order].cumsum(0) - size[order]
     chosen = order[taken_before < train_len].sort().values  # enough of the best, in text order
     starts, size = starts[chosen], size[chosen]
     new_starts = size.cumsum(0) - size
+    # index in the text = index in the sample + how far the segment has moved
     kept = torch.arange(int(size.sum())) + (starts - new_starts).repeat_interleave(size)
     return kept[:train_len], new_starts[new_starts < train_len]
 
 
 # ---- 4. Position index transformation (paper 4.2, algorithm 1) ---------------------------------
-# A function for each method: sample length L, target T*, starts (N,) of the sample's segments,
-# generator -> position ids (L,). METHODS lists them. A method of your own: a function and a row.
-# The methods that LongRecipe is compared with are in support/data/other_methods.py.
+# A function for each method: sample length L, target T (T* in equations), starts (N,) of the
+# sample's segments, generator -> position ids (L,). A new method takes a function here and a row of
+# METHODS. The methods that LongRecipe is compared with are in support/data/other_methods.py.
+
+
+class TooFewSegments(BadInput):
+    """With one segment there is no border at which positions could jump. train.sample then draws
+    another text."""
 
 
 def spread_segments(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
@@ -235,7 +247,9 @@ def spread_segments(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     # [E6] Segments i = 0..N-1 go in order into the slots 0..T*-L+N-1: segment 0 into slot 0, the
     #      others into distinct random slots. Each empty slot is one skipped position, so that
     #          pos(s_i) = start(s_i) + slot_i - i
-    #      (the paper's equation 6 adds one too many at each border; its algorithm 1 does not)
+    #      L = 5, T* = 8, segments of 2 and 3 tokens: slots 0..4. With segment 1 in slot 3, two
+    #      positions are skipped before it and one after it: 0 1 4 5 6.
+    #      (The paper's equation 6 adds one too many at each border; its algorithm 1 does not.)
     slots = 1 + torch.randperm(T - L + N - 1, generator=generator)[: N - 1].sort().values
     skipped = torch.cat((torch.zeros(1, dtype=torch.int64), slots)) - torch.arange(N)
     return torch.arange(L) + skipped.repeat_interleave(size)
@@ -264,10 +278,11 @@ def sample_position_ids(
 ) -> Tensor:
     """Position ids (train_len,) int64 of one sample: strictly increasing, 0 <= p < target_len.
 
-    method: one of METHODS, drawn afresh each call. full differs from none only in that it insists
-    on train_len == target_len. prefix=True (longrecipe only) keeps the first r positions
-    contiguous, as the released code does. Raises BadInput: unknown method, a sample that does not
-    fit; TooFewSegments (longrecipe): only one; ValueError: starts (N,) are not of a sample."""
+    They are drawn afresh by each call. method: one of METHODS; full is none, but insists on
+    train_len == target_len. starts (N,): where the sample's segments begin. prefix=True
+    (longrecipe only) keeps the first r positions contiguous, as the released code does. Raises
+    BadInput for an unknown method and for a sample that does not fit; for longrecipe
+    TooFewSegments if there is only one, and ValueError if starts are not those of a sample."""
     L, T = train_len, target_len
     if not 1 <= L <= T:
         raise BadInput(f"--train_len {L} tokens do not fit into --target_len {T}")
@@ -306,10 +321,10 @@ def make_example(
 ) -> tuple[Tensor, Tensor]:
     """One training sample of a long text (T,) -> (input_ids, position_ids), each (train_len,).
 
-    Segments, selection and positions in one go. A text longer than target_len gives a random
-    window of it. at_spaces: see split_segments; min_segment_tokens: see join_short_segments.
-    Raises BadInput if the text is shorter than train_len; TooFewSegments if two_segments is asked
-    for and selection leaves only one, whatever the method."""
+    Segments, selection and positions in one go; of a text longer than target_len, a random window.
+    at_spaces: see split_segments; min_segment_tokens: see join_short_segments. two_segments=True
+    refuses a sample of one segment for every method, so that all of them use the same texts.
+    Raises BadInput if the text is shorter than train_len; TooFewSegments."""
     if len(ids) > target_len:
         begin = int(torch.randint(len(ids) - target_len + 1, (1,), generator=generator))
         ids = ids[begin : begin + target_len]
@@ -325,7 +340,7 @@ def make_example(
 
 
 def next_token_targets(input_ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T): the token that follows; the last one has none.
+    """(B, T) -> (B, T): for each token the one that follows; the last has none (-100, ignored).
 
     >>> next_token_targets(torch.tensor([[5, 6, 7]])).tolist()
     [[6, 7, -100]]
@@ -353,7 +368,7 @@ def ntk_rope_base(
 ) -> float:
     """rope_theta for a window of new_len tokens; factor defaults to new_len / old_len.
 
-    Raises BadInput if the window does not grow, or a head has one pair of dimensions only.
+    Raises BadInput if the window does not grow or a head has only one pair of dimensions.
 
     >>> round(ntk_rope_base(5e5, 128, 8192, 131072) / 1e6, 1)  # Llama 3 in the paper's table 4
     131.5
@@ -371,8 +386,8 @@ def ntk_rope_base(
 
 
 def average(original: Tensor, tuned: Tensor, weight: float) -> Tensor:
-    """One tensor of the merged model, computed in fp32, in the dtype of the tuned one. Raises
-    BadInput if weight is outside 0..1."""
+    """One tensor of the merged model: computed in fp32, returned in the dtype of the tuned one.
+    Raises BadInput if weight is outside 0..1."""
     if not 0 <= weight <= 1:
         raise BadInput(f"merge weight {weight} must be between 0 and 1 (--merge_weight)")
     # [E10] merged = (1 - w) * original + w * tuned     w: --merge_weight; each tensor by itself

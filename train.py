@@ -50,9 +50,9 @@ from support.data.text import Corpus
 from support.huggingface.config import check_extendable
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
-from support.memory import choose as fit
 from support.memory import kernels
 from support.memory.activations import set_levers
+from support.memory.choose import check_resources, choose_levers
 from support.memory.machine import HERE, Machine, machine
 from support.memory.optimizer import make_optimizer
 from support.memory.table import make_plan, table
@@ -104,7 +104,7 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
         theta = recipe.ntk_rope_base(theta, config.head_dim, *lengths)
     tokens_per_step = settings.replay_len * settings.batch_sequences
     settings = fill_in(rope_base=theta, replay_steps=math.ceil(68e6 / tokens_per_step))
-    return fit.choose(config, settings, there, flags)
+    return choose_levers(config, settings, there, flags)
 
 
 # ---- 2. Samples --------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
     write_samples(settings, options.export, tokenizer, texts, impactful, learning_rate, draw)
 
 
-def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: str) -> None:
+def train(config: LlamaConfig, settings: Settings, options: RunOptions, there: Machine) -> None:
     """The whole run: everything that can be refused is refused before the weights are loaded."""
     started, run, kept = time.time(), RunFolder(options.out), as_kept(settings, options)
     if options.attention == "flash":
@@ -373,9 +373,9 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
-    model = load_pretrained(settings.model, getattr(torch, settings.dtype), device)
+    model = load_pretrained(settings.model, getattr(torch, settings.dtype), there.kind)
 
-    checks.log_run(device, settings, stages, corpus)
+    checks.log_run(there, config, settings, options, stages, corpus)
     # the original as it is trained: under the new RoPE, and with the memory options on
     model.config = config.with_rope(settings.rope_base, settings.target_len, settings.new_scaling)
     set_levers(model, settings)
@@ -384,7 +384,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, device: 
     with run.running(kept, trainer):
         run_stages(trainer, corpus, replay_corpus)
         run.write_settings(kept, status="done", **provenance(started))
-    checks.log_done(settings, options, device, time.time() - started)
+    checks.log_done(settings, options, there.kind, time.time() - started)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -395,16 +395,17 @@ def main(argv: list[str] | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         there = machine(options.plan or HERE, device, options.out)
         settings = resolve(flags | {"model": folder}, config, there)
+        checks.check_folders(settings, options)
         if options.export:
             return export(config, settings, options)
         if options.plan:
             plan = make_plan(config, settings, options, plan_stages(settings), there, flags)
             print(table(plan), flush=True)
         if not RunFolder(options.out).finished():
-            fit.check(config, settings, options, there)
+            check_resources(config, settings, options, there)
         if not options.plan:
             with only_writer(options.out):
-                train(config, settings, options, device)
+                train(config, settings, options, there)
 
 
 if __name__ == "__main__":

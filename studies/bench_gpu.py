@@ -26,15 +26,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import KVCache, Llama, LlamaConfig, generate, prefill
-from support.memory import count as budget
-from support.memory import kernels
+from support.memory import count, kernels
 from support.memory.activations import set_levers
 from support.memory.optimizer import make_optimizer
 from support.system.bad_input import BadInput
 from support.system.console import provenance, report_errors
 from train import Settings, accumulate, next_token_targets
 
-LLAMA3_8B = LlamaConfig(**vars(budget.LLAMA3_8B), max_position_embeddings=8192)
+LLAMA3_8B = LlamaConfig(**vars(count.LLAMA3_8B), max_position_embeddings=8192)
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, 1e5, tie_word_embeddings=True)
 TOY = LlamaConfig(512, 64, 128, 2, 4, 2, 16, 64)
 
@@ -142,7 +141,7 @@ class Bench:
     def attention(self, T: int) -> dict:
         """Forward and backward, by kernel."""
         c, found = self.config, {}
-        tera_flops = 2.0 * budget.attention_flops(c, T) / c.num_hidden_layers / 1e12  # forward
+        tera_flops = 2.0 * count.attention_flops(c, T) / c.num_hidden_layers / 1e12  # forward
         heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
         q, k, v = (self.random(1, n, T, c.head_dim).requires_grad_() for n in heads)
 
@@ -191,13 +190,13 @@ class Bench:
             loss = accumulate(model, batch)
         step_s = self.once(lambda: stepper.step(1e-6, 1.0))
         return {
-            **budget.speed(config, tokens, 1, total / sequences, self.device),
+            **count.speed(config, tokens, 1, total / sequences, self.device),
             "seconds_per_sequence": total / sequences,
             "optimizer_step_s": step_s,
             "loss": loss,
             **self.peaks(),
             **{f"{name}_without_optimizer_step": n for name, n in of_sequences.items()},
-            "planned": sum(budget.device_bytes(config, settings, tokens, self.device).values()),
+            "planned": sum(count.device_bytes(config, settings, tokens, self.device).values()),
         }
 
     def prefill(self, join: bool) -> dict:

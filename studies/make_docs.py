@@ -214,16 +214,17 @@ def fact(name: str) -> str:
 
 
 def verdict(lead: dict) -> str:
-    """Where LongRecipe is, compared with another row: "above" only if it is so with every seed of
-    the training, and there are two or more. One word for FACT: its spaces do not break.
+    """Where LongRecipe is, compared with another row: "above" or "below" only if that holds with
+    every seed of the training, of two or more. One word for FACT: its spaces do not break.
 
     >>> verdict({"verdict": "above", "by_seed": [0.5, 0.25]})
     'above'
     >>> verdict({"verdict": "above", "by_seed": [0.5, -0.25]})
     'not&nbsp;told&nbsp;apart&nbsp;from'
     """
-    sure = len(lead["by_seed"]) > 1 and min(lead["by_seed"]) > 0
-    if lead["verdict"] == "below" or (lead["verdict"] == "above" and sure):
+    seeds = lead["by_seed"]
+    sure = len(seeds) > 1 and (min(seeds) > 0 or max(seeds) < 0)
+    if sure and lead["verdict"] in ("above", "below"):
         return lead["verdict"]
     return "not told apart from".replace(" ", "&nbsp;")
 
@@ -239,8 +240,9 @@ def facts() -> dict[str, str]:
     known, runs = {"toy judging": FORMATS["minutes"](judging_seconds())}, STUDY.runs()
     for name in STUDY.shown():
         known[f"study found {name}"] = FORMATS["%"](mean_of(texts_of(runs[name], STUDY.target)))
-        if lead := STUDY.lead_over(name):
-            known[f"study verdict {name}"] = verdict(lead)
+        for measure, field in (("", "scores"), (", nats", "nats")):
+            if lead := STUDY.lead_over(name, field):
+                known[f"study verdict {name}{measure}"] = verdict(lead)
     boards = {
         "first": (32_768, read("first_run.json")["results"]),
         "toy": (131_072, read(TOY)),

@@ -25,8 +25,8 @@ from support.system.console import log, progress, provenance
 TABLE = ROOT / "assets" / "results" / "mutants.json"
 
 MUTANTS = [  # tag, right text (once in the file that docs/equations.md names), wrong text
-    ("E1", "1.0 / theta ** (j / head_dim)", "1.0 * theta ** (j / head_dim)"),
-    ("E1", "theta ** (j / head_dim)", "theta ** (2 * j / head_dim)"),
+    ("E1", "1.0 / theta ** (2 * j / head_dim)", "1.0 * theta ** (2 * j / head_dim)"),
+    ("E1", "theta ** (2 * j / head_dim)", "theta ** (j / head_dim)"),
     ("E1", ":, None].float() * inv_freq", ":, None].float().add(1) * inv_freq"),
     ("E1", "a * cos - b * sin", "a * cos + b * sin"),
     ("E1", "b * cos + a * sin", "b * cos - a * sin"),
@@ -122,6 +122,8 @@ MUTANTS = [  # tag, right text (once in the file that docs/equations.md names), 
     ("E29", "start - kept[-1] >=", "start - kept[0] >="),
     ("E29", "total_tokens - start >= min_tokens", "total_tokens - start > min_tokens"),
     ("E29", " and total_tokens - start >= min_tokens", ""),
+    ("E30", "student(texts - 1) * spread", "student(texts) * spread"),
+    ("E30", "spread / math.sqrt(texts)", "spread / texts"),
 ]
 
 # Lines of the training that hold no formula: each wrong text has to fail one of TRAIN_TESTS.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from common import RESULTS, ROOT, naming_no_machine, read_json, run, train_into, write_json
 from fresh_copy import environment, fresh_copy
-from tiny_study import ORIGINAL, selected
+from tiny_study import ORIGINAL, OTHERS, selected
 
 from support.system.console import log, provenance, report_errors
 
@@ -114,7 +114,7 @@ def main(argv=None) -> None:
     p.add_argument("what", choices=(*SETS, "default"))
     p.add_argument("--target", type=int, default=131_072, help="of default: the window, tokens")
     also = "of default: the same with these"
-    p.add_argument("--methods", nargs="+", choices=("none", "pose", "rpes"), default=[], help=also)
+    p.add_argument("--methods", nargs="+", choices=OTHERS, default=[], help=also)
     with report_errors(), tempfile.TemporaryDirectory() as folder:
         args = p.parse_args(argv)
         os.chdir(ROOT)

@@ -10,9 +10,9 @@ questions a text, and by its loss at the old window; a seed has texts of its own
 rows. The rows `untrained` are the tiny model under another rope_theta ("base" in their names: the
 file that holds them is older than our words).
 
---score: give your method a name in METHODS of recipe.py and its lines in sample_position_ids (or
-`git apply` a patch that does, as examples/exercises/own_method.patch). Trained on the very tokens
-of longrecipe with seed 0: two runs of train.py and an evaluation, minutes on two cores.
+--score: write your method as a function in recipe.py, with a row in its METHODS (or `git apply` a
+patch that does, such as examples/exercises/own_method.patch). It is trained on the very tokens of
+longrecipe with seed 0: two runs of train.py and an evaluation, minutes on two cores.
 """
 
 from pathlib import Path

@@ -27,6 +27,7 @@ from model import load_pretrained, load_tokenizer
 from support.data import toy
 from support.data.sources import load_tokens
 from support.data.text import Corpus, Tokens
+from support.needles.results import KEY
 from support.system.bad_input import BadInput
 
 # ---- a model folder spoilt in one way (more of them: test_checkpoint_files.py) ------------------
@@ -61,6 +62,10 @@ PAST_THE_END = len(HEADER).to_bytes(8, "little") + HEADER  # of the file
 BAD_FOLDERS = {
     "missing folder": (shutil.rmtree, "does not exist"),
     "no config": (without("config.json"), "holds no config.json"),
+    "unfinished run": (
+        lambda f: (f / "config.json").rename(f / "run.json"),
+        "but run.json: a run whose result is not complete; to go on: python train.py --resume",
+    ),
     "config no json": (holding("config.json", "{"), "not valid JSON"),
     "nested JSON": (holding("config.json", "[" * 10**5), "not valid JSON"),
     "unknown family": (configured(model_type="gpt_neox"), "model_type 'gpt_neox'"),
@@ -104,6 +109,8 @@ FILES = {
     "attribute.json": '{"needle": "{key.x} {value}"}',
     "latin/needle.jsonl": "é".encode("latin-1"),
     "deep/needle.jsonl": "[" * 10**5 + "\n{}\n",
+    "edited/needle.jsonl": f"{json.dumps(dict.fromkeys([*KEY, 'answer_logprob'], 0))}\n",
+    "cache/needle_hashes.json": "{",
     "zip.npy": b"PK\x03\x04 a .npz",
     "old/run.json": "{}",
     "zero/run.json": r'{"settings": {"model": "a\u0000b"}}',
@@ -152,6 +159,8 @@ TRAIN = [
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
     ("--resume --out {tmp}/zero", r"no file can have the path 'a\\x00b'"),
     ("--resume --out {tmp}/half", r"no file can have the path 'a\\ud800'"),
+    ("--data {tmp} --out {tmp}/x/y", "--out .*/x/y is inside .*, which is read: another --out"),
+    ("--replay_data {tmp} --export {tmp}/x", "--export .*/x is inside .*: another --export"),
     ("--out {tmp}/busy", "busy is not empty: another --out, or --resume"),
     ("--out {tmp}/latin.txt", "latin.txt is a file; a folder is needed"),
     (
@@ -190,9 +199,12 @@ EVAL = [
     ("--lengths x", "argument --lengths: invalid int value: 'x'"),
     ("--tasks niah", "argument --tasks: invalid choice: 'niah'"),
     ("--haystack {tmp}/latin.txt", "."),
+    ("--haystack {tmp}", "--out .*/out is inside .*, which is read: another --out"),
     ("--template {tmp}/nowhere.json", "."),
     ("--template {tmp}/attribute.json", "only {key} and {value} may be in braces"),
-    ("--out {tmp}/latin", "needle.jsonl is not UTF-8"),
+    ("--out {tmp}/latin", "needle.jsonl, line 1 is not a result"),
+    ("--out {tmp}/edited", "needle.jsonl, line 1 is not a result"),
+    ("--out {tmp}/cache", "needle_hashes.json is not valid JSON"),
     ("--out {tmp}/deep", "needle.jsonl, line 1 is not a result"),
     ("--compare nowhere", "nowhere does not exist"),
     ("--n 0", "--n 0 must be at least 1"),

@@ -273,7 +273,7 @@ REFUSED = [  # what the error says, what is done to the folder
     ("00.pth: the format of the model's makers", only, "config.json", "consolidated.00.pth"),
     ("an adapter of PEFT.*merge_and_unload", only, "adapter_config.json"),
     ("an adapter of PEFT", write, "adapter_config.json", {}),
-    ("-1.safetensors: the weights must be in", only, "config.json", "model-1.safetensors"),
+    ("-1.safetensors: a model folder has", only, "config.json", "model-1.safetensors"),
     ("git-lfs pointer.*git lfs pull", write, SINGLE, POINTER),
     ("config.json is a git-lfs pointer", write, "config.json", POINTER),
     ("mlp.up_proj.weight holds I8: a quantised model", cast, torch.int8),

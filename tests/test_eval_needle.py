@@ -25,7 +25,7 @@ from model import BadInput, generate, load_pretrained, load_tokenizer, save_pret
 from support.huggingface.config import yarn_scaling
 from support.memory.count import LLAMA3_8B, forward_flops, training_flops
 from support.needles.figures import draw_curves, draw_heatmap
-from support.needles.haystack import Hidden, listed, load_haystack
+from support.needles.haystack import MADE_UP, Hidden, listed, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.summary import gain, gains, summarise, versus
 
@@ -188,7 +188,7 @@ def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
             make_sample(change("niah_single", **fields), story, 900, 0.5, "0")
 
 
-@pytest.mark.parametrize("name", TASKS.keys() - {"common_words"})
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.needles])
 def test_controls_leave_out_the_needles_or_all_but_the_needle(name, haystack):
     """Without needles a prompt is as long as with them; alone, what is asked for is in a short
     text, and what is not asked for is in none."""
@@ -289,8 +289,8 @@ def test_gain_by_hand():
 
 
 def test_models_are_compared_text_by_text_on_the_same_prompts():
-    """Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for 3 texts);
-    the prompt that only one was asked counts for neither."""
+    """[E30] Differences by hand: 1, 2, 3 nats (mean 2, standard deviation 1, t = 4.303 for three
+    texts); the prompt that only one was asked counts for neither."""
     rows = [result_of("a", i, 1.0, -1.0) for i in range(4)]
     rows += [result_of("b", i, float(i > 0), -2.0 - i) for i in range(3)]
     rows += [result_of("b", 3, 1.0, -99.0, prompt="another")]
@@ -433,7 +433,7 @@ def test_the_command_writes_results_tables_and_figures(judge, toy_dir, tmp_path)
         "\nmultiquery (found, 95 % interval; n answers)\n",
         "\nneedles_8, each in turn (log-probability of an answer, nats)\n",
         "NIAH(M): the mean of multikey, multivalue and multiquery\n",
-        "\nloss (nats per token)\n",
+        "\nloss (nats per token; number of texts)\n",
         "theta   window  ",
         "key-value cache at 900 tokens: 0.00 GiB (float32)",
         "to do: 30 prompts of 25,500 tokens together",
@@ -465,7 +465,8 @@ def test_results_survive_a_stop_and_are_not_measured_again(judge, tmp_path, monk
     )
     lines, old = path.read_text().split("\n"), dict(measured[2])
     del old["answer_logprob"]  # which that version did not measure
-    path.write_text("\n".join([*lines[:2], json.dumps(old), lines[0][:40]]))
+    # the kill came in the middle of a character
+    path.write_bytes("\n".join([*lines[:2], json.dumps(old), lines[0][:40] + "é"]).encode()[:-1])
     again = judge("--lengths 300 --n 3").rows
     assert len(measured) == 3 + 4  # the third again, the fourth, and the new texts
     assert again == [*measured[:2], old, *measured[3:]] and measured[3] == measured[2]
@@ -509,21 +510,26 @@ def test_any_of_several_end_tokens_stops_an_answer(judge, haystack, toy_dir, tmp
 
 
 def test_the_grid_and_who_is_compared_come_from_the_template_and_the_run(
-    toy_dir, prose_file, tmp_path, figures
+    judge, toy_dir, prose_file, tmp_path, figures
 ):
     """All defaults: the original beside the result, from the old window to the new one, with the
-    template's n; the original gets --n_beyond texts past its window."""
-    model, window, base, result = load_pretrained(toy_dir), 256, tmp_path / "b", tmp_path / "result"
-    for folder, length in ((base, window), (result, 4 * window)):
+    template's n; the original gets --n_beyond texts past its window. Other models in its place are
+    not taken silently."""
+    model, window, result = load_pretrained(toy_dir), 256, tmp_path / "result"
+    original = tmp_path / "first"
+    for folder, length in ((original, window), (result, 4 * window)):
         model.config = model.config.with_rope(1e4, length)
         save_pretrained(model, folder, tokenizer_from=toy_dir)
-    (result / "run.json").write_text(json.dumps({"settings": {"model": str(base)}}))
+    (result / "run.json").write_text(json.dumps({"settings": {"model": str(original)}}))
     template(result, n=2, n_beyond=9)
     eval_needle.main(f"--model {result} --haystack {prose_file} --depths 0.5 --n_beyond 1".split())
     rows = map(json.loads, (result / "needle.jsonl").read_text().splitlines())
     counts = Counter((r["model"], r["length"] // window) for r in rows)
     ours = {("result", times): 2 for times in (1, 2, 4)}
     assert counts == ours | {("original", 1): 2, ("original", 2): 1, ("original", 4): 1}
+    found = judge(f"--compare {toy_dir} --lengths 300 --n_beyond 1", model=result)
+    assert list(found.report["models"]) == [toy_dir.name, "result"]
+    assert f"--compare leaves out the original, {original}, and so its row untrained" in found.err
 
 
 def test_a_small_run_later_hides_nothing_of_a_larger_one(judge, tmp_path):
@@ -609,6 +615,16 @@ def test_smollm2_finds_a_needle_inside_its_window(smollm2_dir, essays_dir):
         assert score(sample.expected, tokenizer.decode(answer)) == 1
 
 
+def test_made_up_keys_that_the_haystack_holds_are_made_up_again(haystack):
+    task, row_seed = change("niah_single", keys="letters"), "0/niah_single/300/0"
+    word = MADE_UP["letters"](random.Random(row_seed))
+    text = Haystack(PROSE.replace("Nobody", word), haystack.tokenizer)
+    asked = re.findall(
+        "for ([A-Z]+) that", text_of(text, make_sample(task, text, 300, 0, row_seed))
+    )
+    assert [len(key) for key in asked] == [5] and asked != [word]
+
+
 # ---- templates, and what is refused ------------------------------------------------------------
 
 
@@ -681,6 +697,13 @@ BAD = [  # flags (more of them are in test_bad_input.py), or the fields of a tem
     ({"values": ["zyx"], "needles": 2, "task": "multiquery"}, "holds all but 1 of the needles'"),
     ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "has 2 needles, but only 1 keys"),
     ({"values": ["zyx"], "haystack": "needles"}, "takes more values than those of the needles"),
+    ({"keys": ["Anna"], "task": "multikey_hard"}, "has 1 needles, but only 1 keys"),
+    ({"values": ["zyx", "for"]}, "value 'for' occurs in its own wording or keys"),
+    ({"values": ["lim", "zyx"], "task": "multikey_hard"}, "value 'lim' occurs in"),
+    ({"task": "multivalue", "ask": "each"}, "ask 'each' is for needles with a key of their own"),
+    ({"task": "variable_tracking", "ask": "each"}, "is for needles with a key of their own"),
+    ({"task": "variable_tracking", "needle": "{value}"}, "needle must hold {key} and {value}"),
+    ({"task": "common_words", "needles": 3}, "hides no needles, found: needles 3"),
     ({"task": "sing"}, "task 'sing' is none of"),
     ({"ask": "none"}, "ask 'none' is none of first, each, all"),
 ]
@@ -773,7 +796,7 @@ def test_the_heatmap_can_be_read(heatmap):
     assert first_lines == ["base", "a/very/long/folder", "in quite a few"]
     assert [len(a.lines) for a in axes] == [1, 0, 0]
     assert "dashed line: end of the trained window" in figure.get_supxlabel()
-    assert "n = 4 per cell" in axes[0].get_title()
+    assert "n = 4 answers a cell" in axes[0].get_title()
     cells = {t.get_position(): t.get_text() for t in axes[0].texts}
     assert cells == {(x, y): mean for x in (0, 1) for y, mean in enumerate(("0%", "50%", "100%"))}
     for step in range(11):

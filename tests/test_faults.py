@@ -122,24 +122,40 @@ def test_killed_before_the_first_file_is_whole(place, whole):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"),
-    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    ("name", "code", "word"),
+    [
+        ("SIGTERM", 143, "terminated"),
+        ("SIGINT", 130, "interrupted"),
+        ("SIGHUP", 143, "terminated"),
+    ],
 )
-def test_a_signal_amid_a_save_lets_it_end(number, code, word, place, whole):
+def test_a_signal_amid_a_save_lets_it_end(name, code, word, place, whole):
     """The third save is being written: it becomes complete, and the last line tells of it."""
-    found, log = finish(place, flags(word), (f"{word}/state.pt.writing", 3, number))
+    event = (f"{name}/state.pt.writing", 3, getattr(signal, name))
+    found, log = finish(place, flags(name), event)
     assert found == code and "Traceback" not in log
-    told = rf"{word}; saved up to step (\d) in {word}/state.pt; to go on: python train.py --resume"
+    told = rf"{word}; saved up to step (\d) in {name}/state.pt; to go on: python train.py --resume"
     step = int(re.match(told, log.splitlines()[-1])[1])
-    state = torch.load(place / word / "state.pt", weights_only=True)
-    assert state["step"] == step and not list((place / word).glob("*.writing"))
-    go_on(place, word, whole)
+    state = torch.load(place / name / "state.pt", weights_only=True)
+    assert state["step"] == step and not list((place / name).glob("*.writing"))
+    go_on(place, name, whole)
+
+
+NO_SAVE_OF_ITS_OWN = "--save_minutes 60 --probe_steps 0 --select random".split()
+
+
+def test_the_end_of_what_reads_the_log_costs_no_step(toy_dir, prose_file, tmp_path):
+    """`python train.py 2>&1 | tee log`, and tee is killed in the fourth step."""
+    argv = flags(tmp_path / "out", *NO_SAVE_OF_ITS_OWN, model=toy_dir, data=prose_file)
+    with mock.patch("os.dup2"):  # it would silence pytest
+        assert run_stopped(argv, 3, BrokenPipeError) == 1
+    assert RunFolder(tmp_path / "out").load()["step"] == 3
 
 
 def test_a_second_ctrl_c_does_not_cost_the_save(toy_dir, prose_file, tmp_path, capsys):
     """The first in the fourth step; the second as the save for it begins."""
-    more = "--save_minutes 60 --probe_steps 0 --select random".split()  # no save of its own
-    argv, save = flags(tmp_path / "out", *more, model=toy_dir, data=prose_file), train.Trainer.save
+    argv = flags(tmp_path / "out", *NO_SAVE_OF_ITS_OWN, model=toy_dir, data=prose_file)
+    save = train.Trainer.save
 
     def stopped_save(trainer):
         signal.raise_signal(signal.SIGINT)

@@ -264,6 +264,7 @@ def test_the_plan_needs_config_json_only_and_compares_with_full_length(llama3, t
     rows = {line.split()[0]: line.split() for line in lines if line}  # the last "sum"
     hours = {k: float(rows[k][-1]) for k in ("probe", "extend", "replay", "merge", "saves", "sum")}
     total = hours.pop("sum")
+    assert f"about {total:.0f} hours, at 501 TFLOP/s executed" in "\n".join(lines)
     assert 16 < total < 40 and abs(sum(hours.values()) - total) < 0.1
     assert rows["replay"][1] == "87"  # 68M tokens
     said = {line[:48].strip(): line[48:].split() for line in lines}
@@ -272,7 +273,9 @@ def test_the_plan_needs_config_json_only_and_compares_with_full_length(llama3, t
     a, b, less = said["hours: all, with merge and saves *"]
     assert a == rows["sum"][-1]
     assert float(less.rstrip("%")) == pytest.approx(100 - 100 * float(a) / float(b), abs=0.5)
-    assert lines[-1].endswith("split_mlp True; fits")
+    assert lines[0].endswith("; fits") and lines[-1].endswith("split_mlp True; fits")
+    told = plan.expected_s(*make_plans.planned(llama3, "--plan H100")[:5]) / 3600
+    assert told == pytest.approx(total - hours["merge"] - hours["saves"], rel=0.01)
 
 
 def test_the_kept_plan_is_the_one_made_now_from_a_clean_tree_and_adds_up():
@@ -350,14 +353,14 @@ def test_the_fastest_combination_that_fits_is_chosen(
     refusal = "does not fit, with --optimizer adamw: GPU memory: 1"
     short = "--optimizer adamw " in flags
     with pytest.raises(BadInput, match=refusal) if short else contextlib.nullcontext():
-        fit.check(config, settings, options, there)
+        fit.check_resources(config, settings, options, there)
 
 
-def test_the_help_tells_what_no_saves_spares(llama3, capsys, monkeypatch):
+def test_the_help_tells_what_a_saved_state_takes(llama3, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    said = re.search(r"saves (\d+) to (\d+) bytes of disk per parameter", capsys.readouterr().out)
+    said = re.search(r"takes (\d+) to (\d+) bytes of disk per parameter", capsys.readouterr().out)
     config, settings, options, *_ = planned(llama3, "")
     sizes, N = [], sum(budget.parameters(config))
     for optimizer, dtype in itertools.product(NAMES, DTYPES):

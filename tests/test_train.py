@@ -26,7 +26,7 @@ from support.data.toy import TINY
 from support.memory.activations import LayerInputsOnHost, keep_attention
 from support.memory.count import matmul_parameters, training_flops
 from support.memory.optimizer import MasterAdamW
-from support.runs.flags import as_kept, base_of_run, settings_of
+from support.runs.flags import as_kept, original_of_run, settings_of
 from support.runs.settings import TOY
 from support.system.ahead import made_ahead
 
@@ -136,9 +136,9 @@ def code_of(argv: list[str]) -> int:
     return stop.value.code
 
 
-def run_stopped(argv: list[str], after: int) -> int:
-    """Run train.py and press Ctrl-C in the step after so many: its exit code."""
-    with watched(train, "accumulate", [mock.DEFAULT] * after + [KeyboardInterrupt]):
+def run_stopped(argv: list[str], after: int, by=KeyboardInterrupt) -> int:
+    """Run train.py and press Ctrl-C (or raise `by`) in the step after so many: its exit code."""
+    with watched(train, "accumulate", [mock.DEFAULT] * after + [by]):
         return code_of(argv)
 
 
@@ -419,7 +419,8 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     assert model_bytes(tmp_path / "a") == model_bytes(finished)  # the probe's two steps included
     err = capsys.readouterr().err
     assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
-    assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64" in err
+    assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64\nthe whole run may take" in err
+    assert "\n  recipe: method=longrecipe select=impact prefix=False" in err
     assert re.search(r"100%.*<00:00.*tok/s", err)  # the progress line has rate and ETA
     hint = f"next: python eval_needle.py --model {tmp_path / 'a'}"
     assert f"{hint} --lengths 512 --n 1\n" in err  # small, for a CPU
@@ -541,4 +542,4 @@ def test_the_toy_runs_through_all_stages(tmp_path, capsys, monkeypatch):
     log = capsys.readouterr().err
     assert "toy model; for a real one: --model DIR" in log
     assert f"next: python eval_needle.py --model {out}\n" in log
-    assert (out / "needle.json").is_file() and base_of_run(out) == [TOY["model"]]
+    assert (out / "needle.json").is_file() and original_of_run(out) == [TOY["model"]]

@@ -87,6 +87,14 @@ def find_files(paths: list[str], say: bool = False) -> list[Path]:
     return files
 
 
+def check_outside(flag: str, folder: str, paths: Iterable[str]) -> None:
+    """BadInput if a folder that is written is inside one that is read: the next time its files
+    would be taken for texts, and a run could not be resumed."""
+    for path in paths:
+        if Path(path).is_dir() and Path(folder).resolve().is_relative_to(Path(path).resolve()):
+            raise BadInput(f"{flag} {folder} is inside {path}, which is read: another {flag}")
+
+
 def way_out(file: Path) -> str:
     if file.suffix.lower() in (*ARCHIVES, *PACKED):
         return "unpack it first"

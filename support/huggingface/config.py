@@ -31,14 +31,15 @@ YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_
 CONVERT = "Convert it: AutoModelForCausalLM.from_pretrained(DIR{}).save_pretrained(DIR)"
 # Formats that are not supported, by the name of a file: what the format is, and what to do.
 OTHER_FORMATS = {
+    "run.json": "a run whose result is not complete; to go on: python train.py --resume --out DIR",
     "adapter_config.json": "an adapter of PEFT, which only changes another model: merge it into"
     " that model (merge_and_unload) and save the result",
     "pytorch_model*.bin": "only safetensors are read. " + CONVERT.format(""),
     "*.gguf": "GGUF is not read. " + CONVERT.format(", gguf_file=NAME"),
     "consolidated*": "the format of the model's makers is not read; the same model is published"
     " as a Hugging Face folder, too",
-    "*.safetensors": "the weights must be in model.safetensors, or in files that"
-    " model.safetensors.index.json names",
+    "*.safetensors": "a model folder has a config.json, and its weights in model.safetensors, or in"
+    " files that model.safetensors.index.json names",
 }
 NUMBER = (int, float)
 

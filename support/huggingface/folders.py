@@ -10,14 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.huggingface import checkpoint as checkpoint_files
+from support.huggingface import checkpoint
 from support.huggingface import config as config_files
 from support.huggingface.config import read_json
-from support.huggingface.tokenizer import load_tokenizer
-from support.system import whole_files as atomic
 from support.system.bad_input import BadInput
-
-__all__ = ["fill", "load_tokenizer", "merge", "read_config", "save", "write"]
+from support.system.whole_files import write_folder
 
 EDITED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -26,7 +23,7 @@ TOKENIZER_FILES = (
     *("merges.txt", "chat_template.jinja", "chat_template.json", "needle.json"),
 )
 # What a save may replace. A folder that holds anything else is not touched.
-OURS = ("config.json", "model*.safetensors", checkpoint_files.INDEX, *TOKENIZER_FILES)
+OURS = ("config.json", "model*.safetensors", checkpoint.INDEX, *TOKENIZER_FILES)
 # What extension changes in a config: a merged model has it from the tuned one.
 OF_THE_TUNED = {"raw", "rope_theta", "rope_scaling", "max_position_embeddings"}
 # Other names for the window in the small files; some engines take the smallest of all of them.
@@ -39,7 +36,7 @@ WINDOWS = """model_max_length tokenizer_model_max_length max_len max_seq_len max
 def read_config(path: str | Path) -> dict:
     """The fields of LlamaConfig. BadInput names what cannot be honoured."""
     fields = config_files.read_config(path)
-    if fields["tie_word_embeddings"] and checkpoint_files.has_own_head(Path(path)):
+    if fields["tie_word_embeddings"] and checkpoint.has_own_head(Path(path)):
         fields["tie_word_embeddings"] = False
     return fields
 
@@ -51,7 +48,7 @@ def fill(
     after a check of all names; see load_pretrained."""
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = checkpoint_files.find_tensors(Path(path), model.config.tie_word_embeddings)
+    found = checkpoint.find_tensors(Path(path), model.config.tie_word_embeddings)
     missing, extra = (sorted(a.keys() - b.keys()) for a, b in ((shapes, found), (found, shapes)))
     if missing or extra:
         raise BadInput(
@@ -59,7 +56,7 @@ def fill(
             f" extra {extra[:5] or 'none'}"
         )
     state = {}
-    for name, tensor in checkpoint_files.iter_tensors(found):
+    for name, tensor in checkpoint.iter_tensors(found):
         if (shape := tuple(tensor.shape)) != shapes[name]:
             differs = f"has shape {shape}, config.json says {shapes[name]}"
             raise BadInput(f"{path}: tensor {name} {differs}")
@@ -94,15 +91,15 @@ def merge(
         if original[field] != tuned[field]:
             raise BadInput(f"cannot merge: {field} is {original[field]} and {tuned[field]}")
     tied = tuned["tie_word_embeddings"]
-    found, found_tuned = (checkpoint_files.find_tensors(d, tied) for d in (original_dir, tuned_dir))
+    found, found_tuned = (checkpoint.find_tensors(d, tied) for d in (original_dir, tuned_dir))
     for name in sorted(found.keys() ^ found_tuned.keys()):
         dirs = (original_dir, tuned_dir)
         has, lacks = dirs if name in found else reversed(dirs)
         raise BadInput(f"{lacks} lacks tensor {name}, which {has} has")
 
     def averages() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, b in checkpoint_files.iter_tensors(found_tuned):
-            a = checkpoint_files.read_tensor(found, name)
+        for name, b in checkpoint.iter_tensors(found_tuned):
+            a = checkpoint.read_tensor(found, name)
             if a.shape != b.shape:
                 shapes = f"{tuple(a.shape)} in {original_dir}, {tuple(b.shape)} in {tuned_dir}"
                 raise BadInput(f"cannot merge: {name} is {shapes}")
@@ -124,9 +121,9 @@ def write(
     for name, token_id in special_ids(source).items():  # if the config names none
         if config.get(name) is None:
             config[name] = token_id
-    with atomic.write_folder(path, replaces=OURS) as folder:
+    with write_folder(path, replaces=OURS) as folder:
         write_json(folder / "config.json", config)
-        checkpoint_files.write_tensors(folder, tensors)
+        checkpoint.write_tensors(folder, tensors)
         for name in TOKENIZER_FILES:
             if not (source / name).is_file():
                 continue

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from support.huggingface.config import read_json
 from support.system.whole_files import write_atomically
 
 
@@ -15,7 +16,7 @@ class Hashes:
 
     def __init__(self, file: Path | None = None):
         self.file = file
-        self.known = json.loads(file.read_text()) if file and file.is_file() else {}
+        self.known = read_json(file) if file and file.is_file() else {}
 
     def of_model(self, folder: str | Path) -> str:
         """Over config.json and all safetensors files of a folder; 12 hexadecimal digits."""

@@ -5,7 +5,7 @@ import importlib.util
 import itertools
 from dataclasses import replace
 
-from support.memory import count as budget
+from support.memory import count
 from support.memory.machine import Machine
 from support.memory.optimizer import NAMES, NEEDS_TORCHAO
 from support.system.bad_input import BadInput
@@ -18,8 +18,8 @@ HOST_EXTRA = {"cuda": 3e9, "cpu": 0.0}  # Python, libraries, one tensor on its w
 def needs(config, settings, kind: str) -> tuple[dict[str, float], dict[str, float]]:
     """(bytes by part on the device, on the host); kind: "cuda" or "cpu"."""
     tokens, extra = max(settings.train_len, settings.replay_len), "libraries, workspaces"
-    device = budget.device_bytes(config, settings, tokens, kind) | {extra: DEVICE_EXTRA[kind]}
-    return device, budget.host_bytes(config, settings, tokens) | {extra: HOST_EXTRA[kind]}
+    device = count.device_bytes(config, settings, tokens, kind) | {extra: DEVICE_EXTRA[kind]}
+    return device, count.host_bytes(config, settings, tokens) | {extra: HOST_EXTRA[kind]}
 
 
 def totals(config, settings, there: Machine) -> tuple[float, float]:
@@ -32,7 +32,7 @@ def has_torchao() -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
-def choose(config, settings, there: Machine, given: dict):
+def choose_levers(config, settings, there: Machine, given: dict):
     """The settings with the levers chosen where `given` (name -> value) does not have them: the
     first combination that fits, or the one that needs least of the device.
 
@@ -71,13 +71,13 @@ def size(n: float) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
-def check(config, settings, options, there: Machine) -> None:
+def check_resources(config, settings, options, there: Machine) -> None:
     """Raises BadInput if memory or disk does not suffice."""
     if settings.optimizer == "adamw-8bit" and there.here and not has_torchao():
         raise BadInput(NEEDS_TORCHAO)
     short = shortage(config, settings, there)
     advice = "shorter samples (--train_len) or another --optimizer may need less"
-    disk = sum(budget.disk_bytes(config, settings, options).values())
+    disk = sum(count.disk_bytes(config, settings, options).values())
     if not short and there.here and disk > there.disk:
         short = f"disk for --out {options.out}: {size(disk)} needed, {size(there.disk)} free"
         advice = "another --out may have it"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from support.memory import count as budget
+from support.memory import count
 
 OF_A_RUN = ("state.pt*", "*extended*/*", "*replayed*/*", "*merged*/*")  # in --out: counted as free
-HERE = "here"  # this machine, not a GPU of budget.GPUS
+HERE = "here"  # this machine, not a GPU of count.GPUS
 # A training step of an 8B on an H200 (studies/bench_gpu.py). An H100 has the same peak.
 MEASURED = Path(__file__).resolve().parents[2] / "assets" / "results" / "gpu.json"
 MEASURED_STEP, MEASURED_ON = "step adamw-host keep offload", ("H100", "H200")
@@ -39,9 +39,9 @@ class Machine:
 
 
 def machine(name: str, device: str, out: str) -> Machine:
-    """This machine (HERE), or one with a GPU of budget.GPUS."""
+    """This machine (HERE), or one with a GPU of count.GPUS."""
     if name != HERE:
-        return Machine(name, "cuda", budget.GPUS[name][1], None, None)
+        return Machine(name, "cuda", count.GPUS[name][1], None, None)
     stat = os.statvfs(nearest_folder(out))
     ours = (f for name in OF_A_RUN for f in Path(out).glob(name) if f.is_file())
     disk = stat.f_bavail * stat.f_frsize + sum(file.stat().st_size for file in ours)
@@ -87,7 +87,7 @@ def host_step_s(there: Machine, parameters: int, w: int) -> float:
     """Seconds of an optimizer step of adamw-host: measured for an 8B and in proportion to the
     parameters, or else from the bytes that move. w: bytes of a weight."""
     if step := measured_step(there):
-        of_8b = sum(budget.parameters(budget.LLAMA3_8B))
+        of_8b = sum(count.parameters(count.LLAMA3_8B))
         return step["optimizer_step_s"] * parameters / of_8b
     # weights, m, v, gradient read, three written; gradient and weight over the link
     return parameters * (28 / HOST_BYTES_PER_S + (4 + w) / LINK_BYTES_PER_S)
@@ -98,10 +98,10 @@ def training_rate(there: Machine, dtype: torch.dtype) -> tuple[float, str]:
     8B; another GPU of the table: assumed; else a matrix product is timed."""
     if step := measured_step(there):
         tokens = step["tokens"]
-        flops = budget.executed_flops(budget.LLAMA3_8B, tokens, keep_attention=True)
+        flops = count.executed_flops(count.LLAMA3_8B, tokens, keep_attention=True)
         source = f"measured: Llama-3-8B, {tokens:,} tokens, {step['about']['hardware']}"
         return flops / step["seconds_per_sequence"], source
-    if peak := budget.peak_flops(there.name):
+    if peak := count.peak_flops(there.name):
         return GPU_SHARE * peak, f"assumed: {GPU_SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s"
     n, best = 1024 if there.kind == "cpu" else 8192, float("inf")
     a = torch.randn(n, n, dtype=dtype, device=there.kind)

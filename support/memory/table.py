@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import torch
 
-from support.memory import choose as fit
-from support.memory import count as budget
+from support.memory import count
+from support.memory.choose import choose_levers, needs, shortage
 from support.memory.machine import Machine, disk_rate, host_step_s, training_rate
+from support.system.console import duration
 
 LEVERS = ("optimizer", "keep_attention", "offload_inputs", "split_mlp")
 CONVENTIONS = {  # FLOPs of a sample of t tokens, forward and backward
-    "model FLOPs, causal attention, nothing twice": budget.training_flops,
-    "FLOPs executed, attention computed twice": lambda c, t: budget.executed_flops(c, t, False),
-    "FLOPs executed, attention kept": lambda c, t: budget.executed_flops(c, t, True),
-    "model FLOPs, attention without its causal half": budget.noncausal_flops,
+    "model FLOPs, causal attention, nothing twice": count.training_flops,
+    "FLOPs executed, attention computed twice": lambda c, t: count.executed_flops(c, t, False),
+    "FLOPs executed, attention kept": lambda c, t: count.executed_flops(c, t, True),
+    "model FLOPs, attention without its causal half": count.noncausal_flops,
 }
 
 
@@ -25,13 +26,13 @@ def make_plan(config, settings, options, stages, there: Machine, given: dict) ->
     those of --method full with the same steps, samples and replay, but with levers of its own where
     `given` (name -> value) does not have them."""
     full = replace(settings, method="full", train_len=settings.target_len)
-    full = fit.choose(config, full, there, given)
+    full = choose_levers(config, full, there, given)
     long = [s if s.name == "replay" else replace(s, tokens=full.train_len) for s in stages]
     rate, rate_from = training_rate(there, getattr(torch, settings.dtype))
     disk, disk_from = disk_rate(there, options.out)
     lengths = (settings.train_len, settings.target_len)
     return {
-        "parameters": sum(budget.parameters(config)),
+        "parameters": sum(count.parameters(config)),
         "dtype": settings.dtype,
         "machine": there.name,
         "there": {"device": there.device, "host": there.host, "disk": there.disk},
@@ -47,16 +48,16 @@ def make_plan(config, settings, options, stages, there: Machine, given: dict) ->
 
 def flops_of(config, settings, tokens: int) -> float:
     """FLOPs executed for a sample."""
-    return budget.executed_flops(config, tokens, settings.keep_attention, settings.split_mlp)
+    return count.executed_flops(config, tokens, settings.keep_attention, settings.split_mlp)
 
 
 def of_run(config, settings, options, stages, there: Machine, rate: float, disk: float) -> dict:
     """Bytes, seconds and levers of a run; shortage: None if it fits. rate: FLOP/s, disk: bytes a
     second."""
-    device, host = fit.needs(config, settings, there.kind)
-    on_disk = budget.disk_bytes(config, settings, options)
+    device, host = needs(config, settings, there.kind)
+    on_disk = count.disk_bytes(config, settings, options)
     state, B = on_disk["training state"], settings.batch_sequences
-    N, w = sum(budget.parameters(config)), budget.weight_bytes(settings)
+    N, w = sum(count.parameters(config)), count.weight_bytes(settings)
     step_s = host_step_s(there, N, w) if settings.optimizer == "adamw-host" else 0.0
     rows = {}
 
@@ -70,7 +71,7 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
         row(s.name, s.steps * (B * flops / rate + step_s), s.steps, s.steps * B, s.tokens, flops)
         if s.name == "probe" and settings.analyses:
             # H' and H, forward only
-            n, flops = settings.analysis_samples, 2 * budget.training_flops(config, s.tokens) / 3
+            n, flops = settings.analysis_samples, 2 * count.training_flops(config, s.tokens) / 3
             row("analysis", n * flops / rate, 0, n, s.tokens, flops)
     steps, trained_s = (sum(r[k] for r in rows.values()) for k in ("steps", "seconds"))
     saves = int(min(steps, trained_s // (60 * max(options.save_minutes, 1e-3)))) if state else 0
@@ -79,11 +80,17 @@ def of_run(config, settings, options, stages, there: Machine, rate: float, disk:
     return {
         "levers": {k: getattr(settings, k) for k in LEVERS},
         "bytes": {"device": device, "host": host, "disk": on_disk},
-        "shortage": fit.shortage(config, settings, there),
+        "shortage": shortage(config, settings, there),
         "stages": rows,
         "seconds": sum(r["seconds"] for r in rows.values()),
         "save_s": state / disk,
     }
+
+
+def expected_s(config, settings, options, stages, there: Machine) -> float:
+    """Seconds of a run but for merge and saves: the disk is not timed."""
+    rate, _ = training_rate(there, getattr(torch, settings.dtype))
+    return of_run(config, settings, options, stages, there, rate, float("inf"))["seconds"]
 
 
 def extension_s(stages: dict) -> float:
@@ -104,7 +111,7 @@ def table(plan: dict) -> str:
     cells["available"] = [there[column] for column in sizes]
     lines = [
         f"plan: {plan['parameters']:,} parameters, {plan['dtype']}, on {plan['machine']};"
-        f" {in_words(plan['levers'])}",
+        f" {in_words(plan)}",
         "",
         f"{'GB (1e9 bytes)':32}{'device':>10}{'host':>10}{'disk':>10}",
     ]
@@ -117,11 +124,13 @@ def table(plan: dict) -> str:
     header = f"{'stage':10}{'steps':>8}{'samples':>9}{'tokens':>9}{'FLOPs each':>12}{'hours':>9}"
     lines += ["", header]
     for name, r in plan["stages"].items():
-        numbers = f"{r['steps']:>8,}{r['sequences']:>9,}{r['tokens']:>9,}{r['flops']:>12.2e}"
+        numbers = f"{r['steps']:>8,}{r['sequences']:>9,}{r['tokens']:>9,}"
+        numbers += f"{r['flops']:>12.2e}" if r["flops"] else f"{'':12}"
         lines.append(f"{name:10}{numbers}{short(r['seconds'] / 3600):>9}")
     lines += [
         f"{'sum':48}{short(plan['seconds'] / 3600):>9}",
-        f"at {rate['flops_per_s'] / 1e12:.3g} TFLOP/s executed, {rate['from']};"
+        f"{duration(plan['seconds'])}, at {rate['flops_per_s'] / 1e12:.3g} TFLOP/s executed,"
+        f" {rate['from']};"
         f" a save: {plan['save_s'] / 60:.2g} minutes at {disk['bytes_per_s'] / 1e9:.2g} GB/s,"
         f" {disk['from']}",
         "",
@@ -145,24 +154,27 @@ def against_full_length(plan: dict) -> list[str]:
     def line(name: str, a: float, b: float, form=short) -> str:
         return f"{name:48}{form(a):>10}{form(b):>10}{1 - a / b:>8.1%}"
 
-    fits = f"does not fit: {full['shortage']}" if full["shortage"] else "fits"
     return [
         f"{'one sample, forward and backward':48}{short_len:>10,}{full_len:>10,}{'less':>8}",
         *(line(name, *pair, "{:.2e}".format) for name, pair in plan["one_sample"].items()),
         *(line(name, *pair) for name, pair in pairs.items()),
-        f"* {full_len:,}: --method full with the same steps and samples, and levers of its own:",
-        f"  {in_words(full['levers'])}; {fits}",
+        f"* {full_len:,}: another run, --method full with as many samples and levers of its own:",
+        f"  {in_words(full)}",
     ]
 
 
-def in_words(levers: dict) -> str:
-    return ", ".join(f"{k} {v}" for k, v in levers.items())
+def in_words(run: dict) -> str:
+    """The levers of a run, and whether it fits into memory."""
+    levers = ", ".join(f"{k} {v}" for k, v in run["levers"].items())
+    return levers + (f"; does not fit: {run['shortage']}" if run["shortage"] else "; fits")
 
 
 def short(x: float) -> str:
     """Three significant digits, but no fewer than are before the point.
 
-    >>> short(12345.6), short(12.345), short(0.0123456)
-    ('12,346', '12.3', '0.0123')
+    >>> short(12345.6), short(12.345), short(0.0123456), short(0.0000685)
+    ('12,346', '12.3', '0.0123', '0.0001')
     """
+    if x < 0.001:
+        return f"{x:.4f}"
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

@@ -6,7 +6,7 @@ import torch
 
 from support.memory.count import forward_flops
 from support.memory.kernels import in_words
-from support.system.console import log
+from support.system.console import duration, log
 
 DECODE = 16  # a generated token costs about as much time as so many of a prompt, on a CPU
 
@@ -61,6 +61,5 @@ def tell_time(work: float, config, prefill, longest: int) -> None:
         prefill(ids)
         seconds, read, tokens = time.monotonic() - started, tokens, 2 * tokens
     speed = forward_flops(config, 0, read) / seconds
-    minutes = work / speed / 60
-    time_left = f"about {minutes:,.0f} minutes" if minutes > 1 else "less than a minute"
-    log(f"{read:,} tokens are read at {speed / 1e9:,.0f} GFLOP/s, so all may take {time_left}")
+    so = f"so all may take {duration(work / speed)}"
+    log(f"{read:,} tokens are read at {speed / 1e9:,.0f} GFLOP/s, {so}")

@@ -50,7 +50,8 @@ def draw_heatmap(
         axis.set_xticks(range(len(lengths)), [f"{n / 1024:.3g}k" for n in lengths], fontsize=8)
         title = textwrap.fill(label, int(14 * width / 1.6))
         each = "-".join(map(str, sorted({e["n"] for e in own})))
-        axis.set_title(f"{title}\ntrained to {window / 1024:.3g}k, n = {each} per cell", fontsize=8)
+        about = f"trained to {window / 1024:.3g}k\nn = {each} answers a cell"
+        axis.set_title(f"{title}\n{about}", fontsize=8)
     ticks = [f"{round(100 * d, 1):g}%" for d in depths]
     if parts:
         ticks = [f"{d - 0.5 / parts:.0%} to {d + 0.5 / parts:.0%}" for d in depths]
@@ -82,7 +83,7 @@ def draw_curves(path: Path, results: list[dict], task: str) -> None:
         if hits:
             x = [(eighth + 0.5) / 8 * longest / 1024 for eighth in hits]
             y = [np.mean(found) for found in hits.values()]
-            named = f"{label}, n = {sum(map(len, hits.values()))} needles in all"
+            named = f"{label}, n = {sum(map(len, hits.values()))} answers in all"
             (line,) = axes[0].plot(x, y, "o-", markersize=3, label=named, linewidth=width)
             ends = [wilson(sum(found), len(found)) for found in hits.values()]
             axes[0].vlines(x, *zip(*ends, strict=True), color=line.get_color(), alpha=0.4)

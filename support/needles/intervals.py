@@ -70,8 +70,8 @@ def student(freedom: int) -> float:
 def paired(differences: list[float]) -> dict:
     """Mean of the differences between two models, one for each text that both were asked about,
     and its 95 % interval (Student's t); what that says ("above", "below" or "not told apart"), and
-    how many texts would tell a difference of that size (None: 10,000 would not, or one text is too
-    few to say).
+    how many texts would tell a difference of that size, in about one case of two (None: 10,000
+    would not, or one text is too few to say).
 
     >>> paired([1.0, 2.0, 3.0, 2.0])["verdict"], paired([1.0, -2.0, 3.0, 2.0])["verdict"]
     ('above', 'not told apart')
@@ -82,6 +82,8 @@ def paired(differences: list[float]) -> dict:
         return found | {"texts_needed": None}
     spread = statistics.stdev(differences)
 
+    # [E30] mean +- t(n - 1) s / sqrt(n)   n texts, s the standard deviation of their differences,
+    #       t(n - 1) the 97.5 % quantile of Student's t with n - 1 degrees of freedom
     def half(texts: int) -> float:  # of the interval
         return student(texts - 1) * spread / math.sqrt(texts)
 

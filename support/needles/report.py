@@ -20,7 +20,7 @@ NEEDLE_BLOCKS = {  # heading -> the cell of an entry
     "[{interval_95[0]:.0%},{interval_95[1]:.0%}] n={n}",
     "log-probability of an answer, nats": "{nats:.2f}",
 }
-LOSS_BLOCKS = {"nats per token": "{mean:.3f} (n={n})"}
+LOSS_BLOCKS = {"nats per token; number of texts": "{mean:.3f} ({n})"}
 
 
 def print_table(table: list[dict], tasks: dict, candidates: list) -> None:
@@ -119,7 +119,7 @@ def write_report(
         "gains": gains(needles, own, NO_NEEDLES, NEEDLE_ALONE),
         "overall": summarise(needles, ("model", "task")),
         "cells": cells,
-        "seconds_of_all_rows": round(sum(r["seconds"] for r in results), 1),
+        "seconds_of_all_results": round(sum(r["seconds"] for r in results), 1),
         **provenance(started),
     }
     print_table(summary["table"], tasks, candidates)

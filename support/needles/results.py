@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.huggingface.hashes import Hashes
-from support.system.bad_input import BadInput, read_text
+from support.system.bad_input import BadInput
 from support.system.console import log, telling
 from support.system.whole_files import check_unlocked, only_writer, write_atomically
 
 KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
+KINDS = dict.fromkeys(("depth", "true_depth", "score", "seconds"), (int, float))
+KINDS |= {"length": int, "seed": int, "expected": list}
+OF_LOSS, OF_ANSWER = {"loss_by_1024": list}, {"answer_logprob": (int, float), "output": str}
 NOT_A_RESULT = (ValueError, KeyError, TypeError, RecursionError)  # what reading another line raises
 
 
@@ -27,9 +30,11 @@ class Results:
         check_unlocked(folder)  # do not repair a line that another process is writing
         self.path, self.known = folder / "needle.jsonl", {}
         self.hashes = Hashes(folder / "needle_hashes.json")
-        text = read_text(self.path) if self.path.is_file() else ""
+        data = self.path.read_bytes() if self.path.is_file() else b""
         # not splitlines(): an answer may hold U+2028
-        *lines, last = text.split("\n")
+        lines = data.split(b"\n")
+        # of a result even a part begins so; anything else is not ours to cut off
+        last = lines.pop() if lines[-1][:1] in (b"", b"{") else b""
         for i, line in enumerate(lines, 1):
             try:
                 self.remember(json.loads(line))
@@ -37,21 +42,25 @@ class Results:
                 raise BadInput(
                     f"{self.path}, line {i} is not a result of this program; move the file away"
                 ) from None
-        if last:  # cut off by a kill; or whole, and only its line end is missing
-            kept = text.removesuffix(last)
+        if last:  # cut off by a kill or a full disk; or whole, and only its line end is missing
+            kept = data.removesuffix(last)
             with contextlib.suppress(*NOT_A_RESULT):
                 self.remember(json.loads(last))
-                kept = text + "\n"
-            write_atomically(self.path, kept)
+                kept = data + b"\n"
+            write_atomically(self.path, kept.decode())
 
     @staticmethod
     def key(result: dict) -> tuple:
         return tuple(result[k] for k in KEY)
 
     def remember(self, result: dict) -> None:
-        """A result without nats, by an older version, is measured again."""
-        key = self.key(result)
-        if result["task"] == "loss" or "answer_logprob" in result:
+        """A result without nats, by an older version, is measured again. One of NOT_A_RESULT for a
+        line whose fields are not those that `measure` writes."""
+        key, is_loss = self.key(result), result["task"] == "loss"
+        if is_loss or "answer_logprob" in result:
+            for name, kind in (KINDS | (OF_LOSS if is_loss else OF_ANSWER)).items():
+                if not isinstance(result[name], kind):
+                    raise TypeError(f"{name} is {result[name]!r}")
             self.known[key] = result
 
     def find(self, asked: dict) -> dict | None:

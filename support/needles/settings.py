@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
+from support.data.text import check_outside
 from support.huggingface.hashes import Hashes
 from support.huggingface.hub import local_folder
 from support.huggingface.tokenizer import load_tokenizer
 from support.needles.tasks import TASKS, apply_template, read_template
-from support.runs.flags import Parser, base_of_run
+from support.runs.flags import Parser, original_of_run
 from support.system.bad_input import BadInput
 from support.system.console import check_ranges, log
 
@@ -146,13 +147,15 @@ def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
     if flags.model is None and not Path(RESULT).exists():
         raise BadInput(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
     model = local_folder(flags.model or RESULT)
-    begun_with = base_of_run(model)
+    begun_with = original_of_run(model)
     compare = begun_with if flags.compare is None else flags.compare
     compare = tuple(dict.fromkeys(map(local_folder, compare)))
     if model in compare:
         raise BadInput(f"--compare {model} is --model itself")
     starts = [os.path.realpath(folder) for folder in begun_with]
     original = next((f for f in compare if os.path.realpath(f) in starts), None)
+    if flags.compare and begun_with and original is None:
+        log(f"--compare leaves out the original, {begun_with[0]}, and so its row untrained")
     if flags.controls and original is None:
         original = next(iter(compare), None)
         if original is None:
@@ -175,6 +178,7 @@ def check_settings(settings: Settings, tasks: dict, depths_given: bool) -> None:
     if depths_given and each:
         log(f"--depths is not for {', '.join(each)}: the needles divide the text among them")
     check_ranges(settings, at_least_1=("n", "n_beyond"), seed=("seed",))
+    check_outside("--out", settings.out, [settings.haystack] if settings.haystack else [])
     if not settings.tasks and not settings.loss:
         raise BadInput("--tasks without a name takes --loss: else there is nothing to run")
     if settings.lengths[0] < 2:

@@ -39,8 +39,11 @@ def hide_pairs(task, haystack, length: int, rng) -> Hidden:
         values = pick_words(task.values, task.needles, rng, haystack.text)
         hay = haystack.cut(length, rng)
     text = fold(tokenizer.decode(hay.tolist()))
-    if any(is_word_of(key, text) for key in keys):
-        keys = pick_words([key for key in task.keys if not is_word_of(key, text)], wanted, rng)
+    free = task.keys
+    if not isinstance(free, str):
+        free = [key for key in free if not is_word_of(key, text)]
+    while any(is_word_of(key, text) for key in keys):
+        keys = pick_words(free, wanted, rng)
     found = [key for key in keys if is_word_of(key, text)] + [v for v in values if fold(v) in text]
     assert not found, f"the haystack holds {found}"
     named = keys * task.needles if task.one_key else keys
@@ -173,18 +176,29 @@ def check_words(where: str, words: list, searched: bool) -> None:
 
 
 def check_task(name: str, task) -> None:
-    """Raises BadInput if the wording cannot distinguish the needles of this task."""
+    """Raises BadInput if the wording cannot distinguish the needles of this task, or gives an
+    answer away."""
+    if task.hide is hide_common_words and task.needles:
+        raise BadInput(f"{name} hides no needles, found: needles {task.needles}")
+    if task.ask == "each" and (task.one_key or task.hide is not hide_pairs):
+        raise BadInput(f"{name}: ask 'each' is for needles with a key of their own")
     if task.needles == 0:
         return
-    many = (task.needles > 1 and not task.one_key) or task.haystack == "needles"
+    in_needles = task.haystack == "needles"
+    many = (task.needles > 1 and not task.one_key) or in_needles or task.in_order
     if "{value}" not in task.needle or (many and "{key}" not in task.needle):
         raise BadInput(f"{name}: needle must hold {{key}} and {{value}}")
     asked = task.question + task.answer
     if "{key}" in task.needle and not ("{key}" in asked or "{value}" in asked):
         raise BadInput(f"{name}: neither question nor answer holds {{key}}")
-    keys = 1 if task.one_key or task.haystack == "needles" else task.needles
-    if not isinstance(task.keys, str) and len(task.keys) < keys:
-        raise BadInput(f"{name} has {task.needles} needles, but only {len(task.keys)} keys")
+    least = 2 if in_needles else 1 if task.one_key else task.needles
+    keys, values = (() if isinstance(x, str) else x for x in (task.keys, task.values))
+    if keys and len(keys) < least:
+        raise BadInput(f"{name} has {task.needles} needles, but only {len(keys)} keys")
+    own = fold(task.intro + (task.needle + asked).format(key=" ".join(keys), value=""))
+    for value in values:
+        if fold(value) in own:
+            raise BadInput(f"{name}: value {value!r} occurs in its own wording or keys")
 
 
 def apply_template(path: Path, fields: dict, names: list[str] | None, known: dict) -> tuple:

@@ -6,10 +6,13 @@ import dataclasses
 import torch
 
 from support.data.sources import is_toy_model
+from support.data.text import check_outside
 from support.huggingface.config import read_config
 from support.memory import kernels
+from support.memory.machine import Machine
+from support.memory.table import expected_s
 from support.system.bad_input import BadInput
-from support.system.console import check_ranges, log
+from support.system.console import check_ranges, duration, log
 
 
 def check_settings(settings) -> None:
@@ -50,6 +53,15 @@ def check_settings(settings) -> None:
         raise BadInput(f"--probe_steps {probe} must be between 1 and --steps {steps}")
 
 
+def check_folders(settings, options) -> None:
+    """Raises BadInput if what the command writes would be among the texts that it reads."""
+    read = [*(settings.data or []), *(settings.replay_data or [])]
+    if options.export:
+        check_outside("--export", options.export, read)
+    else:
+        check_outside("--out", options.out, read)
+
+
 def check_extended(folder: str | None, vocab_size: int) -> None:
     if folder and read_config(folder)["vocab_size"] != vocab_size:
         raise BadInput(f"--extended {folder} has another vocabulary than --model")
@@ -73,9 +85,10 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
         )
 
 
-def log_run(device: str, settings, stages, corpus) -> None:
-    """Log the device, what is read, the stages, and every setting that has a value."""
-    if device != "cpu":
+def log_run(there: Machine, config, settings, options, stages, corpus) -> None:
+    """Log the device, what is read, the stages, how long they may take, and every setting that has
+    a value."""
+    if there.kind != "cpu":
         log(f"{torch.cuda.get_device_name()}; attention: {kernels.in_words()}")
     elif is_toy_model(settings.model):
         log("no CUDA device: going on with the CPU, for which the toy's numbers are made")
@@ -88,6 +101,8 @@ def log_run(device: str, settings, stages, corpus) -> None:
     batch = settings.batch_sequences
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
     log(f"plan, steps x samples x tokens: {', '.join(plan)}")
+    seconds = expected_s(config, settings, options, stages, there)
+    log(f"the whole run may take {duration(seconds)} (--plan shows the parts)")
     if settings.select == "impact" and settings.probe_steps == settings.steps:
         log("warning: the probe takes all --steps: no sample is selected by the analysis")
     shown = "settings"
@@ -96,7 +111,7 @@ def log_run(device: str, settings, stages, corpus) -> None:
         if group := field.metadata["group"]:
             shown += f"\n  {group.split(' (')[0]}:"
         if value is not None:
-            shown += f" {field.name} {f'{value:.6g}' if isinstance(value, float) else value}"
+            shown += f" {field.name}={f'{value:.6g}' if isinstance(value, float) else value}"
     log(shown)
 
 

@@ -36,7 +36,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from support.data import sources as corpora
+from support.data import sources
 from support.data.text import Corpus
 from support.huggingface.config import read_json
 from support.runs.flags import as_kept, settings_of
@@ -79,7 +79,7 @@ def write_samples(
     kept["impactful_types"] = None if impactful is None else impactful.nonzero()[:, 0].tolist()
     kept["data_tokens"] = [text.tokens for text in texts]
     kept["rope_scaling"] = settings.new_scaling
-    index = {"settings": kept, "data": corpora.contents(settings), "steps": []}
+    index = {"settings": kept, "data": sources.contents(settings), "steps": []}
     stages = [(stage, i) for stage in plan_stages(settings) for i in range(stage.steps)]
     for step, (stage, i) in enumerate(stages):
         row = {"file": f"step_{step:05d}.safetensors", "stage": stage.name}
@@ -125,6 +125,6 @@ def status_of(folder: Path, index: dict) -> str | None:
     begun = read_json(folder / INDEX)
     if found := difference(settings_of(folder, INDEX), index["settings"]):
         raise BadInput(f"{folder} holds samples with {found}: another --export")
-    if change := corpora.changed(begun.get("data", []), index["data"]):
+    if change := sources.changed(begun.get("data", []), index["data"]):
         raise BadInput(f"{change}; put it back, or another --export than {folder}")
     return begun["status"]

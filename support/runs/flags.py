@@ -111,13 +111,13 @@ def settings_to_resume(folder: Path) -> dict:
     return settings
 
 
-def base_of_run(folder: str | Path) -> list[str]:
+def original_of_run(folder: str | Path) -> list[str]:
     """The model that train.py extended into this folder, or nothing where that cannot be told."""
-    base = settings_of(folder).get("model") if (Path(folder) / "run.json").is_file() else None
-    if not isinstance(base, str):
+    path = settings_of(folder).get("model") if (Path(folder) / "run.json").is_file() else None
+    if not isinstance(path, str):
         return []
-    base = os.path.relpath(base) if Path(base).is_relative_to(Path.cwd()) else base
-    if not Path(base).is_dir():
-        log(f"{base}, which the run began with, is not a folder here; --compare DIR for another")
+    path = os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+    if not Path(path).is_dir():
+        log(f"{path}, which the run began with, is not a folder here; --compare DIR for another")
         return []
-    return [base]
+    return [path]

@@ -1,6 +1,6 @@
 """What a run says of each step: a line of out/metrics.jsonl, and the progress bar."""
 
-from support.memory import count as budget
+from support.memory import count
 from support.system.console import peak_gib, progress
 
 
@@ -18,7 +18,7 @@ class Metrics:
     def add(self, row: dict, tokens: int, seconds: float, waited: float) -> None:
         """row: stage, step, loss, lr, grad_norm of a step; tokens: of a sample; seconds: of the
         whole step; waited: of these, for samples that were not drawn yet."""
-        speed = budget.speed(self.config, tokens, self.batch, seconds, self.device)
+        speed = count.speed(self.config, tokens, self.batch, seconds, self.device)
         more = speed | {"waited_s": round(waited, 4), "peak_GiB": round(peak_gib(), 2)}
         self.run.append_metrics(row | more)
         loss, lr, norm = row["loss"], row["lr"], row["grad_norm"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from support.data import sources as corpora
+from support.data import sources
 from support.huggingface.checkpoint import not_finite
 from support.huggingface.config import read_json
 from support.huggingface.hashes import Hashes
@@ -61,9 +61,9 @@ class RunFolder:
         (an older version did not write that down). Writes nothing; write_settings will."""
         hashes, folder = Hashes(), Path(settings.model)
         original = {"sha256": hashes.of_model(folder), "tokenizer": hashes.of_tokenizer(folder)}
-        self.data = [*corpora.contents(settings), {"path": settings.model, **original}]
+        self.data = [*sources.contents(settings), {"path": settings.model, **original}]
         began = read_json(self.path / "run.json").get("data", []) if resume else []
-        if change := corpora.changed(began, self.data):
+        if change := sources.changed(began, self.data):
             raise BadInput(f"--resume: {change}; put it back, or begin again in another --out")
 
     def finished(self) -> bool:
@@ -141,13 +141,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def running(self, settings: dict, trainer) -> Iterator[None]:
-        """Around the training. Stopped by a signal it saves first; whatever stops it, the last line
+        """Around the training. Stopped by a signal, or by the end of the
+        program that reads its log, it saves first; whatever stops it, the last line
         says what is saved and which command goes on."""
         with telling(self.what_is_saved):
             self.write_settings(settings, status="running")
             try:
                 yield
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, BrokenPipeError):  # the second: nobody reads the log now
                 with unbroken():  # a second Ctrl-C does not cost the save
                     if trainer.step > (self.saved_step or 0) and not self.finished():
                         trainer.save()

@@ -7,7 +7,7 @@ from pathlib import Path
 from support.data.sources import is_toy_model
 from support.data.toy import TINY
 from support.huggingface.config import yarn_scaling
-from support.memory import count as budget
+from support.memory import count
 from support.memory.machine import HERE
 from support.memory.optimizer import NAMES as OPTIMIZERS
 from support.runs.flags import Parser, add_flags, flag, settings_to_resume
@@ -39,7 +39,7 @@ class Settings:
     select: str = flag("impact", "which sentences of a text are kept")
     prefix: bool = flag(False, "keep a contiguous prefix, as the released code does")
     min_segment_tokens: int = flag(
-        1, "sentences shorter than this are joined with the next ones (1: none, as in the paper)"
+        1, "sentences of fewer tokens are joined with the next ones; 1 joins none, as in the paper"
     )
     train_len: int = flag(39_424, "length of a sample, tokens (default: 30 %% of --target_len)")
     probe_steps: int = flag(
@@ -135,7 +135,7 @@ class RunOptions:
     save_minutes: float = flag(30.0, "minutes between saves of the training state")
     no_saves: bool = flag(
         False,
-        "write no state to resume from (saves 8 to 24 bytes of disk per parameter)",
+        "write no state to resume from (it takes 8 to 24 bytes of disk per parameter)",
         action="store_true",
     )
     resume: bool = flag(
@@ -152,7 +152,7 @@ class RunOptions:
         "only print memory, FLOPs and hours of the run, on this machine or on that GPU",
         nargs="?",
         const=HERE,
-        choices=(HERE, *budget.GPUS),
+        choices=(HERE, *count.GPUS),
     )
 
 

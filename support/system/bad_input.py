@@ -1,7 +1,5 @@
 """The error for mistakes that a user can correct."""
 
-from pathlib import Path
-
 
 class BadInput(ValueError):
     """A flag, file or text that our code refuses on purpose. A command prints it as one `error:`
@@ -12,11 +10,3 @@ def not_utf8(where, error: UnicodeDecodeError) -> BadInput:
     """The error for a file (or a place in one) that is in another encoding."""
     how = "`iconv -f ENCODING -t UTF-8` converts it"
     return BadInput(f"{where} is not UTF-8 text ({error}): {how}")
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises BadInput, naming the file, if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from error

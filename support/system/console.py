@@ -104,6 +104,17 @@ def progress(iterable, description: str, **options):
     return bar
 
 
+def duration(seconds: float) -> str:
+    """
+    >>> duration(59), duration(90), duration(5400), duration(1.7e8)
+    ('less than a minute', 'a minute or two', 'about 90 minutes', 'about 1,968 days')
+    """
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:,.0f} {unit}"
+    return "a minute or two" if seconds >= 60 else "less than a minute"
+
+
 def log(message: str) -> None:
     """A line that does not tear the progress bar."""
     tqdm.write(message, file=sys.stderr)

@@ -1,4 +1,5 @@
-"""Being told to stop: Ctrl-C and SIGTERM raise, but never in the middle of what must stay whole."""
+"""Being told to stop: Ctrl-C, SIGTERM and SIGHUP raise, but never in the middle of what must stay
+whole."""
 
 import contextlib
 import signal
@@ -7,16 +8,17 @@ from collections.abc import Callable, Iterator
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: from `kill`, a scheduler, a rented machine about to go."""
+    """SIGTERM: from `kill`, a scheduler, a rented machine about to go; SIGHUP: from a terminal or
+    an ssh connection that was closed."""
 
 
 @contextlib.contextmanager
 def handled_by(handler: Callable) -> Iterator[None]:
-    """Inside, both signals call handler(number, frame). One that is ignored (nohup, a job begun
+    """Inside, the signals call handler(number, frame). One that is ignored (nohup, a job begun
     with &) stays ignored; outside the main thread Python hands out no signals, and nothing is
     changed."""
     on_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if on_main else ()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if on_main else ()
     before = {number: signal.getsignal(number) for number in numbers}
     caught = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
     try:
@@ -29,7 +31,7 @@ def handled_by(handler: Callable) -> Iterator[None]:
 
 
 def stop(number: int, frame) -> None:
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 @contextlib.contextmanager
