@@ -7,9 +7,9 @@ text; at the end the model is asked for one of them. Each prompt is scored twice
 the expected answers in the model's greedy continuation, and by the log-probability, in nats, of
 the expected answer. Models that find equally many can still be told apart in nats.
 
-The structure (task text, haystack, question, beginning of the answer; share of the expected
-answers found, case-insensitive) is that of RULER (Hsieh et al., 2404.06654), the grid of lengths
-and depths that of gkamradt's test; the wording is ours, and --template takes another one.
+The structure (task text, haystack, question, beginning of the answer) and the first score are
+those of RULER (Hsieh et al., 2404.06654), the grid of lengths and depths that of gkamradt's test;
+the wording is ours, and --template replaces it.
 
 What is exact here: prompt and answer budget together are `length` tokens, asserted; the prompt is
 built from token ids and never encoded again as a whole; a BOS is put in front once, and only if
@@ -17,9 +17,8 @@ the checkpoint's own tokenizer does so; needles go in at sentence ends found in 
 their keys and values occur nowhere else in the haystack, asserted.
 
 Files, by default in the folder of --model: needle.jsonl (a result per line; what is there is not
-run again), needle_results.json, needle.png, curves.png.
-Does NOT do: chat templates, sampling.
-Glossary: see model.py. text: one haystack of the evaluation; n counts answers.
+run again), needle_results.json, needle.png, nats.png, curves.png.
+Does NOT do: chat templates, sampling. Glossary: see model.py.
 """
 
 import bisect
@@ -48,7 +47,7 @@ from model import (
 from recipe import split_segments
 from support.data.segments import CLOSERS, STOPS, WIDE_STOPS
 from support.memory.kernels import use_flash_package
-from support.needles import tasks as table
+from support.needles import tasks as task_table
 from support.needles.cost import LAYOUT, announce, prompt_flops, tell_time
 from support.needles.haystack import CITIES, NOISE, Hidden, fold, listed, load_haystack
 from support.needles.report import write_report
@@ -73,11 +72,11 @@ from support.system.console import progress, report_errors
 class Task:
     """What is hidden in a text, in which words, and what is asked about it (RULER's axes).
 
-    The first needle goes where the cell's depth says and the others anywhere; where each needle is
-    asked for in turn, they divide the text among them."""
+    The first needle goes to the depth that is measured and the others anywhere; where each needle
+    is asked for in turn, they divide the text among them."""
 
     needles: int = 1
-    ask: str = "first"  # of the needles; "all" in one question; "each" in turn after the same text
+    ask: str = "first"  # needle; or "all" in one question; or "each" in turn after the same text
     one_key: bool = False  # the needles are several values of one key
     in_order: bool = False  # the needles after the first come behind it, one after the other
     haystack: str = "text"  # --haystack; "noise"; "needles": lines that differ in key and value
@@ -88,28 +87,28 @@ class Task:
     keys: tuple[str, ...] | str = CITIES  # or a kind of made-up words: "letters", "uuids"
     values: tuple[str, ...] | str = "numbers"  # of seven digits; or another kind
     answer_tokens: int | None = None  # None: what the answers need, and some more
-    hide: Callable = table.hide_pairs  # (task, haystack, length, rng) -> Hidden
+    hide: Callable = task_table.hide_pairs  # (task, haystack, length, rng) -> Hidden
 
     def depths(self, grid: list[float]) -> list[float]:
-        """Depths of the cells of one text: those of the grid, or the middle of each part."""
+        """The depths measured in one text: those of the grid, or the middle of each part."""
         if self.ask == "each":
             return [(i + 0.5) / self.needles for i in range(self.needles)]
         return list(grid) if self.needles else [0.0]
 
     def asked(self, depth: float) -> int:
-        """Which of the text's questions belongs to a cell."""
+        """Which of the text's questions is asked at this depth."""
         return min(int(depth * self.needles), self.needles - 1) if self.ask == "each" else 0
 
-    def spread(self, depth: float, chance: list[float]) -> list[float]:
-        """Where each needle shall go, as a share of the haystack; chance: a number in 0..1 each."""
+    def spread(self, depth: float, uniform: list[float]) -> list[float]:
+        """Depth of each needle, 0..1; uniform: a random number in 0..1 for each."""
         if self.ask == "each":
-            return [(i + u) / self.needles for i, u in enumerate(chance)]
+            return [(i + u) / self.needles for i, u in enumerate(uniform)]
         if self.in_order:
-            return [depth, *sorted(depth + (1 - depth) * u for u in chance[1:])]
-        return [depth, *chance[1:]] if self.needles else []
+            return [depth, *sorted(depth + (1 - depth) * u for u in uniform[1:])]
+        return [depth, *uniform[1:]] if self.needles else []
 
 
-TASKS = {name: Task(**fields) for name, fields in table.TASKS.items()}
+TASKS = {name: Task(**fields) for name, fields in task_table.TASKS.items()}
 
 
 def score(expected: list[str], output: str) -> float:
@@ -143,9 +142,9 @@ def needle_places(ids: Tensor, tokenizer, at: str = "sentences") -> Tensor:
 
 
 class Haystack:
-    """A text as tokens, encoded once, with its sentence ends; repeated if it is too short.
+    """A text as tokens, encoded once, repeated if it is too short, and where needles may go in it.
 
-    at: where needles may go: "sentences", or "lines" or "spaces" in a text with hardly any ends."""
+    at: after its "sentences"; after "lines" or "spaces" in a text with hardly any sentence ends."""
 
     def __init__(self, text: str, tokenizer):
         self.text, self.tokenizer = fold(text), tokenizer
@@ -153,15 +152,15 @@ class Haystack:
         if len(self.ids) == 0:
             raise BadInput("the haystack holds no tokens (--haystack)")
         repeated = self.ids.repeat(1 + 1024 // len(self.ids))
-        for self.at in ("sentences", "lines", "spaces"):
-            self.starts = needle_places(repeated, tokenizer, self.at)
-            if len(self.starts) > len(repeated) / 128:  # every 128 tokens, on average
+        for at in ("sentences", "lines", "spaces"):
+            self.at, self.starts = at, needle_places(repeated, tokenizer, at)
+            if len(self.starts) > len(repeated) / 128:  # a place every 128 tokens, on average
                 break
         else:
             raise BadInput("the haystack has hardly any sentence ends, line breaks or spaces")
 
     def cut(self, tokens: int, rng: random.Random) -> Tensor:
-        """`tokens` ids from a random sentence start on."""
+        """`tokens` ids, from a random sentence start on."""
         begin = int(self.starts[rng.randrange(len(self.starts))])
         repeats = math.ceil((begin + tokens) / len(self.ids))
         return self.ids.repeat(repeats)[begin : begin + tokens]
@@ -183,19 +182,20 @@ class Sample:
 class Prompts:
     """What all prompts of one (task, length, repeat) share; they differ in depth and question."""
 
-    hidden: Hidden  # what the task hides; below as ids
+    hidden: Hidden  # ids of the haystack; needles, questions, answers in words; below all as ids
     head: list[int]  # BOS and task text
     places: list[int]  # in the haystack, where a needle may go
-    room: int  # haystack tokens that fit beside the longest question: so needles stay in place
-    needles: list[tuple[list[int], list[int]]]  # ids of each: in running text, on its own line
-    chance: list[float]  # see Task.spread
-    questions: list[list[int]]  # with the beginning of the answer, for each that is asked
+    room: int  # haystack tokens beside the longest question: the same places for every question
+    needles: list[tuple[list[int], list[int]]]  # each as in running text, and on a line of its own
+    uniform: list[float]  # see Task.spread
+    questions: list[list[int]]  # each with the beginning of its answer
     answer_ids: list[Tensor]  # " 4821906"; where several are asked for, " 4821906, and 1234567"
     answer_tokens: int
 
 
 @functools.lru_cache(maxsize=128)
 def make_prompts(task: Task, haystack: Haystack, length: int, row_seed: str) -> Prompts:
+    """See make_sample. BadInput if `length` leaves no room for a haystack."""
     tokenizer, rng = haystack.tokenizer, random.Random(row_seed)
     encode = functools.partial(tokenizer.encode, continued=True)  # all texts after the intro
     haystack = Haystack(NOISE, tokenizer) if task.haystack == "noise" else haystack
@@ -207,22 +207,23 @@ def make_prompts(task: Task, haystack: Haystack, length: int, row_seed: str) -> 
     answer_ids = [torch.tensor(encode(" " + listed(words))) for words in hidden.expected]
     if not all(map(len, answer_ids)) or not all(all(words) for words in hidden.expected):
         raise BadInput(f"an expected answer is empty: {hidden.expected}")
-    budgets = [
-        sum(len(encode(f" {word}.")) for word in words) + 6 * len(words) * (len(words) > 1)
-        for words in hidden.expected
-    ]
-    answer_tokens = task.answer_tokens or 8 + max(budgets)
+
+    def budget(words: list[str]) -> int:
+        between = 6 if len(words) > 1 else 0  # tokens, for ", and" or whatever a model writes there
+        return 8 + sum(len(encode(f" {word}.")) + between for word in words)
+
+    answer_tokens = task.answer_tokens or max(map(budget, hidden.expected))
     longest = max(map(len, questions)) + sum(max(map(len, needle)) for needle in needles)
-    if (room := length - answer_tokens - len(head) - longest) < 1:
-        raise BadInput(
-            f"--lengths {length} is too short: with its keys this prompt takes at least"
-            f" {length - room + 1} tokens"
-        )
+    room = length - answer_tokens - len(head) - longest
+    if room < 1:
+        least = f"with its keys this prompt takes at least {length - room + 1} tokens"
+        raise BadInput(f"--lengths {length} is too short: {least}")
     at = "lines" if task.haystack == "needles" else haystack.at
     places = needle_places(hidden.hay[:room], tokenizer, at).tolist()
-    chance = [rng.random() for _ in needles]
-    ids = (head, places, room, needles, chance, questions, answer_ids)
-    return Prompts(hidden, *ids, answer_tokens)
+    uniform = [rng.random() for _ in needles]
+    return Prompts(
+        hidden, head, places, room, needles, uniform, questions, answer_ids, answer_tokens
+    )
 
 
 def make_sample(
@@ -237,24 +238,26 @@ def make_sample(
 
     task: a Task or its fields. row_seed names (seed, task, length, repeat): all depths of a text
     share haystack, keys and values, so that their prompts share their beginning too. control:
-    NO_NEEDLES or NEEDLE_ALONE. BadInput if the frame alone is longer than `length`."""
+    NO_NEEDLES or NEEDLE_ALONE. BadInput if `length` leaves no room for a haystack."""
     task = task if isinstance(task, Task) else Task(**task)
-    p, decode = make_prompts(task, haystack, length, row_seed), haystack.tokenizer.decode
+    p = make_prompts(task, haystack, length, row_seed)
     asked, room, hay = task.asked(depth), p.room, p.hidden.hay.tolist()
     shown = range(len(p.needles)) if control != NO_NEEDLES else []
     if control == NEEDLE_ALONE:
-        room, shown = min(room, SHORT_TEXT), [asked] if task.ask == "each" else shown
+        room = min(room, SHORT_TEXT)
+        shown = [asked] if task.ask == "each" else shown
     # [E11] place = the last sentence end at or before token depth * room
     places = [
-        p.places[bisect.bisect_right(p.places, d * room) - 1] for d in task.spread(depth, p.chance)
+        p.places[bisect.bisect_right(p.places, d * room) - 1] for d in task.spread(depth, p.uniform)
     ]
     inserted = []  # (place, ids of a needle), in the order of the text
-    for i in sorted(shown, key=places.__getitem__):
-        before = decode(hay[max(0, places[i] - 4) : places[i]])
-        own_line = places[i] == 0 or before[-1:].isspace()
-        inserted.append((places[i], p.needles[i][1 if own_line else 0]))
+    for i in sorted(shown, key=lambda i: places[i]):
+        before = haystack.tokenizer.decode(hay[max(0, places[i] - 4) : places[i]])
+        in_running_text, on_its_own_line = p.needles[i]
+        begins_line = places[i] == 0 or before[-1:].isspace()
+        inserted.append((places[i], on_its_own_line if begins_line else in_running_text))
     frame = len(p.head) + len(p.questions[asked]) + sum(len(needle) for _, needle in inserted)
-    end = room if control == NEEDLE_ALONE else length - p.answer_tokens - frame
+    end = room if control == NEEDLE_ALONE else length - p.answer_tokens - frame  # of the haystack
     ids, done = list(p.head), 0
     for place, needle in inserted:
         ids += hay[done:place] + needle
@@ -286,8 +289,8 @@ def common_prefix(a: Tensor, b: Tensor) -> int:
 
 
 class SharedPrefix:
-    """Prefills the common beginning of consecutive prompts once. The deepest needle comes first:
-    the next, shallower prompt begins with the same tokens, up to its own needle."""
+    """Prefills the common beginning of consecutive prompts once. The prompt with the deepest needle
+    comes first: the next one begins with the same tokens, up to its own needle."""
 
     def __init__(self, model: Llama):
         self.model, self.cache, self.seen = model, KVCache(), torch.empty(0, dtype=torch.int64)
@@ -304,8 +307,8 @@ class SharedPrefix:
 
     @torch.no_grad()
     def log_probability(self, ids: Tensor, answer_ids: Tensor) -> float:
-        """log p(answer | prompt) in nats, summed over answer_ids: one forward pass over the
-        prompt's last token and all of the answer but its last, then forgotten again."""
+        """log p(answer | prompt) in nats, summed over answer_ids: one forward pass over the last
+        token of the prompt and all of the answer but its last, which the cache then forgets."""
         self.read(ids)
         inputs, head = torch.cat([ids[-1:], answer_ids[:-1]]), self.model.lm_head.weight
         hidden = self.model.hidden(inputs[None].to(head.device), cache=self.cache)[0]
@@ -321,7 +324,7 @@ class SharedPrefix:
 
 @torch.no_grad()
 def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[float, int]]:
-    """(mean loss in nats per token, tokens) of ids (T,), for each run of bin_tokens positions."""
+    """(mean loss in nats per token, number of tokens) of ids (T,), once for every bin_tokens."""
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]
     targets = ids[1:].to(hidden.device)
     losses = []
@@ -335,24 +338,23 @@ def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[f
 # ---- 4. From cells to results ------------------------------------------------------------------
 
 
-def sample_of(asked: dict, tasks: dict[str, Task], haystack: Haystack, control) -> Sample:
-    name, length = asked["task"], asked["length"]
-    row_seed = f"{asked['seed']}/{name}/{length}/{asked['repeat']}"
+def sample_of(cell: dict, tasks: dict[str, Task], haystack: Haystack, control) -> Sample:
+    name, length = cell["task"], cell["length"]
+    row_seed = f"{cell['seed']}/{name}/{length}/{cell['repeat']}"
     if name == "loss":
         return Sample(haystack.cut(length, random.Random(row_seed)), [], None, 0.0, [], 0)
-    return make_sample(tasks[name], haystack, length, asked["depth"], row_seed, control)
+    return make_sample(tasks[name], haystack, length, cell["depth"], row_seed, control)
 
 
 def queue(
     candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, setups: dict, settings
 ) -> list[tuple[dict, float]]:
-    """All prompts of one candidate: (the fields of its result that are known beforehand, FLOPs).
-    setups: task -> hash of its wording and haystack, which tells results of other runs apart.
-
-    Raises BadInput for a prompt that cannot be made, before anything is run."""
+    """(cell, FLOPs) of all prompts of one candidate; a cell is a dict, what is known of a result
+    before the model has answered. setups: task -> hash of its wording and haystack, by which
+    results of other runs are told apart. Raises BadInput for a prompt that cannot be made."""
     found, before = [], torch.empty(0, dtype=torch.int64)
     for name, length, repeat, depth in cells(candidate, tasks, settings):
-        asked = {
+        cell = {
             "model": candidate.label,
             "identity": candidate.identity,
             "task": name,
@@ -363,21 +365,21 @@ def queue(
             "dtype": settings.dtype,
             "setup": setups[name],
         }
-        sample = sample_of(asked, tasks, haystack, candidate.control)
-        asked["true_depth"], asked["true_depths"] = sample.true_depth, sample.true_depths
-        asked["prompt"] = hashlib.sha256(sample.ids.numpy().tobytes()).hexdigest()[:12]
-        asked["expected"] = sample.expected
+        sample = sample_of(cell, tasks, haystack, candidate.control)
+        cell["true_depth"], cell["true_depths"] = sample.true_depth, sample.true_depths
+        cell["prompt"] = hashlib.sha256(sample.ids.numpy().tobytes()).hexdigest()[:12]
+        cell["expected"] = sample.expected
         kept = common_prefix(before, sample.ids)
         work = prompt_flops(candidate.config, kept, len(sample.ids), sample.answer_tokens)
-        found.append((asked, work))
+        found.append((cell, work))
         before = sample.ids
     return found
 
 
-def measure(asked: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
-    """The result: the fields of `asked`, and the model's answer with its scores."""
-    started, result = time.monotonic(), dict(asked)
-    if asked["task"] == "loss":
+def measure(cell: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
+    """The result: the cell, and the model's answer with its scores."""
+    started, result = time.monotonic(), dict(cell)
+    if cell["task"] == "loss":
         bins = text_loss(shared.model, sample.ids)
         result["loss_by_1024"] = [round(loss, 5) for loss, _ in bins]
         result["score"] = sum(loss * n for loss, n in bins) / (len(sample.ids) - 1)
@@ -396,8 +398,9 @@ def run_candidate(
 ) -> list[dict]:
     """The results of one candidate; the model is loaded only if one of them is missing."""
     shared, found = None, []
-    for asked, work in queued:
-        if (known := results.find(asked)) is None:
+    for cell, work in queued:
+        result = results.find(cell)
+        if result is None:
             if shared is None:
                 dtype = getattr(torch, settings.dtype.removeprefix("torch."))
                 model = load_pretrained(candidate.folder, dtype, settings.device).eval()
@@ -406,11 +409,11 @@ def run_candidate(
                 if bar.n == 0 and settings.device == "cpu":  # a GPU needs little time
                     read = functools.partial(prefill, model)
                     tell_time(bar.total, model.config, read, settings.lengths[-1])
-            sample = sample_of(asked, tasks, haystack, candidate.control)
-            known = results.add(measure(asked, sample, shared, haystack.tokenizer))
+            sample = sample_of(cell, tasks, haystack, candidate.control)
+            result = results.add(measure(cell, sample, shared, haystack.tokenizer))
             bar.set_description(candidate.label, refresh=False)
             bar.update(work)
-        found.append(known | {"model": candidate.label})
+        found.append(result | {"model": candidate.label})
     return found
 
 
@@ -430,8 +433,8 @@ def main(argv: list[str] | None = None) -> None:
         candidates = judged(settings, configs, results.hashes)
         setups = {n: setup_of(task, haystack.text) for n, task in (tasks | {"loss": None}).items()}
         queued = [queue(c, tasks, haystack, setups, settings) for c in candidates]
-        missing = [(asked, work) for q in queued for asked, work in q if not results.find(asked)]
-        announce(source, haystack, candidates, [asked for asked, _ in missing], settings)
+        missing = [(cell, work) for q in queued for cell, work in q if not results.find(cell)]
+        announce(source, haystack, candidates, [cell for cell, _ in missing], settings)
         # it counts FLOPs, not prompts: a long one takes hundreds of times as long as a short one
         bar = progress(None, "needles", total=sum(work for _, work in missing), bar_format=LAYOUT)
         found = []

@@ -11,10 +11,9 @@
     python recipe.py                        # explains one sample, in words and as a figure
     python recipe.py --positions where.png  # draws where each method puts the tokens of a sample
 
-Everything here works on one sample of token ids (T,); nothing trains or needs a GPU. Copied into
-another project beside model.py, most of it works; `split_segments`, `make_example`, `merge`, the
-command and the methods that LongRecipe is compared with need support/.
-examples/longrecipe.ipynb extends a model with these functions.
+Everything here works on one sample of token ids (T,); nothing trains or needs a GPU. Copied beside
+model.py it works without support/, except `split_segments`, `make_example`, `merge`, the command
+and the other methods. examples/longrecipe.ipynb extends a model with these functions.
 
 Does NOT do: content jumps of the published PoSE (all methods get the same tokens), parts of speech
 (the paper groups impactful types by them), RoPE types other than `default`. Glossary: see model.py.
@@ -211,10 +210,9 @@ def select_segments(
     N, size = len(starts), segment_lengths(starts, len(ids))
     order = torch.arange(N) if strategy == "first" else torch.randperm(N, generator=generator)
     if strategy in ("impact", "digits"):
-        # The paper drops segments without an impactful token, then takes "a fixed number of
-        # tokens". If more segments qualify than fit, those with the largest share win. If too few
-        # qualify, segments without an impactful token fill the sample ("fill" in the output of
-        # `python recipe.py`).
+        # The paper drops segments without an impactful token and takes "a fixed number of tokens"
+        # of the rest. If more qualify than fit, those with the largest share win; if too few do,
+        # others fill the sample ("fill" in the output of `python recipe.py`).
         share = impactful_share(ids, starts, impactful)
         rank = (share > 0).double() if strategy == "digits" else share
         order = order[rank[order].argsort(descending=True, stable=True)]
@@ -278,11 +276,11 @@ def sample_position_ids(
 ) -> Tensor:
     """Position ids (train_len,) int64 of one sample: strictly increasing, 0 <= p < target_len.
 
-    They are drawn afresh by each call. method: one of METHODS; full is none, but insists on
-    train_len == target_len. starts (N,): where the sample's segments begin. prefix=True
-    (longrecipe only) keeps the first r positions contiguous, as the released code does. Raises
-    BadInput for an unknown method and for a sample that does not fit; for longrecipe
-    TooFewSegments if there is only one, and ValueError if starts are not those of a sample."""
+    Each call draws them afresh. method: one of METHODS; full is none, but insists on train_len ==
+    target_len. starts (N,): where the sample's segments begin. prefix=True (longrecipe only) keeps
+    the first r positions contiguous, as the released code does. Raises BadInput for an unknown
+    method and for a sample that does not fit; with longrecipe, TooFewSegments for one segment and
+    ValueError for starts that are not those of a sample of train_len tokens."""
     L, T = train_len, target_len
     if not 1 <= L <= T:
         raise BadInput(f"--train_len {L} tokens do not fit into --target_len {T}")

@@ -1,6 +1,6 @@
 """Extend the context window of a Llama on one GPU (or CPU): the whole of LongRecipe in one command.
 
-    python train.py --target_len 131072                # the embedded tiny model, on a laptop
+    python train.py --target_len 131072                # the included toy model, on a laptop
     python train.py --model DIR --target_len 131072    # the paper's 104 steps of 96 samples
     python train.py --export DIR ...                   # only the samples, for another engine
 
@@ -15,9 +15,8 @@ The paper does not say how H' was trained. Here, H' is the model after the first
 which use randomly chosen sentences. Training continues from H', so the analysis costs only a few
 forward passes. --extended DIR takes a trained H' instead.
 
-Memory: activation checkpointing, a loss that never holds the logits, one sequence at a time,
-gradients summed over the batch in fp32, fp32 master weights beside bf16 ones. What else there is,
-and what --plan chooses: docs/memory.md.
+To fit on one GPU: activation checkpointing, a loss that never holds the logits, one sequence at a
+time; gradients are summed, and master weights kept, in fp32. Further options: docs/memory.md.
 
 Does NOT do: several GPUs, LoRA, padding or packing (every sample is full).
 Glossary: see model.py.
@@ -50,9 +49,9 @@ from support.data.text import Corpus
 from support.huggingface.config import check_extendable
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
-from support.memory import kernels
 from support.memory.activations import set_levers
 from support.memory.choose import check_resources, choose_levers
+from support.memory.kernels import use_flash_package
 from support.memory.machine import HERE, Machine, machine
 from support.memory.optimizer import make_optimizer
 from support.memory.table import make_plan, table
@@ -72,38 +71,38 @@ from support.system.whole_files import only_writer
 
 
 def parse(argv: list[str] | None) -> tuple[dict, RunOptions]:
-    """(the settings that are given: by flags, by the run to resume or, without --model, by TOY of
-    support/runs/settings.py; the options)."""
+    """The command line -> (settings, name -> value; options). Settings are given by flags, by the
+    run that --resume continues, or without --model by TOY (support/runs/settings.py)."""
     choices = {"method": recipe.METHODS, "select": recipe.STRATEGIES}
     return parse_settings(__doc__, argv, choices)
 
 
 def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
-    """The settings that are given, checked, and the rest filled in for the model and the machine.
+    """The settings in `flags`, checked, and the others filled in for the model and the machine.
     Reads and writes no file. Raises BadInput for settings that make no sense."""
 
-    def fill_in(**values) -> Settings:
+    def fill_in(settings: Settings, **values) -> Settings:
         return replace(settings, **{k: v for k, v in values.items() if k not in flags})
 
     settings = Settings(**flags)
-    full, steps = settings.method == "full", settings.steps
-    # H' must have learnt something: five steps, or a quarter where there are few
+    target_len, steps = settings.target_len, settings.steps
+    # H' must have learnt something: at least five steps, or a quarter of all if that is less
     probe_steps = max(1, steps // 10, min(5, steps // 4))
     settings = fill_in(
+        settings,
         base_len=config.max_position_embeddings,
-        train_len=settings.target_len if full else recipe.train_length(settings.target_len),
+        train_len=target_len if settings.method == "full" else recipe.train_length(target_len),
         probe_steps=probe_steps if settings.has_probe else 0,
         dtype="bfloat16" if there.kind == "cuda" else "float32",
     )
-    settings = fill_in(replay_len=min(settings.base_len, settings.train_len))
+    settings = fill_in(settings, replay_len=min(settings.base_len, settings.train_len))
     checks.check_settings(settings)
-    check_extendable(config, settings.target_len, settings.rope, flags.get("rope_base"))
+    check_extendable(config, target_len, settings.rope, flags.get("rope_base"))
     theta = config.rope_theta
     if settings.rope == "ntk" and "rope_base" not in flags:
-        lengths = settings.base_len, settings.target_len
-        theta = recipe.ntk_rope_base(theta, config.head_dim, *lengths)
-    tokens_per_step = settings.replay_len * settings.batch_sequences
-    settings = fill_in(rope_base=theta, replay_steps=math.ceil(68e6 / tokens_per_step))
+        theta = recipe.ntk_rope_base(theta, config.head_dim, settings.base_len, target_len)
+    replay_steps = math.ceil(68e6 / (settings.replay_len * settings.batch_sequences))  # 68M tokens
+    settings = fill_in(settings, rope_base=theta, replay_steps=replay_steps)
     return choose_levers(config, settings, there, flags)
 
 
@@ -113,8 +112,8 @@ def resolve(flags: dict, config: LlamaConfig, there: Machine) -> Settings:
 def sample(
     stage: Stage, corpus: Corpus, tokenizer, impactful: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One (input_ids (L,), position_ids (L,)), L = stage.tokens, with the tokenizer's BOS in front
-    where it adds one.
+    """One (input_ids (L,), position_ids (L,)), L = stage.tokens; in front, at position 0, the BOS
+    if the tokenizer adds one.
 
     The text and its selection are drawn before the positions: given the same impactful types and
     probe, every --method but full sees the same tokens at the same step."""
@@ -144,7 +143,7 @@ def draw(
     stage: Stage, step: int, corpus: Corpus, tokenizer, settings: Settings, impactful
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples of optimizer step `step` (0-based, over all stages). Each is drawn from (--seed,
-    step, number in the batch) alone: a run that is resumed, and --export, draw the same."""
+    step, number in the batch) alone, so a resumed run and --export draw the same."""
     for b in range(settings.batch_sequences):
         # One generator per sample, so that a method that uses more random numbers does not change
         # the other samples.
@@ -159,16 +158,15 @@ def draw(
 def accumulate(
     model: Llama, micro_batches: list[tuple[Tensor, Tensor, Tensor]], after_each=lambda: None
 ) -> float:
-    """Add the gradients of the mean loss over ALL valid tokens of the micro-batches; returns that
-    loss, nats.
+    """Add the gradients of the mean loss over all targets of the micro-batches; returns that loss,
+    nats.
 
-    Each micro-batch is (input_ids, position_ids, targets), all (B, T). Dividing by the valid
-    tokens of the whole step, not of each micro-batch, makes 4 x 1 sequences of unequal length
-    equal to 1 x 4. ValueError if there is no target."""
+    Each micro-batch is (input_ids, position_ids, targets), all (B, T). The sum of losses is divided
+    by the targets of the whole step, not of each micro-batch: so every target has the same weight,
+    however the step is cut into micro-batches. ValueError if there is no target."""
     valid = sum(int((targets != -100).sum()) for _, _, targets in micro_batches)
     if valid == 0:
         raise ValueError("a step without a single target token")
-    # [E17] loss = (sum over all sequences of the sum of their losses) / (all their valid targets)
     total = 0.0
     device = model.lm_head.weight.device
     for input_ids, position_ids, targets in micro_batches:
@@ -178,6 +176,7 @@ def accumulate(
             model.lm_head.weight,
             targets.to(device),
         )
+        # [E17] loss = (sum over all sequences of the sum of their losses) / (all their targets)
         loss = loss_sum / valid
         loss.backward()
         total += float(loss.detach())
@@ -186,11 +185,12 @@ def accumulate(
 
 
 def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 0) -> float:
-    """Rate of step `step` (0-based) of a stage that begins at step `first_step` of the run: warm-up
-    then constant; replay falls linearly to zero. ValueError for a stage without steps."""
+    """Learning rate at step `step` (0-based) of a stage that begins at step `first_step` of the
+    run: warm-up, then constant; replay falls to zero. ValueError for a stage without steps."""
     if stage.steps < 1:
         raise ValueError(f"{stage.name} has no step {step}")
-    # [E18] replay: lr * (1 - i / steps);   before it: lr * min(1, (i + 1) / warm-up steps)
+    # [E18] replay: lr * (1 - i / steps), i: step of the stage
+    #       before: lr * min(1, (k + 1) / warm-up steps), k: step of the run
     if stage.name == "replay":
         return stage.lr * (1 - step / stage.steps)
     return stage.lr * min(1.0, (first_step + step + 1) / max(1, warmup_steps))
@@ -201,8 +201,7 @@ def learning_rate(stage: Stage, step: int, warmup_steps: int, first_step: int = 
 
 class Trainer:
     """Holds model, optimizer, impactful types and step counter; `run` is the output folder
-    (metrics, saved state). The samples depend on (seed, step, number) alone, so the place in the
-    data needs no state."""
+    (metrics, saved state). The place in the data needs no state: see draw."""
 
     def __init__(self, model: Llama, tokenizer, settings: Settings, options: RunOptions, run):
         self.model, self.tokenizer = model, tokenizer
@@ -230,8 +229,11 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def train(self, stage: Stage, corpus: Corpus) -> None:
-        """The steps of one stage that are still to be done. While a GPU computes one step, a thread
-        draws the samples of the next. On a CPU that made the steps slower (LOG.md)."""
+        """Take the steps of one stage that are still to be done. One without a finite loss and
+        gradient changes no weight; a few of these in a row end the run.
+
+        While a GPU computes one step, a thread draws the samples of the next. On a CPU that made
+        the steps slower (LOG.md)."""
         settings, batch_sequences = self.settings, self.settings.batch_sequences
         first = sum(s.steps for s in self.stages[: self.stages.index(stage)])
         steps = range(max(first, self.step), first + stage.steps)
@@ -257,7 +259,7 @@ class Trainer:
                     row = {"stage": stage.name, "step": self.step, "loss": loss, "lr": lr}
                     seconds = time.monotonic() - started
                     self.metrics.add(row | {"grad_norm": norm}, stage.tokens, seconds, waited)
-                gives_up = self.run.too_many_skips()  # no finite loss or gradient: see RunFolder
+                gives_up = self.run.too_many_skips()
                 minutes = (time.monotonic() - self.last_save) / 60
                 if gives_up or minutes > self.options.save_minutes:
                     self.save()
@@ -282,9 +284,8 @@ def analyse(
     """(sum of the shifts of each token type (V,) fp64, times counted (V,) int64): measured once on
     a few samples, afterwards only looked up.
 
-    Runs on transformed ids, so that train_len tokens cover positions up to the target, and counts
-    only positions past the old window: our stated difference from the paper's plain samples of
-    20k tokens."""
+    The samples have position ids with gaps, so that train_len tokens reach up to the target, and
+    only positions past the old window count. (The paper looks at plain samples of 20k tokens.)"""
     V = original.config.vocab_size
     total, count = torch.zeros(V, dtype=torch.float64), torch.zeros(V, dtype=torch.int64)
     options = {"first_position": settings.base_len, "log_softmax": settings.log_softmax}
@@ -296,8 +297,8 @@ def analyse(
 
 
 def find_types(trainer: Trainer, corpus: Corpus) -> None:
-    """Make the analysis, and give its impactful types to the trainer. H' is the model in training,
-    or --extended."""
+    """Compare H', the model in training or --extended, with the original, and give the impactful
+    types to the trainer."""
     settings, extended = trainer.settings, trainer.model
     weight = extended.lm_head.weight
     load = {"dtype": weight.dtype, "device": weight.device}
@@ -357,10 +358,10 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
 
 
 def train(config: LlamaConfig, settings: Settings, options: RunOptions, there: Machine) -> None:
-    """The whole run: everything that can be refused is refused before the weights are loaded."""
+    """The whole run. Whatever can be refused is refused before the weights are loaded."""
     started, run, kept = time.time(), RunFolder(options.out), as_kept(settings, options)
     if options.attention == "flash":
-        kernels.use_flash_package()
+        use_flash_package()
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, config.vocab_size)
     run.check_settings(kept, options.resume)

@@ -97,7 +97,8 @@ def worker(folder: Path, losses: Path | None, mask: bool) -> None:
     steps, settings = samples.index["steps"], settings_of(folder, "samples.json")
     processes = int(os.environ["WORLD_SIZE"])
     if settings["batch_sequences"] % processes:
-        raise BadInput(f"batches of {settings['batch_sequences']} for {processes} processes")
+        n = settings["batch_sequences"]
+        raise BadInput(f"{processes} processes cannot share the {n} samples of a step evenly")
 
     class OurSchedule(Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
@@ -169,7 +170,6 @@ def ours(flags: list[str], out: Path) -> list[dict]:
 
 def measure(work: Path) -> dict:
     """Train in every way in the empty folder `work`, and compare."""
-
     torch.set_num_threads(1)
     started, text, draw = time.time(), work / "text.txt", train.draw
     text.write_text(standard_library_topics())

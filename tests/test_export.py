@@ -131,7 +131,7 @@ def test_what_an_export_refuses(flags, toy_dir, prose_file, tmp_path, error_of):
     busy.mkdir()
     (busy / "note.txt").write_text("mine")
     for folder, argv, match in (
-        (new, plain, r"needs the impactful types beforehand: --impactful FILE.*--out"),
+        (new, plain, r"needs the impactful types beforehand: give the --impactful FILE.*--out"),
         (new, flags("--plan"), "goes with neither --resume nor --plan"),
         (new, flags("--train_len", "1"), "--train_len 1 must be between 2"),
         (new, flags("--figure", "r.png"), "unrecognized arguments: --figure r.png"),

@@ -458,7 +458,7 @@ REFUSED = [  # what flags and files can cause: the message, the function, its ar
     ("prefix belongs to method longrecipe", sample_position_ids, "pose", 6, 20, None, None, True),
     ("two segments", sample_position_ids, "longrecipe", 10, 40, IDS[:1]),
     ("two segments", sample_position_ids, "longrecipe", 10, 40),
-    ("more than --train_len 20", sample_position_ids, "endprompt", 20, 40),
+    ("more than 20 tokens", sample_position_ids, "endprompt", 20, 40),
     ("--target_len 0 must have at least one token", train_length, 0),
     ("longer than the old one", ntk_rope_base, 5e5, 128, 8192, 8192),
     ("single frequency", ntk_rope_base, 5e5, 2, 8192, 9999),
@@ -637,7 +637,7 @@ def test_angles_of_a_folder_or_why_there_are_none(toy_dir, tmp_path, explain):
     assert (tmp_path / "r.png").is_file() and read_window(tmp_path) is None
     shutil.copy(toy_dir / "config.json", tmp_path)
     edit_config(tmp_path, rope_parameters={"rope_type": "linear", "factor": 2.0})
-    with pytest.raises(BadInput, match=r"scales it already \(train.py: --rope_base\)"):
+    with pytest.raises(BadInput, match=r"already scales it \(train.py then needs --rope_base\)"):
         distances.angles_of(tmp_path, 999, *formulas)
 
 

@@ -404,7 +404,7 @@ def test_a_finished_run_says_so_and_is_left_alone(finished, toy_dir, prose_file,
     train.main(command(toy_dir, prose_file, finished, "--resume"))
     assert "finished: nothing to do" in capsys.readouterr().err and snapshot(finished) == before
     error = error_of(train.main, command(toy_dir, prose_file, finished), finished)
-    assert "holds a finished run: another --out, or move it away" in error
+    assert "holds a finished run: give another --out, or move it away" in error
 
 
 # ---- the analysis ------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ END_TOKENS = 20  # m of endprompt
 def end_at_target(L: int, T: int, starts: Tensor | None, generator) -> Tensor:
     """endprompt (2605.14589): plain positions, but the last m tokens end at the target."""
     if L <= END_TOKENS:
-        raise BadInput(f"method endprompt needs more than --train_len {L} (its end: {END_TOKENS})")
+        raise BadInput(f"method endprompt needs more than {END_TOKENS} tokens (--train_len {L})")
     # [E25] pos(i) = i for i < L - m, i + T* - L for i >= L - m;   m = 20: the end is at T*-m..T*-1
     positions = torch.arange(L)
     positions[-END_TOKENS:] += T - L

@@ -2,11 +2,12 @@
 hold a digit."""
 
 import functools
-import logging
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from support.system.console import log
 
 STOPS = ".!?…"  # end a sentence if white space follows: 3.14 and os.path stay whole
 # End a sentence whatever follows. Chinese and Japanese, full and half width; danda and double danda
@@ -19,9 +20,7 @@ SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join
 )
 
 
-@functools.cache
-def say_once(message: str) -> None:
-    logging.getLogger("recipe").warning(message)
+say_once = functools.cache(log)
 
 
 @functools.lru_cache(maxsize=4)

@@ -102,9 +102,9 @@ def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
 
 
 def load_texts(args, tokenizer) -> tuple[Corpus, Corpus]:
-    """load_corpora. Whether segments end at spaces as well is decided once for each text, so that a
-    stretch without sentences in an ordinary text (a long table) is drawn again instead of being cut
-    into words."""
+    """load_corpora, and whether their segments end at spaces as well: decided once for a corpus, so
+    that a stretch without sentences in an ordinary text (a long table) is drawn again instead of
+    being cut into words."""
     corpora = load_corpora(args, tokenizer)
     for corpus in corpora:
         generators = (torch.Generator().manual_seed(i) for i in range(32))

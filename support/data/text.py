@@ -1,16 +1,8 @@
 """Documents as arrays of token ids: which files are read, how, and what a sample is drawn from.
 
-    .txt .text .md .rst, or no suffix   one document, UTF-8 (no suffix: only by its own path)
-    .jsonl .ndjson                      a document in each line: a JSON object with a "text"
-    .json                               such lines, or a list of such objects, or one of them
-    these and .gz, .bz2 or .xz          unpacked while they are read
-    .npy                                token ids: (N,) is one document, (n, N) are n of them
-    .bin                                the ids of one document, uint16 where the vocabulary fits
-
-Any other file is refused; in a folder it is left out, and the log says how many of which kind.
-Memory stays flat however long a text is, with three exceptions that are held as a whole: a line of
-a .jsonl, a .json that is a list, and a run of millions of characters in which no token ends at a
-place that is certain (see encode_pieces).
+docs/running.md has the table of the kinds of files, and names the few things that memory holds as a
+whole; all else is read in pieces. Any other file is refused; in a folder it is left out, and the
+log says how many of which kind.
 """
 
 import bz2
@@ -92,10 +84,11 @@ def check_outside(flag: str, folder: str, paths: Iterable[str]) -> None:
     would be taken for texts, and a run could not be resumed."""
     for path in paths:
         if Path(path).is_dir() and Path(folder).resolve().is_relative_to(Path(path).resolve()):
-            raise BadInput(f"{flag} {folder} is inside {path}, which is read: another {flag}")
+            raise BadInput(f"{flag} {folder} is inside {path}, which is read: give another {flag}")
 
 
 def way_out(file: Path) -> str:
+    """What to do with a file that is not read, for an error message."""
     if file.suffix.lower() in (*ARCHIVES, *PACKED):
         return "unpack it first"
     if kind_of(file) in (".parquet", ".arrow", ".csv", ".tsv"):
@@ -200,6 +193,7 @@ def read_records(file: Path) -> Iterator[str]:
 
 
 def text_of(record, where: str) -> str:
+    """The "text" of a record. BadInput names `where` it is from, and what it holds instead."""
     if not isinstance(record, dict):
         found = type(record).__name__
     elif "text" not in record:
@@ -241,8 +235,8 @@ def read_tokens(file: Path, vocab_size: int) -> np.ndarray:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise BadInput(
-            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: another"
-            f" tokenizer's, or not stored as {ids.dtype.name}?"
+            f"{file} holds ids {low} to {high}, the tokenizer has {vocab_size}: are they"
+            f" another tokenizer's, or not stored as {ids.dtype.name}?"
         )
     return ids
 
@@ -303,7 +297,8 @@ def take(pieces: Iterator[str], characters: int) -> str:
 
 
 class Tokens:
-    """All documents as token ids: `parts` are flat arrays, `documents` (n, 3) part, begin, size.
+    """All documents as token ids: `parts` are flat arrays, `documents` (n, 3) int64 says of each in
+    which part it is, where it begins there, and how many tokens it has.
 
     Encoded text goes to an unnamed temporary file: memory stays flat however much there is."""
 
@@ -315,6 +310,7 @@ class Tokens:
         return np.array(self._rows, dtype=np.int64).reshape(-1, 3)
 
     def add_array(self, ids: np.ndarray) -> None:
+        """Token ids (N,), one document, or (n, N), n of them."""
         rows = 1 if ids.ndim == 1 else len(ids)
         size = ids.size // rows
         for i in range(rows):
@@ -340,7 +336,7 @@ class Tokens:
             self.parts.append(np.memmap(store, dtype=np.int32, mode="r", shape=(total,)))
 
 
-def read_files(paths: list[str], tokenizer, join: bool = False) -> Tokens:
+def read_files(paths: list[str], tokenizer, join: bool) -> Tokens:
     """The documents of files and folders; see sources.load_tokens."""
     tokens, files = Tokens(", ".join(map(str, paths))), find_files(paths, say=True)
     texts = [file for file in files if kind_of(file) not in IDS]

@@ -84,7 +84,7 @@ def angles_of(folder: str, target_len: int, frequencies: Callable, new_theta: Ca
     BadInput says why there are none."""
     c = read_config(folder)
     if c["rope_scaling"]:
-        raise BadInput("the model scales it already (train.py: --rope_base)")
+        raise BadInput("the model already scales it (train.py then needs --rope_base)")
     head_dim, theta, old_len = c["head_dim"], c["rope_theta"], c["max_position_embeddings"]
     thetas = theta, new_theta(theta, head_dim, old_len, target_len)
     old, new = (frequencies(head_dim, t) for t in thetas)

@@ -57,6 +57,7 @@ def draw(
 def position_panels(
     figure, samples: Samples, starts: Tensor, target_len: int, old_window: int | None
 ) -> None:
+    """What draw_positions says, in a figure or a part of one."""
     whole, zoom = figure.subplots(2, len(samples), sharex="row", sharey="row")
     end, old_end = target_len / 1000, (old_window or target_len) / 1000
     for above, below, (name, (label, positions)) in zip(whole, zoom, samples.items(), strict=True):

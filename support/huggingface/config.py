@@ -189,6 +189,7 @@ def yarn_options(rope: dict) -> dict:
 
 
 def read_heads(raw: dict, defaults: dict) -> dict:
+    """Numbers of heads and the width of one. defaults: the family's, for fields not given."""
     heads, width = positive(raw, "num_attention_heads"), positive(raw, "hidden_size")
     # null means the derived value, a missing field means the family's default
     given = {name: value for name, value in (defaults | raw).items() if value is not None}

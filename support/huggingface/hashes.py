@@ -33,6 +33,7 @@ class Hashes:
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
     def of_file(self, file: Path) -> str:
+        """64 hexadecimal digits; read only if the file is new, or its size or time has changed."""
         state = file.stat()
         key, seen = os.path.realpath(file), [state.st_size, state.st_mtime_ns]
         if self.known.get(key, [])[:2] != seen:

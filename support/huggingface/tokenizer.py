@@ -268,6 +268,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def from_bpe(data: dict, pattern: str, settings: dict) -> Tokenizer:
+    """data: of tokenizer.json; pattern: see split_pattern. BadInput if merges do not fit."""
     model, alphabet = data["model"], byte_alphabet()
     to_id = {
         bytes(alphabet[c] for c in token): i

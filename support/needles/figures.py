@@ -1,4 +1,5 @@
-"""Figures, all with axes, units and n. matplotlib is imported only where something is drawn."""
+"""The figures of an evaluation: heat-maps by length and depth, curves by distance and position.
+matplotlib is imported only where something is drawn."""
 
 import textwrap
 from pathlib import Path
@@ -77,23 +78,24 @@ def draw_curves(path: Path, results: list[dict], task: str) -> None:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, 1 + measured, squeeze=False)[0]
     widths = np.linspace(4.5, 1.2, len(labels))  # each can be seen where several cover one another
-    for label, width in zip(labels, widths, strict=True):
+    colors = [f"C{i}" for i in range(len(labels))]  # the same in both panels
+    for label, width, color in zip(labels, widths, colors, strict=True):
         own = [r for r in results if r["model"] == label]
         hits = hits_by_distance([r for r in own if r["task"] == task])
         if hits:
             x = [(eighth + 0.5) / 8 * longest / 1024 for eighth in hits]
             y = [np.mean(found) for found in hits.values()]
             named = f"{label}, n = {sum(map(len, hits.values()))} answers in all"
-            (line,) = axes[0].plot(x, y, "o-", markersize=3, label=named, linewidth=width)
+            axes[0].plot(x, y, "o-", color=color, markersize=3, label=named, linewidth=width)
             ends = [wilson(sum(found), len(found)) for found in hits.values()]
-            axes[0].vlines(x, *zip(*ends, strict=True), color=line.get_color(), alpha=0.4)
+            axes[0].vlines(x, *zip(*ends, strict=True), color=color, alpha=0.4)
         losses = [r["loss_by_1024"] for r in own if r["task"] == "loss"]
         if losses:
             mean = np.mean(losses, axis=0)
             per = -(-len(mean) // 64)  # bins a point, for at most 64 points
             y = [mean[i : i + per].mean() for i in range(0, len(mean), per)]
             x = [(i + 0.5) * per for i in range(len(y))]
-            axes[1].plot(x, y, label=f"{label}, n = {len(losses)} texts", linewidth=width)
+            axes[1].plot(x, y, color=color, label=f"{label}, texts: {len(losses)}", linewidth=width)
     axes[0].set_xlabel("distance of the needle (units of 1,024 tokens)")
     axes[0].set(ylabel=f"{task}: share found", ylim=(-0.03, 1.03))
     for axis in axes[1:]:

@@ -8,15 +8,14 @@ import string
 import unicodedata
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
 from support.data.sources import standard_library_topics
 from support.data.text import SEPARATOR, find_files, read_texts
+from support.data.toy import ROOT
 from support.system.bad_input import BadInput
 
-ROOT = Path(__file__).resolve().parents[2]
 ESSAYS = ROOT / "data" / "essays"  # where examples/smollm2.py puts them
 
 REFERENCE = "python-reference"  # --haystack by this name: the reference that Python ships
@@ -103,7 +102,7 @@ def pick_words(words: Sequence[str] | str, n: int, rng: random.Random, text: str
         return different(n, lambda: MADE_UP[words](rng), text)
     free = [word for word in words if fold(word) not in text]
     if len(free) < n:
-        raise BadInput(f"the haystack holds all but {len(free)} of the needles' {n} words")
+        raise BadInput(f"the needles need {n} words, the haystack lacks only {len(free)} of theirs")
     return rng.sample(free, n)
 
 
@@ -141,7 +140,7 @@ def pick_needles(task, n_keys: int, tokens: int, tokenizer, rng) -> tuple[list, 
         else:
             free = [value for value in task.values if value not in keys + values]
             if not free:
-                raise BadInput("a haystack of needles takes more values than those of the needles")
+                raise BadInput("a haystack of needles needs more values than its needles have")
             drawn = rng.choices(free, k=n_lines)
         lines = [task.needle.format(key=k, value=v) for k, v in zip(others, drawn, strict=True)]
         answers = [fold(answer) for answer in keys + values]

@@ -89,8 +89,8 @@ def warn(needles: list[dict], tasks: dict) -> None:
     placed = [r for r in placed if tasks[r["task"]].ask != "each"]
     off = max((abs(r["true_depth"] - r["depth"]) for r in placed), default=0)
     if off > 0.05:
-        log(f"warning: a needle is {off:.0%} of the text before its depth: the haystack")
-        log("has few sentence ends (. ! ?) there; true_depth in needle.jsonl tells where")
+        where = "few sentences end there (true_depth in needle.jsonl says where it is)"
+        log(f"warning: a needle is {off:.0%} of the text before its depth: {where}")
 
 
 def write_report(

@@ -145,7 +145,7 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
 def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
     """(--model, --compare, the one of these that training started from, if that is known)."""
     if flags.model is None and not Path(RESULT).exists():
-        raise BadInput(f"folder {RESULT}, which train.py makes, does not exist (or give --model)")
+        raise BadInput(f"folder {RESULT}, which train.py makes, does not exist: give --model DIR")
     model = local_folder(flags.model or RESULT)
     begun_with = original_of_run(model)
     compare = begun_with if flags.compare is None else flags.compare
@@ -159,7 +159,7 @@ def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
     if flags.controls and original is None:
         original = next(iter(compare), None)
         if original is None:
-            log("--controls: without --compare DIR only the one without needles")
+            log("--controls: the original is not known (--compare DIR), so it is not judged")
     return model, compare, original
 
 
@@ -174,13 +174,14 @@ def default_lengths(windows: list[int]) -> list[int]:
 
 
 def check_settings(settings: Settings, tasks: dict, depths_given: bool) -> None:
+    """BadInput for a number that cannot be meant, or if nothing is to be run."""
     each = [name for name in settings.tasks if tasks[name].ask == "each"]
     if depths_given and each:
         log(f"--depths is not for {', '.join(each)}: the needles divide the text among them")
     check_ranges(settings, at_least_1=("n", "n_beyond"), seed=("seed",))
     check_outside("--out", settings.out, [settings.haystack] if settings.haystack else [])
     if not settings.tasks and not settings.loss:
-        raise BadInput("--tasks without a name takes --loss: else there is nothing to run")
+        raise BadInput("--tasks without a name needs --loss: otherwise there is nothing to run")
     if settings.lengths[0] < 2:
         raise BadInput(f"--lengths {settings.lengths[0]} must be at least 2 tokens")
     if outside := [d for d in settings.depths if not 0 <= d <= 1]:

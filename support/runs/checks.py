@@ -46,7 +46,7 @@ def check_settings(settings) -> None:
     if settings.has_probe and method == "none" and train_len <= window:
         raise BadInput(
             "--method none never leaves the old window, so its analysis would see nothing:"
-            " --impactful FILE of another run, or another --select"
+            " give the --impactful FILE of another run, or another --select"
         )
     probe, steps = settings.probe_steps, settings.steps
     if not int(settings.has_probe) <= probe <= steps:
@@ -80,8 +80,9 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
     drawn = (analysis_sample(i, stages[0], texts[0], tokenizer, settings) for i in range(n))
     if not any((positions[1:] >= window).any() for _, positions in drawn):
         raise BadInput(
-            f"no position of the {n} samples of the analysis is past the old window {window}: more"
-            f" --analysis_samples, a longer --train_len, or another --seed than {settings.seed}"
+            f"no position of the {n} samples of the analysis is past the old window {window}: give"
+            " more --analysis_samples, a longer --train_len, or another --seed than"
+            f" {settings.seed}"
         )
 
 
@@ -94,8 +95,8 @@ def log_run(there: Machine, config, settings, options, stages, corpus) -> None:
         log("no CUDA device: going on with the CPU, for which the toy's numbers are made")
     else:
         log(
-            "no CUDA device: going on with the CPU. Defaults are the paper's, made for a GPU:\n"
-            "--steps, --replay_steps, --batch_sequences and --train_len make less of it"
+            "no CUDA device: going on with the CPU. The defaults are the paper's, for a GPU: "
+            "smaller --steps, --replay_steps, --batch_sequences and --train_len make a shorter run"
         )
     log(f"data: {corpus.summary()}")
     batch = settings.batch_sequences

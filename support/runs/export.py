@@ -57,9 +57,9 @@ def check_exportable(settings, options) -> None:
         raise BadInput("--export goes with neither --resume nor --plan")
     if settings.analyses:
         raise BadInput(
-            "--export with --select impact needs the impactful types beforehand: --impactful FILE,"
-            " the impactful.json that train.py with the same flags leaves in its --out after the"
-            " analysis (then give its --probe_steps, too); or --select random"
+            "--export with --select impact needs the impactful types beforehand: give the"
+            " --impactful FILE that train.py with the same flags leaves in its --out after the"
+            " analysis, and its --probe_steps; or --select random"
         )
 
 
@@ -120,11 +120,11 @@ def status_of(folder: Path, index: dict) -> str | None:
     with such an index."""
     if not (folder / INDEX).is_file():
         if not is_fresh(folder, INDEX):
-            raise BadInput(f"--export {folder} is not empty: another folder for the samples")
+            raise BadInput(f"--export {folder} is not empty: give another folder")
         return None
     begun = read_json(folder / INDEX)
     if found := difference(settings_of(folder, INDEX), index["settings"]):
-        raise BadInput(f"{folder} holds samples with {found}: another --export")
+        raise BadInput(f"{folder} holds samples with {found}: give another --export")
     if change := sources.changed(begun.get("data", []), index["data"]):
-        raise BadInput(f"{change}; put it back, or another --export than {folder}")
+        raise BadInput(f"{change}; put it back, or give another --export than {folder}")
     return begun["status"]

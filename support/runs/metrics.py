@@ -5,6 +5,8 @@ from support.system.console import peak_gib, progress
 
 
 class Metrics:
+    """run: the RunFolder; stages: of the whole run, in their order."""
+
     def __init__(self, run, model, settings, stages: list):
         self.run, self.config, self.batch = run, model.config, settings.batch_sequences
         self.device = model.lm_head.weight.device.type

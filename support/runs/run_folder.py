@@ -52,9 +52,9 @@ class RunFolder:
                 own = "without the flag, --resume takes the run's own"
                 raise BadInput(f"{self.path} holds a run with {found}: {own}")
         elif self.finished():
-            raise BadInput(f"{self.path} holds a finished run: another --out, or move it away")
+            raise BadInput(f"{self.path} holds a finished run: give another --out, or move it away")
         elif not is_fresh(self.path, "run.json"):
-            raise BadInput(f"{self.path} is not empty: another --out, or --resume to go on")
+            raise BadInput(f"{self.path} is not empty: give another --out, or --resume to go on")
 
     def check_data(self, settings, resume: bool) -> None:
         """BadInput that names a text, or the model, that is another one than when the run began
@@ -99,8 +99,8 @@ class RunFolder:
             file.write(save({"input_ids": ids, "position_ids": positions, "targets": targets}))
         raise BadInput(
             f"steps {step - SKIPS + 1} to {step} had no finite loss and gradient and changed no"
-            f" weight; the last batch is in {self.path / BATCH}: lower --lr in another --out, or"
-            " look at the data"
+            f" weight; the last batch is in {self.path / BATCH}: look at it, or"
+            " begin again in another --out with a lower --lr"
         )
 
     def save(self, state: dict) -> None:

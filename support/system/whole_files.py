@@ -99,7 +99,7 @@ def only_writer(folder: str | Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             alone = False
         if not alone:
-            raise BadInput(f"another run is writing to {folder}: wait for it, or take another")
+            raise BadInput(f"another run is writing to {folder}: wait for it, or give another")
         try:
             yield
         finally:
