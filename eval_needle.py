@@ -3,9 +3,9 @@
     python eval_needle.py    # judge the model in out/ and the one that train.py started from
 
 Sentences such as "One of the special magic numbers for Lima is: 4821906." are hidden in a long
-text; at the end the model is asked for one of them. Each prompt is scored twice: by the share of
-the expected answers in the model's greedy continuation, and by the log-probability, in nats, of
-the expected answer. Models that find equally many can still be told apart in nats.
+text; at the end the model is asked for one or more of them. Each prompt is scored twice: by the
+share of the expected answers in the model's greedy continuation, and by the log-probability, in
+nats, of the expected answer. Models that find equally many can still be told apart in nats.
 
 The structure (task text, haystack, question, beginning of the answer) and the first score are
 those of RULER (Hsieh et al., 2404.06654), the grid of lengths and depths that of gkamradt's test;
@@ -328,9 +328,8 @@ def text_loss(model: Llama, ids: Tensor, bin_tokens: int = 1024) -> list[tuple[f
     hidden = model.hidden(ids[None, :-1].to(model.lm_head.weight.device))[0]
     targets = ids[1:].to(hidden.device)
     losses = []
-    bins = zip(hidden.split(bin_tokens), targets.split(bin_tokens), strict=True)
-    for hidden_of_bin, targets_of_bin in bins:
-        loss, n = linear_cross_entropy(hidden_of_bin, model.lm_head.weight, targets_of_bin)
+    for h, y in zip(hidden.split(bin_tokens), targets.split(bin_tokens), strict=True):
+        loss, n = linear_cross_entropy(h, model.lm_head.weight, y)
         losses.append((float(loss) / n, n))
     return losses
 
@@ -350,8 +349,9 @@ def queue(
     candidate: Candidate, tasks: dict[str, Task], haystack: Haystack, setups: dict, settings
 ) -> list[tuple[dict, float]]:
     """(cell, FLOPs) of all prompts of one candidate; a cell is a dict, what is known of a result
-    before the model has answered. setups: task -> hash of its wording and haystack, by which
-    results of other runs are told apart. Raises BadInput for a prompt that cannot be made."""
+    before the model has answered. The prompts are not kept; those that are run are made again.
+    setups: task -> hash of its wording and haystack, by which results of other runs are told apart.
+    Raises BadInput for a prompt that cannot be made."""
     found, before = [], torch.empty(0, dtype=torch.int64)
     for name, length, repeat, depth in cells(candidate, tasks, settings):
         cell = {
@@ -377,7 +377,7 @@ def queue(
 
 
 def measure(cell: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict:
-    """The result: the cell, and the model's answer with its scores."""
+    """The result: the cell, the model's answer and its scores (task loss: nats per token)."""
     started, result = time.monotonic(), dict(cell)
     if cell["task"] == "loss":
         bins = text_loss(shared.model, sample.ids)

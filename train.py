@@ -306,8 +306,8 @@ def find_types(trainer: Trainer, corpus: Corpus) -> None:
     if settings.extended:
         extended = load_pretrained(settings.extended, **load)
     if settings.rebased_analysis:
-        # Measures what training taught. Under its own rope_theta, the comparison would mostly
-        # measure how the original fails past its window.
+        # Measures what training taught. With the original under its own rope_theta, the comparison
+        # would mostly measure how it fails past its window.
         rope = {name: getattr(extended.config, name) for name in ("rope_theta", "rope_scaling")}
         original.config = replace(original.config, **rope)
     probe, tokenizer = trainer.stages[0], trainer.tokenizer
@@ -352,7 +352,7 @@ def export(config: LlamaConfig, settings: Settings, options: RunOptions) -> None
     check_exportable(settings, options)
     tokenizer = load_tokenizer(settings.model)
     check_fits(tokenizer, config.vocab_size)
-    impactful = read_impactful(settings.impactful, config.vocab_size)
+    impactful = read_impactful(settings.impactful, tokenizer, config.vocab_size)
     texts = load_texts(settings, tokenizer)
     write_samples(settings, options.export, tokenizer, texts, impactful, learning_rate, draw)
 
@@ -370,7 +370,7 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, there: M
         return
     run.check_data(settings, options.resume)
     corpus, replay_corpus = load_texts(settings, tokenizer)
-    impactful = read_impactful(settings.impactful, config.vocab_size)
+    impactful = read_impactful(settings.impactful, tokenizer, config.vocab_size)
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)

@@ -122,7 +122,7 @@ def selected(out: Path, samples: int = 8) -> dict:
     corpus, _ = load_texts(settings, tokenizer)
     if settings.select == "impact":
         file = settings.impactful or out / "impactful.json"
-        impactful = read_impactful(file, tokenizer.vocab_size)
+        impactful = read_impactful(file, tokenizer, tokenizer.vocab_size)
     known = asked = 0
     for step in range(settings.probe_steps, settings.probe_steps + samples):
         ids, _ = next(train.draw(extend, step, corpus, tokenizer, settings, impactful))

