@@ -345,6 +345,7 @@ DAMAGED = [
     # `tokenizers` panics: the prefix is longer than what it is to be taken from
     {"model": BPE | {"continuing_subword_prefix": "##"}},
     {"added_tokens": [{"id": 5}]},
+    {"post_processor": ROBERTA | {"cls": ["<s>", 999]}},
     {"added_tokens": 5},
 ]
 

@@ -56,10 +56,8 @@ def check_settings(settings) -> None:
 def check_folders(settings, options) -> None:
     """Raises BadInput if what the command writes would be among the texts that it reads."""
     read = [*(settings.data or []), *(settings.replay_data or [])]
-    if options.export:
-        check_outside("--export", options.export, read)
-    else:
-        check_outside("--out", options.out, read)
+    name = "export" if options.export else "out"
+    check_outside(f"--{name}", getattr(options, name), read)
 
 
 def check_extended(folder: str | None, vocab_size: int) -> None:
