@@ -741,6 +741,15 @@ def test_a_model_that_cannot_be_judged_is_refused(refused, toy_dir, tmp_path, mo
     edit_config(other, model_type="mistral", sliding_window=350)
     error = refused("", model=other)
     assert "sliding_window 350 is shorter than --lengths 400" in error
+    model = load_pretrained(toy_dir)
+    model.model.norm.weight.data *= 1e37
+    save_pretrained(model, tmp_path / "loud", tokenizer_from=toy_dir)
+    assert "loud gives -inf nats, so its numbers overflow in torch.float32" in refused(
+        "", model=tmp_path / "loud"
+    )
+    assert "loud gives inf nats" in refused("--tasks --loss", model=tmp_path / "loud")
+    (tmp_path / "link").symlink_to(other)
+    assert "link is --model itself" in refused(f"--compare {tmp_path}/link", model=other)
     monkeypatch.chdir(tmp_path)  # where no run has been
     with pytest.raises(SystemExit):
         eval_needle.main([])
