@@ -390,6 +390,11 @@ def measure(cell: dict, sample: Sample, shared: SharedPrefix, tokenizer) -> dict
         answer = shared.answer(sample.ids, sample.answer_tokens, tokenizer.eos_ids)
         result["output"] = tokenizer.decode(answer)
         result["score"] = score(sample.expected, result["output"])
+    if not math.isfinite(found := result.get("answer_logprob", result["score"])):
+        raise BadInput(
+            f"{cell['model']} gives {found} nats, so its numbers overflow in {cell['dtype']}: a"
+            " failed training, or another --dtype is needed"
+        )
     return result | {"seconds": round(time.monotonic() - started, 2)}
 
 

@@ -47,6 +47,7 @@ from recipe import next_token_targets
 from support.data.sources import load_texts
 from support.data.text import Corpus
 from support.huggingface.config import check_extendable
+from support.huggingface.folders import check_saveable
 from support.huggingface.hub import CONFIG, FILES, local_folder
 from support.huggingface.tokenizer import check_fits
 from support.memory.activations import set_levers
@@ -374,11 +375,14 @@ def train(config: LlamaConfig, settings: Settings, options: RunOptions, there: M
     checks.check_extended(settings.extended, config.vocab_size)
     stages, texts = plan_stages(settings), (corpus, corpus, replay_corpus)
     checks.check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample)
-    model = load_pretrained(settings.model, getattr(torch, settings.dtype), there.kind)
+    dtype = getattr(torch, settings.dtype)
+    extended = config.with_rope(settings.rope_base, settings.target_len, settings.new_scaling)
+    check_saveable(extended, dtype, settings.model)
+    model = load_pretrained(settings.model, dtype, there.kind)
 
     checks.log_run(there, config, settings, options, stages, corpus)
     # the original as it is trained: under the new RoPE, and with the memory options on
-    model.config = config.with_rope(settings.rope_base, settings.target_len, settings.new_scaling)
+    model.config = extended
     set_levers(model, settings)
     trainer = Trainer(model, tokenizer, settings, options, run)
     trainer.impactful = impactful

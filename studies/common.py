@@ -220,22 +220,32 @@ WORDS = {  # how a recorded row or label is shown in tables and figures, in thei
 def in_words(name: str) -> str:
     """A row of a study; the recorded files say "base" for theta.
 
-    >>> in_words("untrained, old base"), in_words("none, paper's base")
-    ('original', "plain positions, paper's theta")
+    >>> in_words("untrained, old base"), in_words("none with yarn, paper's base")
+    ('original', "plain positions with yarn, paper's theta")
     """
     first, comma, theta = name.partition(", ")
-    shown = f"{WORDS.get(first, first)}{comma}{theta.replace('base', 'theta')}"
+    method, joint, scaling = first.partition(" with ")
+    shown = f"{WORDS.get(method, method)}{joint}{scaling}{comma}{theta.replace('base', 'theta')}"
     return "original" if shown == "untrained, old theta" else shown
 
 
 def reference(name: str) -> str:
-    """The row that another is compared with, and whose analysis it takes: longrecipe under the same
-    theta.
+    """The row whose analysis another takes: longrecipe under the same theta.
 
     >>> reference("pose, paper's theta")
     "longrecipe, paper's theta"
     """
     return "longrecipe" + "".join(name.partition(",")[1:])
+
+
+def leader(name: str) -> str:
+    """The row that another is compared with: LongRecipe under the same theta and scaling of RoPE.
+
+    >>> leader("pose, paper's theta"), leader("pose with yarn, paper's theta")
+    ("longrecipe, paper's theta", "yarn, paper's theta")
+    """
+    ours = reference(name)
+    return ours.replace("longrecipe", "yarn") if "yarn" in name else ours
 
 
 class Study(abc.ABC):
@@ -285,21 +295,20 @@ class Study(abc.ABC):
         return [name for name in self.names if name in self.runs()]
 
     def lead_over(self, name: str, field: str = "scores") -> dict | None:
-        """By how much longrecipe under the same theta is above a row at the target."""
-        runs, ours = self.runs(), reference(name)
+        """By how much its `leader` is above a row at the target."""
+        runs, ours = self.runs(), leader(name)
         if name == ours:
             return None
         return lead(runs.get(ours, {}), runs[name], self.target, field)
 
     def cells(self) -> list[dict[str, str]]:
-        """For each row: column -> cell, empty where that was not measured. For each theta those
-        rows come first that find most at the target."""
+        """For each row: column -> cell, empty where that was not measured. For each theta and
+        scaling of RoPE those rows come first that find most at the target."""
         runs, names = self.runs(), self.shown()
-        thetas = [name.partition(",")[2] for name in names]
+        leaders = [leader(name) for name in names]
 
         def place(name: str) -> tuple[int, float]:
-            found = mean_of(texts_of(runs[name], self.target))
-            return thetas.index(name.partition(",")[2]), -found
+            return leaders.index(leader(name)), -mean_of(texts_of(runs[name], self.target))
 
         return [self.cells_of(name, runs) for name in sorted(names, key=place)]
 

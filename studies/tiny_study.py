@@ -54,6 +54,7 @@ SETTINGS = {
     "no replay": "--replay_steps 0 {same}",
     "untrained with yarn": None,
     "yarn": "--rope yarn {same}",
+    **{f"{name} with yarn": f"{flags} --rope yarn" for name, flags in OTHERS.items()},
     "untrained, paper's base": None,
     "longrecipe, paper's base": "",
     **{f"{name}, paper's base": flags for name, flags in OTHERS.items()},

@@ -28,6 +28,7 @@ from support.needles.figures import draw_curves, draw_heatmap
 from support.needles.haystack import MADE_UP, Hidden, listed, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.summary import gain, gains, summarise, versus
+from support.needles.tasks import check_task
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,8 @@ def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
 
     def hide_nothing(task, haystack, length, rng):
         return Hidden(haystack.cut(length, rng), ["The code is."], ["What is the code?"], [[""]])
+
+    check_task("own", change("niah_single", hide=hide_nothing, question="What is it?", answer=""))
 
     for fields, why in (
         ({"keys": ("Ada", "Bob")}, "the needles need 1 words, the haystack lacks only 0 of theirs"),
@@ -741,6 +744,15 @@ def test_a_model_that_cannot_be_judged_is_refused(refused, toy_dir, tmp_path, mo
     edit_config(other, model_type="mistral", sliding_window=350)
     error = refused("", model=other)
     assert "sliding_window 350 is shorter than --lengths 400" in error
+    model = load_pretrained(toy_dir)
+    model.model.norm.weight.data *= 1e37
+    save_pretrained(model, tmp_path / "loud", tokenizer_from=toy_dir)
+    assert "loud gives -inf nats, so its numbers overflow in torch.float32" in refused(
+        "", model=tmp_path / "loud"
+    )
+    assert "loud gives inf nats" in refused("--tasks --loss", model=tmp_path / "loud")
+    (tmp_path / "link").symlink_to(other)
+    assert "link is --model itself" in refused(f"--compare {tmp_path}/link", model=other)
     monkeypatch.chdir(tmp_path)  # where no run has been
     with pytest.raises(SystemExit):
         eval_needle.main([])

@@ -261,7 +261,8 @@ TEMPLATE = {
 SEQUENCE = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]}
 ROBERTA = {"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}
 BOS = [(None, {}), (None, {"add_bos_token": True}), (None, {"add_bos_token": False})]
-BOS += [(TEMPLATE, {}), (SEQUENCE, {}), (ROBERTA, {})]
+BOS += [(TEMPLATE, {}), (SEQUENCE, {}), (ROBERTA, {}), (TEMPLATE, {"bos_token": None})]
+BOS += [(TEMPLATE, {"bos_token": "</s>"})]  # a config that names another token
 
 
 @pytest.mark.parametrize(("post_processor", "options"), BOS)

@@ -4,6 +4,7 @@ room."""
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -77,6 +78,14 @@ def save(model: nn.Module, path: str | Path, tokenizer_from: str | Path | None) 
         dataclasses.asdict(model.config), model.lm_head.weight.dtype
     )
     write(path, config, model.named_parameters(), tokenizer_from)
+
+
+def check_saveable(config, dtype: torch.dtype, tokenizer_from: str | Path) -> None:
+    """Raises, before a model is trained, what would be raised when it is saved: all files but the
+    weights are written to a temporary folder."""
+    content = config_files.config_to_json(dataclasses.asdict(config), dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "model", content, [], tokenizer_from)
 
 
 def merge(
@@ -172,6 +181,7 @@ def special_ids(source: Path) -> dict[str, int | None]:
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
 
     def id_of(token) -> int | None:
-        return added.get(token["content"] if isinstance(token, dict) else token)
+        content = token.get("content") if isinstance(token, dict) else token
+        return added.get(content) if isinstance(content, str) else None
 
     return {f"{which}_token_id": id_of(settings.get(f"{which}_token")) for which in ("bos", "eos")}

@@ -58,10 +58,12 @@ class Tokenizer:
         self._bytes = tokens | {i: text.encode() for text, i in added.items()}
         self.vocab_size = max(self._bytes) + 1
         self.bos_id, self.eos_id = (self._special_id(settings, name) for name in ("bos", "eos"))
+        first = first_of_post_processor(settings)
+        self.bos_id = self.bos_id if first is None else first
         ends = [self.eos_id] * (self.eos_id is not None) + settings.get("eos_ids", [])
         self.eos_ids = tuple(dict.fromkeys(ends))
-        adds = settings.get("add_bos_token") or post_processor_adds(settings, self.bos_id)
-        self.adds_bos = self.bos_id is not None and bool(adds)
+        adds = first is not None or bool(settings.get("add_bos_token"))
+        self.adds_bos = self.bos_id is not None and adds
 
     def __eq__(self, other) -> bool:
         """Same tokens under the same ids. (How text is split may still differ.)"""
@@ -371,14 +373,15 @@ def ids_in(value) -> list[int]:
     return [i for i in values if type(i) is int and i >= 0]
 
 
-def post_processor_adds(settings: dict, bos_id: int | None) -> bool:
-    """Does the tokenizer's own post-processor start a single text with the BOS token?"""
+def first_of_post_processor(settings: dict) -> int | None:
+    """The id that the tokenizer's own post-processor puts in front of a single text, if any: that
+    of BOS, whatever the config files say."""
     post = settings.get("post_processor") or {}
     for step in post.get("processors", [post]):
-        if step.get("type") in ("BertProcessing", "RobertaProcessing") and step["cls"][1] == bos_id:
-            return True
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            return step["cls"][1]
         if step.get("type") == "TemplateProcessing" and step.get("single"):
             name = step["single"][0].get("SpecialToken", {}).get("id")
-            if bos_id in step.get("special_tokens", {}).get(name, {}).get("ids", []):
-                return True
-    return False
+            if ids := ids_in(step.get("special_tokens", {}).get(name, {}).get("ids")):
+                return ids[0]
+    return None

@@ -149,9 +149,11 @@ def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
     model = local_folder(flags.model or RESULT)
     begun_with = original_of_run(model)
     compare = begun_with if flags.compare is None else flags.compare
-    compare = tuple(dict.fromkeys(map(local_folder, compare)))
-    if model in compare:
-        raise BadInput(f"--compare {model} is --model itself")
+    # a folder counts once, however its path is written
+    found = {os.path.realpath(folder): folder for folder in map(local_folder, compare)}
+    if own := found.get(os.path.realpath(model)):
+        raise BadInput(f"--compare {own} is --model itself")
+    compare = tuple(found.values())
     starts = [os.path.realpath(folder) for folder in begun_with]
     original = next((f for f in compare if os.path.realpath(f) in starts), None)
     if flags.compare and begun_with and original is None:

@@ -68,8 +68,8 @@ def check_extended(folder: str | None, vocab_size: int) -> None:
 
 
 def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysis_sample) -> None:
-    """Draw a sample of each stage from its text, and samples of the analysis until one is usable,
-    as train.py will, so that an error is raised now and not after hours of training."""
+    """Draw a sample of each stage from its text, and the samples of the analysis, as train.py will,
+    so that an error is raised now and not after hours of training."""
     for stage, text in zip(stages, texts, strict=True):
         waits = settings.analyses and stage.how["select"] == "impact"  # for the analysis
         if stage.steps and not waits:
@@ -78,11 +78,17 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
         return
     n, window = settings.analysis_samples, settings.base_len
     drawn = (analysis_sample(i, stages[0], texts[0], tokenizer, settings) for i in range(n))
-    if not any((positions[1:] >= window).any() for _, positions in drawn):
+    counted = torch.cat([ids[1:][positions[1:] >= window] for ids, positions in drawn])
+    if len(counted) == 0:
         raise BadInput(
             f"no position of the {n} samples of the analysis is past the old window {window}: give"
             " more --analysis_samples, a longer --train_len, or another --seed than"
             f" {settings.seed}"
+        )
+    if (most := int(counted.bincount().max())) < settings.min_count:
+        raise BadInput(
+            f"--min_count {settings.min_count}: the analysis sees no token type more than {most}"
+            " times: a lower --min_count, or more --analysis_samples"
         )
 
 
