@@ -28,6 +28,7 @@ from support.needles.figures import draw_curves, draw_heatmap
 from support.needles.haystack import MADE_UP, Hidden, listed, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.summary import gain, gains, summarise, versus
+from support.needles.tasks import check_task
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,8 @@ def test_words_that_the_haystack_holds_are_not_hidden(toy_dir):
 
     def hide_nothing(task, haystack, length, rng):
         return Hidden(haystack.cut(length, rng), ["The code is."], ["What is the code?"], [[""]])
+
+    check_task("own", change("niah_single", hide=hide_nothing, question="What is it?", answer=""))
 
     for fields, why in (
         ({"keys": ("Ada", "Bob")}, "the needles need 1 words, the haystack lacks only 0 of theirs"),

@@ -77,17 +77,13 @@ def load_reference(tokenizer) -> Tokens:
     return one_document(source, standard_library_topics(), tokenizer)
 
 
-def load_toy_text(tokenizer) -> Tokens:
-    """Python sources only: the language reference is what the toy is tested on."""
-    source = "the sources of the Python standard library, with word pairs woven in"
-    return one_document(source, SEPARATOR.join(standard_library_sources()), tokenizer)
-
-
 def load_corpora(args, tokenizer) -> tuple[Corpus, Corpus]:
     """What the extension and the replay draw from; the toy model's task is woven into both."""
     if is_toy(args):
         log("toy model; for a real one: --model DIR")
-        tokens = load_toy_text(tokenizer)
+        # without the language reference: the toy is tested on that
+        source = "the sources of the Python standard library, with word pairs woven in"
+        tokens = one_document(source, SEPARATOR.join(standard_library_sources()), tokenizer)
         return tuple(ToyCorpus(tokens, n, tokenizer) for n in (args.train_len, args.replay_len))
     remedy = "give longer texts with --{}, join them with --join, or lower --{}"
     tokens = load_tokens(args.data, tokenizer, args.join)

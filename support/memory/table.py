@@ -95,8 +95,7 @@ def expected_s(config, settings, options, stages, there: Machine) -> float:
 
 def extension_s(stages: dict) -> float:
     """Seconds of probe, analysis and extension."""
-    names = ("probe", "analysis", "extend")
-    return sum(stages[name]["seconds"] for name in names if name in stages)
+    return sum(stages[k]["seconds"] for k in ("probe", "analysis", "extend") if k in stages)
 
 
 # ---- in words ----------------------------------------------------------------------------------
