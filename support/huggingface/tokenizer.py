@@ -65,7 +65,7 @@ class Tokenizer:
         adds = first is not None or bool(settings.get("add_bos_token"))
         self.adds_bos = self.bos_id is not None and adds
         if self.adds_bos and self.bos_id not in self._bytes:
-            raise BadInput(f"the tokenizer puts {self.bos_id} before a text, which is not one of its ids")
+            raise BadInput(f"the tokenizer begins a text with id {self.bos_id}, which it lacks")
 
     def __eq__(self, other) -> bool:
         """Same tokens under the same ids. (How text is split may still differ.)"""
