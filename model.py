@@ -441,7 +441,7 @@ def load_pretrained(
     config = LlamaConfig.from_dir(path)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
-    return support("huggingface.folders").fill(model, path, dtype, torch.device(device))
+    return support("huggingface.folders").load_weights(model, path, dtype, torch.device(device))
 
 
 def save_pretrained(model: Llama, path: str | Path, tokenizer_from: str | Path | None = None):

@@ -65,7 +65,7 @@ from support.runs.run_folder import RunFolder
 from support.runs.settings import RunOptions, Settings, Stage, parse_settings, plan_stages
 from support.system.ahead import made_ahead
 from support.system.console import log, progress, provenance, report_errors
-from support.system.signals import unbroken
+from support.system.signals import signals_wait
 from support.system.whole_files import only_writer
 
 # ---- 1. Settings: the paper's numbers are the defaults -----------------------------------------
@@ -254,7 +254,7 @@ class Trainer:
                 after_each = functools.partial(self.metrics.bar.update, stage.tokens)
                 loss = accumulate(self.model, batch, after_each)
                 lr = learning_rate(stage, step - first, settings.warmup_steps, first)
-                with unbroken():  # Ctrl-C waits: weights, step and metrics move together
+                with signals_wait():  # Ctrl-C waits: weights, step and metrics move together
                     norm = self.optimizer.step(lr, settings.clip, usable=math.isfinite(loss))
                     self.step += 1
                     row = {"stage": stage.name, "step": self.step, "loss": loss, "lr": lr}

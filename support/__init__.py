@@ -1,20 +1,60 @@
 """Formats and plumbing, in seven rooms. A reader of the tutorial may skip this folder; nothing here
 imports the four files, and a room imports only rooms above it in this list.
 
-system/        console: errors as one line, progress, provenance; signals: Ctrl-C and SIGTERM;
-               whole_files: files that are whole or not there; bad_input: what is refused;
-               ahead: items made on a thread before they are asked for
-huggingface/   config, checkpoint: config.json and safetensors; yarn: a type of RoPE;
-               folders, hub: a model by its folder or name; hashes: which model it is; tokenizer
-data/          text: files as documents of tokens; segments: where sentences end; toy: the toy
-               task; sources: what a run reads; other_methods: positions of pose and others
-memory/        activations, optimizer: the levers; kernels: attention on a GPU, what is compiled;
-               count: bytes and FLOPs; machine: what is there; choose: levers that fit;
-               table: `--plan`
-runs/          settings, flags, checks: what train.py is told; run_folder: out/; metrics, analysis:
-               files in it; export: samples as files
-needles/       tasks: what is hidden, in which words; haystack; settings: what to do, who is judged;
-               results: needle.jsonl; intervals, summary: what they say; report, figures; cost
-explain/       command: `python recipe.py` and what it says; figure: what it draws; distances: what
-               it counts
+system/        what every command shares
+    console        errors as one line, progress with ETA, provenance
+    signals        Ctrl-C, SIGTERM and SIGHUP, and what they must not cut in two
+    whole_files    files and folders that are whole or not there
+    bad_input      the error for what a user can correct
+    ahead          items made on a thread before they are asked for
+
+huggingface/   model folders
+    config         config.json, read with checks and written for every reader
+    checkpoint     weights in safetensors, one tensor at a time
+    yarn           a way to scale RoPE
+    folders        a whole folder: read, write, merge
+    hub            a folder by its name on the hub
+    hashes         which model it is
+    tokenizer      ids equal to those of `tokenizers`
+
+data/          texts
+    text           files as documents of tokens
+    segments       where sentences end
+    toy            the toy's task
+    sources        what a run reads
+    other_methods  positions of PoSE, CREAM and others
+
+memory/        what a run needs
+    activations    what is kept for the backward pass, and where
+    optimizer      AdamW on the device, on the host, in 8 bits
+    kernels        attention's kernels, and what is compiled
+    count          FLOPs and bytes of a model's shape
+    machine        memory, disk and speed that are there
+    choose         the levers that fit
+    table          `--plan`
+
+runs/          train.py's plumbing
+    settings       its flags
+    flags          flags that are fields of a dataclass
+    checks         which flags make no sense
+    run_folder     out/ and resuming
+    metrics        a line a step
+    analysis       impactful.json
+    export         samples as files
+
+needles/       eval_needle.py's plumbing
+    tasks          what is hidden, and in which words
+    haystack       the text, keys and values
+    settings       its flags, and which models are judged
+    results        needle.jsonl
+    intervals      how sure a mean is
+    summary        shares, nats, gains
+    report         tables and needle_results.json
+    figures        heat-maps and curves
+    cost           minutes and memory, said beforehand
+
+explain/       `python recipe.py`
+    command        what it says
+    figure         what it draws
+    distances      what it counts
 """

@@ -42,7 +42,7 @@ def read_config(path: str | Path) -> dict:
     return fields
 
 
-def fill(
+def load_weights(
     model: nn.Module, path: str | Path, dtype: torch.dtype | None, device: torch.device
 ) -> nn.Module:
     """A Llama on the meta device -> the same with the folder's weights, cast and moved one by one

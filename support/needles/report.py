@@ -96,7 +96,7 @@ def warn(needles: list[dict], tasks: dict) -> None:
 def write_report(
     results: list[dict], candidates: list, tasks: dict, source: str, settings, started: float
 ) -> None:
-    """results: of this run and of earlier ones of the same setup (Results.of_setup)."""
+    """results: of this run and of earlier ones of the same setup (Results.add_earlier)."""
     models = {c.label: c for c in candidates if c.control is None}
     own = next(label for label, c in models.items() if c.folder == settings.model)
     shown = [r for r in results if r["model"] in models]

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from support.huggingface.hashes import Hashes
 from support.system.bad_input import BadInput
-from support.system.console import log, telling
+from support.system.console import log, note_on_error
 from support.system.whole_files import check_unlocked, only_writer, write_atomically
 
 KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
@@ -72,7 +73,7 @@ class Results:
         """Surrounds the measuring, with no other process in the folder. Whatever stops it, the last
         line of the log says which results are kept."""
         before = len(self.known)
-        with only_writer(self.path.parent), telling(self.what_is_saved):
+        with only_writer(self.path.parent), note_on_error(self.what_is_saved):
             yield
             self.hashes.save()
         if len(self.known) == before:
@@ -82,12 +83,18 @@ class Results:
         return f"the results written are kept in {self.path}; the same command goes on from there"
 
     def add(self, result: dict) -> dict:
+        """Append a result to the file. BadInput for one that is no finite number of nats."""
+        if not math.isfinite(found := result.get("answer_logprob", result["score"])):
+            raise BadInput(
+                f"{result['model']} gives {found} nats, so its numbers overflow in"
+                f" {result['dtype']}: a failed training, or another --dtype is needed"
+            )
         self.remember(result)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(result, ensure_ascii=False) + "\n")
         return result
 
-    def of_setup(self, found: list, setups: dict[str, str], candidates: list, settings) -> list:
+    def add_earlier(self, found: list, setups: dict[str, str], candidates: list, settings) -> list:
         """`found`, the results of this run, and what earlier runs measured of the same models in
         the same way (wording, haystack, seed, dtype), so that a small run does not hide a larger
         one before it. setups: task -> setup_of."""

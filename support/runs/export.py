@@ -42,7 +42,7 @@ from support.huggingface.config import read_json
 from support.runs.flags import as_kept, settings_of
 from support.runs.settings import difference, plan_stages
 from support.system.bad_input import BadInput
-from support.system.console import log, progress, provenance, telling
+from support.system.console import log, note_on_error, progress, provenance
 from support.system.whole_files import is_fresh, only_writer, replacing, write_atomically
 
 INDEX = "samples.json"
@@ -98,7 +98,7 @@ def write_samples(
 
     with only_writer(folder):
         status = status_of(folder, index)
-        with telling(whole):
+        with note_on_error(whole):
             if status is None:
                 write_index(status="running")
             for step, file in enumerate(progress(files, "export", unit="step")):

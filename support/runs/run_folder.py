@@ -20,8 +20,8 @@ from support.runs.analysis import IMPACTFUL
 from support.runs.flags import settings_to_resume
 from support.runs.settings import difference
 from support.system.bad_input import BadInput
-from support.system.console import telling
-from support.system.signals import unbroken
+from support.system.console import note_on_error
+from support.system.signals import signals_wait
 from support.system.whole_files import is_fresh, replacing, sync, write_atomically
 
 STATE, METRICS, BATCH = "state.pt", "metrics.jsonl", "skipped_batch.safetensors"
@@ -106,7 +106,7 @@ class RunFolder:
     def save(self, state: dict) -> None:
         """Write out/state.pt through a second file that is synced and renamed: a kill at any moment
         leaves one complete state; Ctrl-C waits. Raises BadInput for a number that is not finite."""
-        with unbroken():
+        with signals_wait():
             if bad := next(not_finite(state), None):
                 raise BadInput(f"not saved: {bad} of the state is not finite; lower --lr")
             if (self.path / METRICS).is_file():
@@ -144,12 +144,12 @@ class RunFolder:
         """Around the training. Stopped by a signal, or by the end of the
         program that reads its log, it saves first; whatever stops it, the last line
         says what is saved and which command goes on."""
-        with telling(self.what_is_saved):
+        with note_on_error(self.what_is_saved):
             self.write_settings(settings, status="running")
             try:
                 yield
             except (KeyboardInterrupt, BrokenPipeError):  # the second: nobody reads the log now
-                with unbroken():  # a second Ctrl-C does not cost the save
+                with signals_wait():  # a second Ctrl-C does not cost the save
                     if trainer.step > (self.saved_step or 0) and not self.finished():
                         trainer.save()
                 raise
@@ -166,7 +166,7 @@ class RunFolder:
     def publish(self, folder: Path) -> None:
         """Move a finished model folder's files into the run folder; config.json last, as the sign
         of done."""
-        with unbroken():
+        with signals_wait():
             for file in sorted(folder.iterdir(), key=lambda f: f.name == "config.json"):
                 os.replace(file, self.path / file.name)
             shutil.rmtree(folder)

@@ -67,7 +67,7 @@ def last_line(message: str, error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def telling(what_is_saved: Callable[[], str]) -> Iterator[None]:
+def note_on_error(what_is_saved: Callable[[], str]) -> Iterator[None]:
     """Whatever ends the body early: the last line also says what is saved and how to go on."""
     try:
         yield

@@ -35,7 +35,7 @@ def stop(number: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def unbroken() -> Iterator[None]:
+def signals_wait() -> Iterator[None]:
     """A signal that comes inside waits until the body is done."""
     waiting: list[int] = []
     with handled_by(lambda number, frame: waiting.append(number)):
