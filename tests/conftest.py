@@ -13,8 +13,9 @@ import smollm2
 import torch
 
 torch.set_num_threads(2)
-# A shell makes its background jobs ignore Ctrl-C; the tests of Ctrl-C need it handled as usual.
+# Background jobs of a shell ignore Ctrl-C, and those of nohup SIGHUP: here they stop a process.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def make_hf_llama(family: str = "llama", **changes):

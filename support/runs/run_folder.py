@@ -141,9 +141,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def running(self, settings: dict, trainer) -> Iterator[None]:
-        """Around the training. Stopped by a signal, or by the end of the
-        program that reads its log, it saves first; whatever stops it, the last line
-        says what is saved and which command goes on."""
+        """Around the training. Stopped by a signal, or because the program that reads its log has
+        ended, it saves first; whatever stops it, the last line says what is saved and which command
+        goes on."""
         with note_on_error(self.what_is_saved):
             self.write_settings(settings, status="running")
             try:
