@@ -39,6 +39,7 @@ MERGES = ["no merge", "merge weight 0.75", "LongRecipe", "merge weight 0.25"]  #
 ROWS = ["original", "untrained", *WORDS.values()]  # of every table, in this order
 TOY = "tiny_128k/needle_results.json"
 MORE_TEXTS = "tiny_128k/more_texts.json"  # the same at two lengths, with nats
+YARN = "tiny_128k_yarn/needle_results.json"  # and under yarn
 TASKS = "smollm2_tasks/needle_results.json"
 REAL = [f"smollm2_16k/{part}/needle_results.json" for part in ("rows", "stages")]
 study = functools.cache(STUDY.cells)
@@ -95,34 +96,43 @@ def needle_table(*files: str) -> str:
 
 
 def main_table() -> str:
-    """README's one table: the toy under a theta that is too small, and under the paper's."""
-    shown = {  # row of the study -> row of the tables, and what README calls it
-        "untrained, old base": ("original", "original model"),
-        "untrained": ("untrained", "original weights under the new theta, **untrained**"),
-        "none": ("plain positions", "trained, plain positions (`--method none`)"),
-        "pose": ("PoSE", "trained, one jump (`--method pose`)"),
-        "longrecipe": ("LongRecipe", "trained, **LongRecipe**"),
+    """README's one table: the toy under theta x 4, under the paper's theta, and under yarn."""
+    shown = {  # row of the study, its row with yarn -> row of the tables, and what README calls it
+        ("untrained, old base",) * 2: ("original", "original model"),
+        ("untrained", "untrained with yarn"): (
+            "untrained",
+            "original weights under the new theta or yarn, **untrained**",
+        ),
+        ("none", "none with yarn"): (
+            "plain positions",
+            "trained, plain positions (`--method none`)",
+        ),
+        ("pose", "pose with yarn"): ("PoSE", "trained, one jump (`--method pose`)"),
+        ("longrecipe", "yarn"): ("LongRecipe", "trained, **LongRecipe**"),
     }
-    rows, runs, entries = [], STUDY.runs(), entries_of(read(TOY))
-    for name, (row, label) in shown.items():
-        small, large = cell(runs[name], 32_768), entries[row, False, 131_072]
-        rows.append([label, share(small), share(large)])
-    of_original = entries["original", False, 131_072]["n"]
-    counts = [str(small["n"]), f"{large['n']} (original: {of_original})"]
-    header = ["answers found, 95 % interval", "32,768 tokens, theta x 4"]
-    header += ["131,072 tokens, the paper's theta"]
-    return table(header, [*rows, ["n = answers a row", *counts]])
+    runs = STUDY.runs()
+    rows, counts = [], [cell(runs["longrecipe"], 32_768)["n"]] * 2
+    judged = [entries_of(read(MORE_TEXTS), read(TOY)), entries_of(read(YARN))]
+    counts += [entries["LongRecipe", False, 131_072]["n"] for entries in judged]
+    for names, (row, label) in shown.items():
+        found = [cell(runs[name], 32_768) if name in runs else None for name in names]
+        found += [entries.get((row, False, 131_072)) for entries in judged]
+        rows.append([label, *(share(e, n) for e, n in zip(found, counts, strict=True))])
+    header = ["answers found, 95 % interval", "32,768 tokens, theta x 4", "32,768, yarn"]
+    header += ["131,072, the paper's theta", "131,072, yarn"]
+    return table(header, [*rows, ["n = answers a row", *map(str, counts)]])
 
 
-def leads() -> dict[str, dict]:
-    """Row -> by how much the toy at 131,072 tokens is above it, on the texts of MORE_TEXTS."""
-    found = read(MORE_TEXTS)
+def leads(file: str) -> dict[str, dict]:
+    """Row -> by how much LongRecipe is above it at 131,072 tokens, on the texts of `file`."""
+    found = read(file)
     pairs = [e for e in found["pairs"] if e["length"] == 131_072 and e["found"]["interval_95"]]
     return {rows_of(found["models"])[e["against"]]: e for e in pairs}
 
 
-def more_texts_table() -> str:
-    entries, above, rows = entries_of(read(MORE_TEXTS)), leads(), []
+def nats_table(file: str) -> str:
+    """Answers and nats of the toy at 8,192 and 131,072 tokens, and the leads of LongRecipe."""
+    entries, above, rows = entries_of(read(file)), leads(file), []
     n = entries["LongRecipe", False, 131_072]["n"]
     for row in (row for row in ROWS if (row, False, 131_072) in entries):
         cells = {f"n = {n} answers": row}
@@ -174,7 +184,8 @@ def plan_table() -> str:
 REGIONS = {
     "main": main_table,
     "toy": lambda: needle_table(TOY),
-    "more texts": more_texts_table,
+    "more texts": lambda: nats_table(MORE_TEXTS),
+    "yarn texts": lambda: nats_table(YARN),
     "windows": windows_table,
     "study": lambda: cells_table(study()),
     "real study": lambda: cells_table(REAL_STUDY.cells()),
@@ -226,7 +237,15 @@ def verdict(lead: dict) -> str:
     sure = len(seeds) > 1 and (min(seeds) > 0 or max(seeds) < 0)
     if sure and lead["verdict"] in ("above", "below"):
         return lead["verdict"]
-    return "not told apart from".replace(" ", "&nbsp;")
+    return one_word("not told apart from")
+
+
+HOW = {"scores": (100, "+.0f"), "found": (100, "+.0f"), "nats": (1, "+.2f")}  # see gain
+
+
+def one_word(told: str) -> str:
+    """For FACT: without round brackets, and with spaces that do not break."""
+    return told.translate({ord("("): "[", ord(")"): "]", ord(" "): "&nbsp;"})
 
 
 def overlap(a: dict, b: dict) -> str:
@@ -243,6 +262,7 @@ def facts() -> dict[str, str]:
         for measure, field in (("", "scores"), (", nats", "nats")):
             if lead := STUDY.lead_over(name, field):
                 known[f"study verdict {name}{measure}"] = verdict(lead)
+                known[f"study lead {name}{measure}"] = one_word(gain(lead, *HOW[field]))
     boards = {
         "first": (32_768, read("first_run.json")["results"]),
         "toy": (131_072, read(TOY)),
@@ -256,11 +276,10 @@ def facts() -> dict[str, str]:
             if not loss and length == target:
                 known[f"{name} {row}"] = FORMATS["%"](e["mean"])
                 known[f"{name} verdict {row}"] = overlap(e, ours)
-    for row, lead in leads().items():
-        for field, scale, how in (("found", 100, "+.0f"), ("nats", 1, "+.2f")):
-            told = gain(lead[field], scale, how)  # one word for FACT, without round brackets
-            told = told.translate({ord("("): "[", ord(")"): "]", ord(" "): "&nbsp;"})
-            known[f"lead {row}, {field}"] = told
+    for name, file in (("lead", MORE_TEXTS), ("yarn lead", YARN)):
+        for row, lead in leads(file).items():
+            for field in ("found", "nats"):
+                known[f"{name} {row}, {field}"] = one_word(gain(lead[field], *HOW[field]))
     return known
 
 
