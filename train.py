@@ -400,14 +400,16 @@ def main(argv: list[str] | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         there = machine(options.plan or HERE, device, options.out)
         settings = resolve(flags | {"model": folder}, config, there)
-        checks.check_folders(settings, options)
         if options.export:
+            checks.check_folders(settings, options)
             return export(config, settings, options)
         if options.plan:
             plan = make_plan(config, settings, options, plan_stages(settings), there, flags)
             print(table(plan), flush=True)
         if not RunFolder(options.out).finished():
             check_resources(config, settings, options, there)
+            if not options.plan:
+                checks.check_folders(settings, options)
         if not options.plan:
             with only_writer(options.out):
                 train(config, settings, options, there)

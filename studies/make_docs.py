@@ -101,7 +101,7 @@ def main_table() -> str:
         ("untrained, old base",) * 2: ("original", "original model"),
         ("untrained", "untrained with yarn"): (
             "untrained",
-            "original weights under the new theta or yarn, **untrained**",
+            "original weights with RoPE scaled, **untrained**",
         ),
         ("none", "none with yarn"): (
             "plain positions",
@@ -112,7 +112,7 @@ def main_table() -> str:
     }
     runs = STUDY.runs()
     rows, counts = [], [cell(runs["longrecipe"], 32_768)["n"]] * 2
-    judged = [entries_of(read(MORE_TEXTS), read(TOY)), entries_of(read(YARN))]
+    judged = [entries_of(read(file)) for file in (MORE_TEXTS, YARN)]
     counts += [entries["LongRecipe", False, 131_072]["n"] for entries in judged]
     for names, (row, label) in shown.items():
         found = [cell(runs[name], 32_768) if name in runs else None for name in names]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
@@ -27,6 +28,7 @@ from support.memory.count import LLAMA3_8B, forward_flops, training_flops
 from support.needles.figures import draw_curves, draw_heatmap
 from support.needles.haystack import MADE_UP, Hidden, listed, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
+from support.needles.results import Results
 from support.needles.summary import gain, gains, summarise, versus
 from support.needles.tasks import check_task
 
@@ -476,6 +478,8 @@ def test_results_survive_a_stop_and_are_not_measured_again(judge, tmp_path, monk
     path.write_text(path.read_text().removesuffix("\n"))  # of a whole line only its end is missing
     assert judge("--lengths 300 --n 3").rows == again and len(measured) == 7
     assert path.read_text().endswith("\n")
+    path.write_text(json.dumps(measured[0] | {"answer_logprob": -math.inf}) + "\n")
+    assert not Results(path.parent).known  # nor is one that overflowed taken
 
 
 @pytest.mark.parametrize("rope", [(1e7, 512), (1e4, 512, yarn_scaling(64, 512)), (1e4, 512)])
@@ -698,9 +702,9 @@ BAD = [  # flags (more of them are in test_bad_input.py), or the fields of a tem
     ({"n": True}, "n is True, expected: int"),
     ({"needles": 0}, "needles is 0, expected: int"),
     ({"values": ["zyx"], "needles": 2, "task": "multiquery"}, "haystack lacks only 1 of theirs"),
-    ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "has 2 needles, but only 1 keys"),
+    ({"keys": ["Anna"], "needles": 2, "task": "multiquery"}, "needs 2 keys or more, and has 1"),
     ({"values": ["zyx"], "haystack": "needles"}, "needs more values than its needles have"),
-    ({"keys": ["Anna"], "task": "multikey_hard"}, "has 1 needles, but only 1 keys"),
+    ({"keys": ["Anna"], "task": "multikey_hard"}, "needs 2 keys or more, and has 1"),
     ({"values": ["zyx", "for"]}, "value 'for' occurs in its own wording or keys"),
     ({"values": ["lim", "zyx"], "task": "multikey_hard"}, "value 'lim' occurs in"),
     ({"task": "multivalue", "ask": "each"}, "ask 'each' is for needles with a key of their own"),

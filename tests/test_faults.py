@@ -30,6 +30,7 @@ from support.needles.results import Results
 from support.runs.analysis import read_impactful
 from support.runs.run_folder import RunFolder
 from support.system.bad_input import BadInput
+from support.system.signals import signals_wait
 
 # ---- runs in processes of their own ------------------------------------------------------------
 
@@ -150,6 +151,12 @@ def test_the_end_of_what_reads_the_log_costs_no_step(toy_dir, prose_file, tmp_pa
     with mock.patch("os.dup2"):  # it would silence pytest
         assert run_stopped(argv, 3, BrokenPipeError) == 1
     assert RunFolder(tmp_path / "out").load()["step"] == 3
+
+
+def test_a_signal_that_waits_is_not_lost_where_the_body_fails():
+    with pytest.raises(KeyboardInterrupt), signals_wait():
+        signal.raise_signal(signal.SIGINT)
+        raise OSError
 
 
 def test_a_second_ctrl_c_does_not_cost_the_save(toy_dir, prose_file, tmp_path, capsys):

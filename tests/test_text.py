@@ -17,7 +17,7 @@ import recipe
 import train
 from model import load_tokenizer
 from support.data.sources import load_tokens
-from support.data.text import Corpus
+from support.data.text import Corpus, check_outside
 from support.system.bad_input import BadInput
 
 
@@ -234,3 +234,9 @@ def test_memory_does_not_grow_with_the_data(name, tokenizer, tmp_path, monkeypat
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] - peaks[1] < 50_000, peaks
+
+
+def test_a_hidden_folder_may_be_written_inside_one_that_is_read(tmp_path):
+    check_outside("--out", str(tmp_path / ".runs" / "a"), [str(tmp_path)])
+    with pytest.raises(BadInput, match="give another --out"):
+        check_outside("--out", str(tmp_path / "runs" / ".a" / ".."), [str(tmp_path)])

@@ -419,7 +419,8 @@ def test_the_analysis_can_be_reused_or_given_an_extended_model(
     assert model_bytes(tmp_path / "a") == model_bytes(finished)  # the probe's two steps included
     err = capsys.readouterr().err
     assert "impactful types of" not in err and "no CUDA device: going on with the CPU" in err
-    assert "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64\nthe whole run may take" in err
+    plan = "probe 2 x 2 x 128, extend 4 x 2 x 128, replay 3 x 2 x 64"
+    assert f"{plan}\ntraining, from its first step on, may take" in err
     assert "\n  recipe: method=longrecipe select=impact prefix=False" in err
     assert re.search(r"100%.*<00:00.*tok/s", err)  # the progress line has rate and ETA
     hint = f"next: python eval_needle.py --model {tmp_path / 'a'}"

@@ -80,10 +80,14 @@ def find_files(paths: list[str], say: bool = False) -> list[Path]:
 
 
 def check_outside(flag: str, folder: str, paths: Iterable[str]) -> None:
-    """BadInput if a folder that is written is inside one that is read: the next time its files
-    would be taken for texts, and a run could not be resumed."""
+    """BadInput if a folder that is written is inside one that is read, and not hidden there: the
+    next time its files would be taken for texts, and a run could not be resumed."""
+    written = Path(folder).resolve()
     for path in paths:
-        if Path(path).is_dir() and Path(folder).resolve().is_relative_to(Path(path).resolve()):
+        read = Path(path).resolve()
+        if not read.is_dir() or not written.is_relative_to(read):
+            continue
+        if not any(part.startswith(".") for part in written.relative_to(read).parts):
             raise BadInput(f"{flag} {folder} is inside {path}, which is read: give another {flag}")
 
 

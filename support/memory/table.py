@@ -171,9 +171,9 @@ def in_words(run: dict) -> str:
 def short(x: float) -> str:
     """Three significant digits, but no fewer than are before the point.
 
-    >>> short(12345.6), short(12.345), short(0.0123456), short(0.0000685)
-    ('12,346', '12.3', '0.0123', '0.0001')
+    >>> short(12345.6), short(12.345), short(0.0123456), short(0.0000685), short(0)
+    ('12,346', '12.3', '0.0123', '<0.001', '0')
     """
-    if x < 0.001:
-        return f"{x:.4f}"
+    if 0 < x < 0.001:
+        return "<0.001"
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"

@@ -22,6 +22,11 @@ OF_LOSS, OF_ANSWER = {"loss_by_1024": list}, {"answer_logprob": (int, float), "o
 NOT_A_RESULT = (ValueError, KeyError, TypeError, RecursionError)  # what reading another line raises
 
 
+def nats_of(result: dict) -> float:
+    """Of the answer, or a token in case of the loss."""
+    return result.get("answer_logprob", result["score"])
+
+
 class Results:
     """needle.jsonl: a result of an earlier run, even an interrupted one, is not measured again."""
 
@@ -55,14 +60,15 @@ class Results:
         return tuple(result[k] for k in KEY)
 
     def remember(self, result: dict) -> None:
-        """A result without nats, by an older version, is measured again. One of NOT_A_RESULT for a
-        line whose fields are not those that `measure` writes."""
+        """A result without nats, or one that overflowed, is by an older version and measured again.
+        One of NOT_A_RESULT for a line whose fields are not those that `measure` writes."""
         key, is_loss = self.key(result), result["task"] == "loss"
         if is_loss or "answer_logprob" in result:
             for name, kind in (KINDS | (OF_LOSS if is_loss else OF_ANSWER)).items():
                 if not isinstance(result[name], kind):
                     raise TypeError(f"{name} is {result[name]!r}")
-            self.known[key] = result
+            if math.isfinite(nats_of(result)):
+                self.known[key] = result
 
     def find(self, asked: dict) -> dict | None:
         """The result for the same prompt and model."""
@@ -84,7 +90,7 @@ class Results:
 
     def add(self, result: dict) -> dict:
         """Append a result to the file. BadInput for one that is no finite number of nats."""
-        if not math.isfinite(found := result.get("answer_logprob", result["score"])):
+        if not math.isfinite(found := nats_of(result)):
             raise BadInput(
                 f"{result['model']} gives {found} nats, so its numbers overflow in"
                 f" {result['dtype']}: a failed training, or another --dtype is needed"

@@ -196,11 +196,12 @@ def check_task(name: str, task) -> None:
     least = 2 if in_needles else 1 if task.one_key else task.needles
     keys, values = (() if isinstance(x, str) else x for x in (task.keys, task.values))
     if keys and len(keys) < least:
-        raise BadInput(f"{name} has {task.needles} needles, but only {len(keys)} keys")
+        raise BadInput(f"{name} needs {least} keys or more, and has {len(keys)}")
     own = fold(task.intro + (task.needle + asked).format(key=" ".join(keys), value=""))
     for value in values:
         if fold(value) in own:
-            raise BadInput(f"{name}: value {value!r} occurs in its own wording or keys")
+            word = next((word for word in own.split() if fold(value) in word), own)
+            raise BadInput(f"{name}: value {value!r} occurs in its own wording or keys: {word!r}")
 
 
 def apply_template(path: Path, fields: dict, names: list[str] | None, known: dict) -> tuple:

@@ -86,7 +86,7 @@ def check_samples(settings, stages, texts, tokenizer, impactful, sample, analysi
     if (most := int(counted.bincount().max())) < settings.min_count:
         raise BadInput(
             f"--min_count {settings.min_count}: the analysis sees no token type more than {most}"
-            " times: a lower --min_count, or more --analysis_samples"
+            " times: give a lower --min_count, or more --analysis_samples"
         )
 
 
@@ -107,7 +107,7 @@ def log_run(there: Machine, config, settings, options, stages, corpus) -> None:
     plan = [f"{s.name} {s.steps:,} x {batch} x {s.tokens:,}" for s in stages]
     log(f"plan, steps x samples x tokens: {', '.join(plan)}")
     seconds = expected_s(config, settings, options, stages, there)
-    log(f"the whole run may take {duration(seconds)} (--plan shows the parts)")
+    log(f"training, from its first step on, may take {duration(seconds)} (see --plan)")
     if settings.select == "impact" and settings.probe_steps == settings.steps:
         log("warning: the probe takes all --steps: no sample is selected by the analysis")
     shown = "settings"

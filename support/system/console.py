@@ -32,8 +32,8 @@ BARS = weakref.WeakSet()  # every progress bar of this process that may still be
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
     """The boundary of main(): BadInput, a full disk or too little memory becomes one `error:` line
-    and exit code 2, Ctrl-C one line and exit code 130, SIGTERM one and 143; a bug keeps its
-    traceback."""
+    and exit code 2, Ctrl-C one line and exit code 130, SIGTERM and SIGHUP one and 143; a bug
+    keeps its traceback."""
     try:
         with handled_by(stop):
             yield
@@ -60,10 +60,11 @@ def report_errors() -> Iterator[None]:
 def last_line(message: str, error: BaseException) -> None:
     """Print the message and the notes of the error. Progress bars are closed first, because an open
     one would be drawn again below the message."""
-    for bar in list(BARS):
-        bar.close()
     notes = getattr(error, "__notes__", [])
-    log("; ".join(" ".join(part.split()) for part in (message, *notes)))
+    with contextlib.suppress(OSError):  # the terminal is gone
+        for bar in list(BARS):
+            bar.close()
+        log("; ".join(" ".join(part.split()) for part in (message, *notes)))
 
 
 @contextlib.contextmanager

@@ -36,9 +36,11 @@ def stop(number: int, frame) -> None:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """A signal that comes inside waits until the body is done."""
+    """A signal that comes inside waits until the body is done, or has failed."""
     waiting: list[int] = []
-    with handled_by(lambda number, frame: waiting.append(number)):
-        yield
-    if waiting:
-        signal.raise_signal(waiting[-1])
+    try:
+        with handled_by(lambda number, frame: waiting.append(number)):
+            yield
+    finally:
+        if waiting:
+            signal.raise_signal(waiting[-1])
