@@ -60,7 +60,7 @@ from support.needles.settings import (
     cells,
     judged,
     parse,
-    resolve,
+    read_settings,
 )
 from support.system.bad_input import BadInput
 from support.system.console import progress, report_errors
@@ -426,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
         flags = parse(argv, __doc__)
         if flags.attention == "flash":
             use_flash_package()
-        settings, tasks, configs = resolve(flags, TASKS, LlamaConfig.from_dir)
+        settings, tasks, configs = read_settings(flags, TASKS, LlamaConfig.from_dir)
         text, source = load_haystack(settings.haystack)
         haystack = Haystack(text, load_tokenizer(settings.model))
         results = Results(Path(settings.out))

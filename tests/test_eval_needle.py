@@ -22,13 +22,14 @@ from matplotlib.figure import Figure
 
 import eval_needle
 from eval_needle import TASKS, Haystack, SharedPrefix, common_prefix, make_sample, score, text_loss
-from model import BadInput, generate, load_pretrained, load_tokenizer, save_pretrained
+from model import BadInput, LlamaConfig, generate, load_pretrained, load_tokenizer, save_pretrained
 from support.huggingface.config import yarn_scaling
 from support.memory.count import LLAMA3_8B, forward_flops, training_flops
 from support.needles.figures import draw_curves, draw_heatmap
 from support.needles.haystack import MADE_UP, Hidden, listed, load_haystack
 from support.needles.intervals import paired, resampled, student, wilson
 from support.needles.results import Results
+from support.needles.settings import parse, resolve
 from support.needles.summary import gain, gains, summarise, versus
 from support.needles.tasks import check_task
 
@@ -447,6 +448,21 @@ def test_the_command_writes_results_tables_and_figures(judge, toy_dir, tmp_path)
     ):
         assert part in found.out + found.err
     assert "so it repeats" not in found.err
+
+
+def test_settings_are_resolved_without_a_file():
+    """From the flags, the windows, a template and the device alone: here what a GPU would get."""
+    flags = parse(["--n_beyond", "1", "--needle_alone"], "")
+    shape = (97, 64, 192, 2, 4, 2, 16)
+    configs = {"old": LlamaConfig(*shape, 100), "new": LlamaConfig(*shape, 900)}
+    models, fields = ("new", ("old",), "old"), {"n": 3, "task": "passkey", "haystack": "noise"}
+    args = (flags, eval_needle.TASKS, models, configs, Path("needle.json"), fields)
+    found, tasks = resolve(*args, "cuda")
+    assert (found.lengths, found.n, found.n_beyond) == ((100, 300, 900), 3, 1)
+    assert (found.dtype, found.tasks, found.out) == ("torch.bfloat16", ("passkey",), "new")
+    assert len(found.controls) == 2 and found.haystack is None
+    assert tasks["passkey"].haystack == "noise"
+    assert resolve(*args, "cpu")[0].dtype == "torch.float32"
 
 
 def test_results_survive_a_stop_and_are_not_measured_again(judge, tmp_path, monkeypatch, capsys):

@@ -101,24 +101,36 @@ def parse(argv: list[str] | None, doc: str) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
-    """(settings, task name -> Task, folder -> config); known: name -> Task. Raises BadInput for
-    flags that make no sense and for models that cannot be compared."""
-    model, compare, original = who_is_judged(flags)
-    configs = {folder: read_config(folder) for folder in (*compare, model)}
-    path = Path(flags.template or Path(model) / "needle.json")
+def read_settings(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
+    """(settings, task name -> Task, folder -> config), from the files that the flags point to;
+    known: name -> Task. Raises BadInput for flags that make no sense and for models that cannot be
+    compared."""
+    models = who_is_judged(flags)
+    configs = {folder: read_config(folder) for folder in (*models[1], models[0])}
+    path = Path(flags.template or Path(models[0]) / "needle.json")
     fields = read_template(path) if flags.template or path.is_file() else {}
-    names, tasks = apply_template(path, fields, flags.tasks, known)
+    text = fields.get("haystack", "noise")
+    if text not in ("noise", "needles") and (path.parent / text).exists():
+        fields["haystack"] = str(path.parent / text)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings, tasks = resolve(flags, known, models, configs, path, fields, device)
+    check_settings(settings, tasks, flags.depths is not None)
+    check_models(configs, settings.lengths[-1])
+    return settings, tasks, configs
+
+
+def resolve(
+    flags, known: dict, models: tuple, configs: dict, template: Path, fields: dict, device: str
+) -> tuple[Settings, dict]:
+    """(settings, task name -> Task); reads no file. models: what who_is_judged returns; fields: of
+    the template."""
+    model, compare, original = models
+    names, tasks = apply_template(template, fields, flags.tasks, known)
     windows = [config.max_position_embeddings for config in configs.values()]
     n = fields.get("n", 2) if flags.n is None else flags.n
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = flags.dtype or ("bfloat16" if device == "cuda" else "float32")
     no_needles = flags.no_needles or flags.controls or flags.needle_alone
-    text = fields.get("haystack")  # a path beside the template, or as it is
-    if text in ("noise", "needles"):
-        text = None
-    elif text is not None and (path.parent / text).exists():
-        text = str(path.parent / text)
+    text = fields.get("haystack")
     settings = Settings(
         model=model,
         compare=compare,
@@ -131,15 +143,13 @@ def resolve(flags, known: dict, read_config) -> tuple[Settings, dict, dict]:
         seed=flags.seed,
         loss=flags.loss,
         controls=(NO_NEEDLES,) * no_needles + (NEEDLE_ALONE,) * flags.needle_alone,
-        haystack=flags.haystack or text,
-        template=str(path) if fields else None,
+        haystack=flags.haystack or (None if text in ("noise", "needles") else text),
+        template=str(template) if fields else None,
         out=flags.out or model,
         device=device,
         dtype=f"torch.{dtype}",
     )
-    check_settings(settings, tasks, flags.depths is not None)
-    check_models(configs, settings.lengths[-1])
-    return settings, tasks, configs
+    return settings, tasks
 
 
 def who_is_judged(flags) -> tuple[str, tuple[str, ...], str | None]:
