@@ -16,6 +16,7 @@ import torch
 import train
 from model import Llama, LlamaConfig
 from support.memory.optimizer import NAMES, make_optimizer
+from support.system.bad_input import BadInput
 
 CONFIG = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64)
 TIED = LlamaConfig(97, 32, 48, 2, 4, 2, 8, 64, tie_word_embeddings=True)
@@ -161,6 +162,12 @@ def test_a_saved_state_goes_on_bit_for_bit_and_lets_go_of_its_file(name, tmp_pat
     take(range(3, 6), other, resumed)
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_state_of_another_model_is_refused():
+    (_, optimizer), (_, other) = made("adamw"), made("adamw", TIED)
+    with pytest.raises(BadInput, match="is of another model"):
+        optimizer.load_state_dict(other.state_dict())
 
 
 # ---- 8 bits ------------------------------------------------------------------------------------

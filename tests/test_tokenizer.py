@@ -274,6 +274,13 @@ def test_a_bos_is_added_only_where_the_checkpoint_does(post_processor, options, 
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (0, 1, adds)
 
 
+def test_a_tokenizer_that_puts_two_tokens_in_front_is_refused(tmp_path):
+    write_tokenizer(tmp_path, PROSE, 300)
+    edit(tmp_path, post_processor=TEMPLATE | {"single": TEMPLATE["single"][:1] * 2})
+    with pytest.raises(BadInput, match=r"begins a text with \['<s>', '<s>'\]: only one"):
+        load_tokenizer(tmp_path)
+
+
 def test_every_id_that_ends_a_text_is_known(tmp_path):
     write_tokenizer(tmp_path, PROSE, 300)
     (tmp_path / "config.json").write_text('{"eos_token_id": [7, 8]}')

@@ -9,6 +9,7 @@ Text is data: special tokens are never made from it, their strings are encoded a
 import base64
 import contextlib
 import functools
+import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -377,13 +378,17 @@ def ids_in(value) -> list[int]:
 
 def first_of_post_processor(settings: dict) -> int | None:
     """The id that the tokenizer's own post-processor puts in front of a single text, if any: that
-    of BOS, whatever the config files say."""
+    of BOS, whatever the config files say. BadInput if it puts several there."""
     post = settings.get("post_processor") or {}
     for step in post.get("processors", [post]):
         if step.get("type") in ("BertProcessing", "RobertaProcessing"):
             return step["cls"][1]
         if step.get("type") == "TemplateProcessing" and step.get("single"):
-            name = step["single"][0].get("SpecialToken", {}).get("id")
-            if ids := ids_in(step.get("special_tokens", {}).get(name, {}).get("ids")):
+            front = itertools.takewhile(lambda part: "SpecialToken" in part, step["single"])
+            names = [part["SpecialToken"].get("id") for part in front]
+            ids = [i for name in names for i in ids_in(step["special_tokens"][name]["ids"])]
+            if len(ids) > 1:
+                raise BadInput(f"the tokenizer begins a text with {names}: only one is supported")
+            if ids:
                 return ids[0]
     return None

@@ -95,6 +95,10 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
+        """BadInput for the state of another model."""
+        shapes = [[m.shape for m in masters] for masters in (state["masters"], self.masters)]
+        if shapes[0] != shapes[1]:
+            raise BadInput("the saved state is of another model")
         for p, master, saved in zip(self.mastered, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             p.copy_(saved)

@@ -28,6 +28,8 @@ def check_settings(settings) -> None:
         within_0_1=("merge_weight", "top"),
         seed=("seed",),
     )
+    if settings.rope_base > 1e15:  # a config.json with more is refused
+        raise BadInput(f"--rope_base {settings.rope_base:g} must be at most 1e15")
     method, train_len = settings.method, settings.train_len
     target, window = settings.target_len, settings.base_len
     if target <= window:

@@ -3,6 +3,7 @@ same name; its text here is its help text."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args
 
 from support.data.sources import is_toy_model
 from support.data.toy import TINY
@@ -11,6 +12,7 @@ from support.memory import count
 from support.memory.machine import HERE
 from support.memory.optimizer import NAMES as OPTIMIZERS
 from support.runs.flags import Parser, add_flags, flag, settings_to_resume
+from support.system.bad_input import BadInput
 from support.system.console import check_ranges
 
 
@@ -186,7 +188,8 @@ def parse_settings(doc: str, argv: list[str] | None, choices: dict) -> tuple[dic
     )
     given, before = vars(p.parse_args(argv)), {}
     if given.get("resume"):
-        before = settings_to_resume(Path(given.get("out", RunOptions.out)))
+        out = Path(given.get("out", RunOptions.out))
+        check_types(before := settings_to_resume(out), out / "run.json")
     elif is_toy_model(given.get("model", TINY)):
         before, given = TOY, given | {"model": TINY}
     known = {*names, *(field.name for field in fields(Settings))}
@@ -194,6 +197,17 @@ def parse_settings(doc: str, argv: list[str] | None, choices: dict) -> tuple[dic
     options = RunOptions(**{name: flags.pop(name) for name in names if name in flags})
     check_ranges(options, not_negative=("save_minutes",))
     return flags, options
+
+
+def check_types(settings: dict, file: Path) -> None:
+    """BadInput for a setting that somebody has edited into what its flag could not be."""
+    for field in (*fields(Settings), *fields(RunOptions)):
+        value = settings.get(field.name)
+        kinds = [getattr(kind, "__origin__", kind) for kind in get_args(field.type) or [field.type]]
+        kinds += [int] * (float in kinds)
+        if value is not None and type(value) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise BadInput(f"{file}: {field.name} is {str(value)[:50]!r}, expected: {names}")
 
 
 def difference(before: dict, now: dict, may_differ: tuple[str, ...] = ()) -> str | None:
