@@ -18,9 +18,10 @@ and 3e-4 cost what the original could do at 8,192.
 On a GPU (not run yet), 5 million tokens a row; the same command goes on where --minutes ended it:
 
     python studies/real_study.py --target 32768 --samples 512 --minutes 5 --save_minutes 2 \\
-        --only longrecipe none untrained pose rpes endprompt cream
+        --only longrecipe none untrained yarn "none with yarn" "untrained with yarn" \\
+        pose rpes cream endprompt
     python studies/real_study.py --target 131072 --samples 128 --minutes 3 --save_minutes 1 \\
-        --only longrecipe none untrained
+        --only longrecipe none untrained yarn "none with yarn" "untrained with yarn"
 """
 
 from pathlib import Path
@@ -39,6 +40,7 @@ VARIANTS = {  # of longrecipe, each with an analysis of its own
 NAMES = ["longrecipe", "none", "untrained", "original", *VARIANTS]
 NAMES += [m for m in METHODS if m not in (*NAMES, "full")]
 NAMES += [name + ", paper's theta" for name in NAMES if name != "original"]
+NAMES += ["yarn", "none with yarn", "untrained with yarn"]  # the first: longrecipe's positions
 
 
 class RealStudy(Study):
@@ -65,10 +67,11 @@ class RealStudy(Study):
         return f"--tasks needles_8 --haystack data/essays {lengths} --dtype {self.args.dtype}"
 
     def flags_of(self, name: str, seed: int) -> str | None:
-        method = name.partition(",")[0]
+        method = name.partition(",")[0].removesuffix(" with yarn")
         if method in ("original", "untrained"):
             return None
-        more = VARIANTS.get(method) or f"--method {method}"
+        more = VARIANTS.get(method) or f"--method {'longrecipe' if method == 'yarn' else method}"
+        more += " --rope yarn" * ("yarn" in name)
         flags = f"{self.train_flags()} {more} --rope_base {self.theta_of(name)}"
         if name != reference(name) and method not in VARIANTS:
             flags += f" --impactful {self.types_of(name, seed)}"

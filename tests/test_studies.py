@@ -102,6 +102,8 @@ def test_the_rows_of_a_theta_are_trained_on_the_same_tokens(tiny, real):
         (tiny, "longrecipe", "share 60 %", {"train_len", "steps"}),
         (real, "longrecipe", "none", {"method"}),
         (real, "none", "rpes, paper's theta", {"method", "rope_base"}),
+        (real, "none", "yarn", {"method", "rope", "rope_base"}),
+        (real, "yarn", "none with yarn", {"method"}),
         (real, "longrecipe", "min_count 5", {"min_count"}),
         (real, "longrecipe", "segments of 32 tokens", {"min_segment_tokens"}),
     ):
