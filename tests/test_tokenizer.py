@@ -347,6 +347,7 @@ DAMAGED = [
     {"model": None},
     {"model": BPE | {"vocab": {"▁a": 0}, "merges": []}},
     {"model": BPE | {"merges": [7]}},
+    *({"model": BPE | {"vocab": BPE["vocab"] | {"b": x}}} for x in (1.5, float("nan"), -1, 10**30)),
     {"model": BPE | {"vocab": {"a": 0, "b": 1}}},
     {"model": BPE | {"vocab": {}, "merges": []}},
     # `tokenizers` panics: the prefix is longer than what it is to be taken from

@@ -280,6 +280,8 @@ def from_bpe(data: dict, pattern: str, settings: dict) -> Tokenizer:
         for token, i in model["vocab"].items()
         if all(c in alphabet for c in token)  # no text gives any other, except as added tokens
     }
+    if odd := [i for i in to_id.values() if type(i) is not int or not 0 <= i < 2**31]:
+        raise BadInput(f"tokenizer.json: ids must be whole numbers from 0 on, found {odd[0]!r:.20}")
     ranks = {bytes([b]): b for b in range(256)}
     # subtle: tiktoken ranks the merged token, `tokenizers` the pair. The ids are the same, except
     # for hand-made merges that no training gives: with "b c", "a b", "ab c", abc is not a + bc.
