@@ -99,6 +99,8 @@ BAD_FOLDERS = {
 
 # ---- flags and files: {tmp} is an empty folder but for these -----------------------------------
 
+HUGE = dict.fromkeys([*KEY, "true_depth", "score", "seconds", "length", "seed"], 1)
+HUGE |= {"expected": [], "output": "", "answer_logprob": -(10**400)}
 FILES = {
     "one_segment.txt": "word" * 3000,
     "latin.txt": "é".encode("latin-1") * 100,
@@ -112,6 +114,7 @@ FILES = {
     "deep/needle.jsonl": "[" * 10**5 + "\n{}\n",
     "edited/needle.jsonl": f"{json.dumps(dict.fromkeys([*KEY, 'answer_logprob'], 0))}\n",
     "cache/needle_hashes.json": "{",
+    "huge/needle.jsonl": f"{json.dumps(HUGE)}\n",
     "zip.npy": b"PK\x03\x04 a .npz",
     "old/run.json": "{}",
     "typed/run.json": '{"settings": {"model": "m", "lr": "fast"}}',
@@ -217,6 +220,7 @@ EVAL = [
     ("--template {tmp}/attribute.json", "only {key} and {value} may be in braces"),
     ("--out {tmp}/latin", "needle.jsonl, line 1 is not a result"),
     ("--out {tmp}/edited", "needle.jsonl, line 1 is not a result"),
+    ("--out {tmp}/huge", "needle.jsonl, line 1 is not a result"),
     ("--out {tmp}/cache", "needle_hashes.json is not valid JSON"),
     ("--out {tmp}/deep", "needle.jsonl, line 1 is not a result"),
     ("--compare nowhere", "nowhere does not exist"),

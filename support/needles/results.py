@@ -19,7 +19,8 @@ KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
 KINDS = dict.fromkeys(("depth", "true_depth", "score", "seconds"), (int, float))
 KINDS |= {"length": int, "seed": int, "expected": list}
 OF_LOSS, OF_ANSWER = {"loss_by_1024": list}, {"answer_logprob": (int, float), "output": str}
-NOT_A_RESULT = (ValueError, KeyError, TypeError, RecursionError)  # what reading another line raises
+# what reading another line raises
+NOT_A_RESULT = (ValueError, KeyError, TypeError, RecursionError, OverflowError)
 
 
 def nats_of(result: dict) -> float:
