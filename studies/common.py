@@ -404,7 +404,7 @@ class Study(abc.ABC):
             self.make_model(reference(name), seed)
         made = train_into(out, flags)
         row = {"flags": flags, "recipe": recipe_in(made["settings"])}
-        if name == reference(name):
+        if "--impactful" not in flags:  # of its own analysis, if there was one
             row["impactful"] = read_json(out / "impactful.json")
         return row | {k: made[k] for k in ("seconds", "peak_GiB", "commit", "hardware", "threads")}
 

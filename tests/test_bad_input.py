@@ -100,7 +100,15 @@ BAD_FOLDERS = {
 # ---- flags and files: {tmp} is an empty folder but for these -----------------------------------
 
 HUGE = dict.fromkeys([*KEY, "true_depth", "score", "seconds", "length", "seed"], 1)
-HUGE |= {"expected": [], "output": "", "answer_logprob": -(10**400)}
+HUGE |= {"expected": [], "output": "", "answer_logprob": -1, "score": 10**400}
+EDITED = [  # settings of a run.json, edited by hand
+    ({"lr": "fast"}, "lr is 'fast', expected: float or int"),
+    ({"steps": True}, "steps is 'True', expected: int"),
+    ({"rope_base": 10**400}, "rope_base is '10+', expected: float or int"),
+    ({"data": ["a", 5]}, r"data is .*, expected: list"),
+    ({"rope": "foo"}, "rope is 'foo', expected: ntk or yarn"),
+    ({"method": "zz"}, "method is 'zz', expected: none or pose or "),
+]
 FILES = {
     "one_segment.txt": "word" * 3000,
     "latin.txt": "é".encode("latin-1") * 100,
@@ -117,7 +125,10 @@ FILES = {
     "huge/needle.jsonl": f"{json.dumps(HUGE)}\n",
     "zip.npy": b"PK\x03\x04 a .npz",
     "old/run.json": "{}",
-    "typed/run.json": '{"settings": {"model": "m", "lr": "fast"}}',
+    **{
+        f"typed{i}/run.json": json.dumps({"settings": {"model": "m"} | x})
+        for i, (x, _) in enumerate(EDITED)
+    },
     "zero/run.json": r'{"settings": {"model": "a\u0000b"}}',
     "half/run.json": r'{"settings": {"model": "m", "data": ["a\ud800"]}}',
     "busy/note.txt": "mine",
@@ -143,7 +154,7 @@ TRAIN = [
     ("--replay_len 1", "--replay_len 1 must be between 2"),
     ("--replay_len 600", "--replay_len 600 must be between 2"),
     ("--rope_base -1", "--rope_base -1.0 must be above 1"),
-    ("--rope_base 1e16", r"--rope_base 1e\+16 must be at most 1e15"),
+    ("--rope_base 1e16", r"--rope_base 1e\+16 must be at most 1e\+15"),
     ("--replay_steps -1", "--replay_steps -1 must not be negative"),
     ("--lr nan", "--lr nan must be positive"),
     ("--seed 99999999999999", "--seed 99999999999999 must be within"),
@@ -168,7 +179,7 @@ TRAIN = [
     ("--impactful {tmp}/latin.txt", "latin.txt is not UTF-8"),
     ("--extended nowhere", r"folder nowhere does not exist \(a folder with a config.json is"),
     ("--resume --out {tmp}/old", "run.json holds no settings of a run"),
-    ("--resume --out {tmp}/typed", "typed/run.json: lr is 'fast', expected: float or int"),
+    *((f"--resume --out {{tmp}}/typed{i}", says) for i, (_, says) in enumerate(EDITED)),
     ("--resume --out {tmp}/zero", r"no file can have the path 'a\\x00b'"),
     ("--resume --out {tmp}/half", r"no file can have the path 'a\\ud800'"),
     ("--data {tmp} --out {tmp}/x/y", "/x/y is inside .*, which is read: give another --out"),

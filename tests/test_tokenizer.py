@@ -259,17 +259,21 @@ TEMPLATE = {
     "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
 }
 SEQUENCE = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]}
+NESTED, LAST = SEQUENCE | {"processors": [SEQUENCE]}, {"SpecialToken": {"id": "</s>", "type_id": 0}}
+BOTH = TEMPLATE | {"single": [*TEMPLATE["single"], LAST]}
+AT_THE_END = TEMPLATE | {"single": [TEMPLATE["single"][1], LAST]}
 ROBERTA = {"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}
 BOS = [(None, {}), (None, {"add_bos_token": True}), (None, {"add_bos_token": False})]
 BOS += [(TEMPLATE, {}), (SEQUENCE, {}), (ROBERTA, {}), (TEMPLATE, {"bos_token": None})]
 BOS += [(TEMPLATE, {"bos_token": "</s>"})]  # a config that names another token
+BOS += [(NESTED, {}), (BOTH, {}), (AT_THE_END, {})]
 
 
 @pytest.mark.parametrize(("post_processor", "options"), BOS)
 def test_a_bos_is_added_only_where_the_checkpoint_does(post_processor, options, tmp_path):
     write_tokenizer(tmp_path, PROSE, 300, **options)
     edit(tmp_path, post_processor=post_processor)
-    adds = bool(post_processor or options.get("add_bos_token"))
+    adds = post_processor not in (None, AT_THE_END) or bool(options.get("add_bos_token"))
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (0, 1, adds)
 
@@ -277,7 +281,9 @@ def test_a_bos_is_added_only_where_the_checkpoint_does(post_processor, options, 
 def test_a_tokenizer_that_puts_two_tokens_in_front_is_refused(tmp_path):
     write_tokenizer(tmp_path, PROSE, 300)
     edit(tmp_path, post_processor=TEMPLATE | {"single": TEMPLATE["single"][:1] * 2})
-    with pytest.raises(BadInput, match=r"begins a text with \['<s>', '<s>'\]: only one"):
+    with pytest.raises(
+        BadInput, match=r"begins a text with \['<s>', '<s>'\], ids \[0, 0\]: one is"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -348,6 +354,7 @@ DAMAGED = [
     {"model": BPE | {"vocab": {"▁a": 0}, "merges": []}},
     {"model": BPE | {"merges": [7]}},
     *({"model": BPE | {"vocab": BPE["vocab"] | {"b": x}}} for x in (1.5, float("nan"), -1, 10**30)),
+    {"model": BPE | {"vocab": BPE["vocab"] | {"｜": 1.5}}},  # of no bytes
     {"model": BPE | {"vocab": {"a": 0, "b": 1}}},
     {"model": BPE | {"vocab": {}, "merges": []}},
     # `tokenizers` panics: the prefix is longer than what it is to be taken from

@@ -41,7 +41,7 @@ OTHER_FORMATS = {
     "*.safetensors": "a model folder has a config.json, and its weights in model.safetensors, or in"
     " files that model.safetensors.index.json names",
 }
-NUMBER = (int, float)
+NUMBER, LARGEST = (int, float), 1e15
 
 # ---- reading -----------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def positive(raw: dict, name: str, default=None, kind: type | tuple = int) -> fl
     not make us build 10^9 layers."""
     value = raw.get(name, default)
     largest = {"num_hidden_layers": 1000, "max_position_embeddings": 2**31}.get(name, 2**24)
-    limit, noun = (largest, "integer") if kind is int else (1e15, "number")
+    limit, noun = (largest, "integer") if kind is int else (LARGEST, "number")
     if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= limit:
         says = f"must be a positive {noun} up to {limit:,}, found {repr(value)[:50]}"
         raise BadInput(f"config.json: {name} {says}")

@@ -280,8 +280,9 @@ def from_bpe(data: dict, pattern: str, settings: dict) -> Tokenizer:
         for token, i in model["vocab"].items()
         if all(c in alphabet for c in token)  # no text gives any other, except as added tokens
     }
-    if odd := [i for i in to_id.values() if type(i) is not int or not 0 <= i < 2**31]:
-        raise BadInput(f"tokenizer.json: ids must be whole numbers from 0 on, found {odd[0]!r:.20}")
+    ids = model["vocab"].values()
+    if odd := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
+        raise BadInput(f"tokenizer.json: {str(odd[0])[:50]} is no id: 0 to 2^31 - 1 are")
     ranks = {bytes([b]): b for b in range(256)}
     # subtle: tiktoken ranks the merged token, `tokenizers` the pair. The ids are the same, except
     # for hand-made merges that no training gives: with "b c", "a b", "ab c", abc is not a + bc.
@@ -325,12 +326,13 @@ def from_tiktoken_file(path: Path, settings: dict) -> Tokenizer:
 
 
 def steps_of(section: dict | None) -> list[dict]:
-    """The steps of a normalizer, pre-tokenizer or decoder, those of a Sequence one by one."""
+    """The steps of a section of tokenizer.json, those of a Sequence one by one."""
     if not section:
         return []
     if section.get("type") != "Sequence":
         return [section]
-    names = [n for n in ("normalizers", "pretokenizers", "decoders") if n in section]
+    kinds = ("normalizers", "pretokenizers", "decoders", "processors")
+    names = [n for n in kinds if n in section]
     return [step for part in section[names[0]] for step in steps_of(part)]
 
 
@@ -381,8 +383,7 @@ def ids_in(value) -> list[int]:
 def first_of_post_processor(settings: dict) -> int | None:
     """The id that the tokenizer's own post-processor puts in front of a single text, if any: that
     of BOS, whatever the config files say. BadInput if it puts several there."""
-    post = settings.get("post_processor") or {}
-    for step in post.get("processors", [post]):
+    for step in steps_of(settings.get("post_processor")):
         if step.get("type") in ("BertProcessing", "RobertaProcessing"):
             return step["cls"][1]
         if step.get("type") == "TemplateProcessing" and step.get("single"):
@@ -390,7 +391,9 @@ def first_of_post_processor(settings: dict) -> int | None:
             names = [part["SpecialToken"].get("id") for part in front]
             ids = [i for name in names for i in ids_in(step["special_tokens"][name]["ids"])]
             if len(ids) > 1:
-                raise BadInput(f"the tokenizer begins a text with {names}: only one is supported")
+                raise BadInput(
+                    f"the tokenizer begins a text with {names}, ids {ids}: one is supported"
+                )
             if ids:
                 return ids[0]
     return None

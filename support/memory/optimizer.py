@@ -96,9 +96,13 @@ class MasterAdamW:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """BadInput for the state of another model."""
-        shapes = [[m.shape for m in masters] for masters in (state["masters"], self.masters)]
+        shapes = [
+            [tensor.shape for name in ("masters", "weights") for tensor in part.get(name, ())]
+            for part in (state, self.state_dict())
+        ]
         if shapes[0] != shapes[1]:
-            raise BadInput("the saved state is of another model")
+            way_out = "put the run's own back, or begin again in another --out"
+            raise BadInput(f"the saved state (state.pt) is of another model: {way_out}")
         for p, master, saved in zip(self.mastered, self.masters, state["masters"], strict=True):
             master.copy_(saved)
             p.copy_(saved)

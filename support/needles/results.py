@@ -16,9 +16,10 @@ from support.system.console import log, note_on_error
 from support.system.whole_files import check_unlocked, only_writer, write_atomically
 
 KEY = ("identity", "task", "length", "depth", "repeat", "prompt", "dtype")
-KINDS = dict.fromkeys(("depth", "true_depth", "score", "seconds"), (int, float))
+NUMBER = (int, float)
+KINDS = dict.fromkeys(("depth", "true_depth", "score", "seconds"), NUMBER)
 KINDS |= {"length": int, "seed": int, "expected": list}
-OF_LOSS, OF_ANSWER = {"loss_by_1024": list}, {"answer_logprob": (int, float), "output": str}
+OF_LOSS, OF_ANSWER = {"loss_by_1024": list}, {"answer_logprob": NUMBER, "output": str}
 # what reading another line raises
 NOT_A_RESULT = (ValueError, KeyError, TypeError, RecursionError, OverflowError)
 
@@ -68,6 +69,8 @@ class Results:
             for name, kind in (KINDS | (OF_LOSS if is_loss else OF_ANSWER)).items():
                 if not isinstance(result[name], kind):
                     raise TypeError(f"{name} is {result[name]!r}")
+                if kind == NUMBER:
+                    float(result[name])  # not beyond floats
             if math.isfinite(nats_of(result)):
                 self.known[key] = result
 

@@ -7,7 +7,7 @@ import torch
 
 from support.data.sources import is_toy_model
 from support.data.text import check_outside
-from support.huggingface.config import read_config
+from support.huggingface.config import LARGEST, read_config
 from support.memory import kernels
 from support.memory.machine import Machine
 from support.memory.table import expected_s
@@ -28,8 +28,8 @@ def check_settings(settings) -> None:
         within_0_1=("merge_weight", "top"),
         seed=("seed",),
     )
-    if settings.rope_base > 1e15:  # a config.json with more is refused
-        raise BadInput(f"--rope_base {settings.rope_base:g} must be at most 1e15")
+    if settings.rope_base > LARGEST:  # a config.json with more is refused
+        raise BadInput(f"--rope_base {settings.rope_base:g} must be at most {LARGEST:g}")
     method, train_len = settings.method, settings.train_len
     target, window = settings.target_len, settings.base_len
     if target <= window:

@@ -189,7 +189,7 @@ def parse_settings(doc: str, argv: list[str] | None, choices: dict) -> tuple[dic
     given, before = vars(p.parse_args(argv)), {}
     if given.get("resume"):
         out = Path(given.get("out", RunOptions.out))
-        check_types(before := settings_to_resume(out), out / "run.json")
+        check_types(before := settings_to_resume(out), choices, out / "run.json")
     elif is_toy_model(given.get("model", TINY)):
         before, given = TOY, given | {"model": TINY}
     known = {*names, *(field.name for field in fields(Settings))}
@@ -199,15 +199,20 @@ def parse_settings(doc: str, argv: list[str] | None, choices: dict) -> tuple[dic
     return flags, options
 
 
-def check_types(settings: dict, file: Path) -> None:
+def check_types(settings: dict, choices: dict, file: Path) -> None:
     """BadInput for a setting that somebody has edited into what its flag could not be."""
     for field in (*fields(Settings), *fields(RunOptions)):
         value = settings.get(field.name)
         kinds = [getattr(kind, "__origin__", kind) for kind in get_args(field.type) or [field.type]]
         kinds += [int] * (float in kinds)
-        if value is not None and type(value) not in kinds:
-            names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-            raise BadInput(f"{file}: {field.name} is {str(value)[:50]!r}, expected: {names}")
+        allowed = choices.get(field.name) or field.metadata["options"].get("choices") or [value]
+        fits = type(value) in kinds and value in allowed and value != []
+        fits &= not isinstance(value, list) or all(type(part) is str for part in value)
+        fits &= not isinstance(value, int) or abs(value) < 2**63
+        if value is not None and not fits:
+            names = [kind.__name__ for kind in kinds if kind is not type(None)]
+            expected = " or ".join(names if allowed == [value] else allowed)
+            raise BadInput(f"{file}: {field.name} is {str(value)[:50]!r}, expected: {expected}")
 
 
 def difference(before: dict, now: dict, may_differ: tuple[str, ...] = ()) -> str | None:
