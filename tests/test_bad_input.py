@@ -111,6 +111,7 @@ EDITED = [  # settings of a run.json, edited by hand
 ]
 FILES = {
     "one_segment.txt": "word" * 3000,
+    "blank.txt": "\n \n",
     "latin.txt": "é".encode("latin-1") * 100,
     "types.json": '{"99999": 1}',
     "foreign.json": '{"300": ["no such token", 1.5]}',
@@ -226,6 +227,8 @@ EVAL = [
     ("--lengths x", "argument --lengths: invalid int value: 'x'"),
     ("--tasks niah", "argument --tasks: invalid choice: 'niah'"),
     ("--haystack {tmp}/latin.txt", "."),
+    ("--haystack {tmp}/zip.npy", "zip.npy holds token ids where text is needed"),
+    ("--haystack {tmp}/blank.txt", "blank.txt holds no text"),
     ("--haystack {tmp}", "--out .*/out is inside .*, which is read: give another --out"),
     ("--template {tmp}/nowhere.json", "."),
     ("--template {tmp}/attribute.json", "only {key} and {value} may be in braces"),

@@ -294,6 +294,8 @@ REFUSED = [  # what the error says, what is done to the folder
     ("truncate must be true or false", edit, {ROPE: YARN | {"truncate": None}}),
     ("rope type 'dynamic'", edit, {"rope_scaling": {"type": "dynamic"}}),
     (r"must be an object, found \[4.0\]", edit, {"rope_scaling": [4.0]}),
+    ("rope_theta must be above 1, found 1.0", edit, {ROPE: DEFAULT | {"rope_theta": 1}}),
+    ("must hold a JSON object, found list", write, "config.json", []),
     ("rope type 'longrope'", edit, {ROPE: {"rope_type": "longrope"}}),
     ("full_attention", edit, {ROPE: {"full_attention": DEFAULT, "sliding_attention": DEFAULT}}),
     ("RoPE with a partial_rotary_factor", edit, {ROPE: DEFAULT | HALF}),
