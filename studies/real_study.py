@@ -32,7 +32,7 @@ from recipe import METHODS
 from support.system.console import report_errors
 
 # In order of worth. Theta is the original's x target / 8,192 unless the name says that it is the
-# paper's. A sample of `--method full` is of other tokens.
+# paper's; with yarn it stays as it is. A sample of `--method full` is of other tokens.
 VARIANTS = {  # of longrecipe, each with an analysis of its own
     "min_count 5": "--min_count 5",
     "segments of 32 tokens": "--min_segment_tokens 32",
